@@ -1,0 +1,56 @@
+"""gradindex: which training examples made my model do this?
+
+A retrieval system for training-data influence by TracIn (Pruthi et al. 2020,
+arXiv:2002.08484). Start with :class:`Task`, :func:`build` and :func:`load`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .build import build as build
+    from .checkpoint import Checkpoint as Checkpoint
+    from .checkpoint import find_checkpoints as find_checkpoints
+    from .errors import GradIndexError as GradIndexError
+    from .hits import Hits as Hits
+    from .recorder import Recorder as Recorder
+    from .retrieval import Retriever as Retriever
+    from .retrieval import exact_scores as exact_scores
+    from .retrieval import load as load
+    from .store import GradientStore as GradientStore
+    from .task import Task as Task
+    from .task import load_task as load_task
+
+__version__ = "0.1.0"
+
+# Loaded on first use (PEP 562), so that `gradindex --help` and `gradindex info` need no torch.
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "GradIndexError": "errors",
+    "GradientStore": "store",
+    "Hits": "hits",
+    "Recorder": "recorder",
+    "Retriever": "retrieval",
+    "Task": "task",
+    "build": "build",
+    "exact_scores": "retrieval",
+    "find_checkpoints": "checkpoint",
+    "load": "retrieval",
+    "load_task": "task",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gradindex' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

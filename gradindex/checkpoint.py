@@ -1,0 +1,275 @@
+"""Checkpoints on disk: their weights, and the step size eta that each one stands for."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError, CheckpointError, DependencyError
+from .recorder import MODEL_KEY, RECORD_KEY, recorded_groups
+
+Weighting = Literal["learning_rate", "integrated", "uniform"]
+
+_USUAL_KEYS = (MODEL_KEY, "state_dict", "model_state_dict", "module", "net")
+_USUAL_PREFIXES = ("module.", "_orig_mod.", "model.")
+_RECORDED_FIELD = {"learning_rate": "learning_rate", "integrated": "learning_rate_sum"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One set of weights on disk and its step size.
+
+    Args:
+        path: ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` (read with ``weights_only=True``) or
+            ``.safetensors``.
+        learning_rate: eta, one for all parameters or by parameter name (names may be
+            patterns such as ``"head.*"``). ``None`` reads what ``Recorder`` saved.
+        weighting: which recorded number is eta: ``"learning_rate"`` at the checkpoint (the
+            paper), ``"integrated"``, its sum over the steps since the previous checkpoint, or
+            ``"uniform"``, 1 for every checkpoint. Ignored where ``learning_rate`` is given.
+        step: optimizer steps taken; orders the checkpoints. Read from the file when recorded.
+        key: where the weights lie inside the file, such as ``"ema.model"``; by default the
+            usual places are tried.
+        prefix: what to strip from every name, such as ``"module."``; by default the usual
+            prefixes are stripped when the model does not have them itself.
+    """
+
+    path: str | os.PathLike[str]
+    learning_rate: float | Mapping[str, float] | None = None
+    weighting: Weighting = "learning_rate"
+    step: int | None = None
+    key: str | None = None
+    prefix: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.weighting not in ("learning_rate", "integrated", "uniform"):
+            raise ArgumentError(
+                f"weighting is {self.weighting!r}, but must be 'learning_rate', 'integrated' or 'uniform'."
+            )
+        given = self.learning_rate
+        rates = given.values() if isinstance(given, Mapping) else [] if given is None else [given]
+        for rate in rates:
+            if not (rate >= 0 and rate < float("inf")):
+                raise ArgumentError(f"{self.path} has learning rate {rate}, but a rate must be finite and not negative.")
+
+    def load(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights, by the names of ``model.state_dict()``.
+
+        Raises:
+            CheckpointError: the file is missing or damaged, or its names or shapes are not
+                the model's; the message names the first that differ.
+        """
+        weights = self._weights(_read(Path(self.path)))
+        expected = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+        weights = self._strip(weights, expected)
+        problems = [f"{name} is missing" for name in expected if name not in weights]
+        problems += [f"{name} is not in the model" for name in weights if name not in expected]
+        problems += [
+            f"{name} has shape {tuple(weights[name].shape)}, the model {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ]
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise CheckpointError(
+                f"{self.path} does not fit the model: {'; '.join(problems[:3])}{more}. "
+                "Check that the task builds the model this checkpoint was saved from, or give key= and prefix=."
+            )
+        return weights
+
+    def learning_rates(self, parameters: Sequence[str]) -> dict[str, float]:
+        """eta of each named parameter.
+
+        Raises:
+            CheckpointError: no weight is known for one of them.
+        """
+        way_out = (
+            "Give learning_rate= to Checkpoint or find_checkpoints, train with gradindex.Recorder, "
+            "or choose weighting='uniform'."
+        )
+        if self.learning_rate is None and self.weighting == "uniform":
+            return dict.fromkeys(parameters, 1.0)
+        if self.learning_rate is None:
+            record = read_record(Path(self.path))
+            if record is None:
+                raise CheckpointError(f"{self.path} has no recorded learning rate, so its weight eta is unknown. {way_out}")
+            rates: Mapping[str, float] = recorded_groups(record, _RECORDED_FIELD[self.weighting])
+            for prefix in _USUAL_PREFIXES:
+                rates = {name.removeprefix(prefix): rate for name, rate in rates.items()} | dict(rates)
+        elif isinstance(self.learning_rate, Mapping):
+            rates = self.learning_rate
+        else:
+            return dict.fromkeys(parameters, float(self.learning_rate))
+        found: dict[str, float] = {}
+        for name in parameters:
+            if name in rates:
+                found[name] = float(rates[name])
+                continue
+            matches = [rate for pattern, rate in rates.items() if fnmatch.fnmatchcase(name, pattern)]
+            if not matches:
+                raise CheckpointError(
+                    f"{self.path} has learning rates for {len(rates)} parameters, but none for {name}. "
+                    f"Leave it out with layers=, or: {way_out}"
+                )
+            found[name] = float(matches[0])
+        return found
+
+    @property
+    def weight_source(self) -> str:
+        """Where eta comes from, in words: the weighting, or ``"given"``."""
+        return self.weighting if self.learning_rate is None else "given"
+
+    def sha256(self) -> str:
+        """SHA-256 of the file, in hexadecimal."""
+        state = hashlib.sha256()
+        with _opened(Path(self.path)) as file:
+            while block := file.read(1 << 22):
+                state.update(block)
+        return state.hexdigest()
+
+    def _weights(self, content: Any) -> dict[str, Tensor]:
+        if self.key is not None:
+            for part in self.key.split("."):
+                if not isinstance(content, Mapping) or part not in content:
+                    names = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+                    raise CheckpointError(f"{self.path} has no key {self.key!r}. It holds: {names[:200]}.")
+                content = content[part]
+        else:
+            for key in _USUAL_KEYS:
+                if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+                    content = content[key]
+                    break
+        if not isinstance(content, Mapping):
+            raise CheckpointError(
+                f"{self.path} holds a {type(content).__name__}, but a state_dict is needed. Save model.state_dict()."
+            )
+        weights = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        if not weights:
+            raise CheckpointError(
+                f"{self.path} holds no weights under the usual keys; it holds: {', '.join(map(str, content))[:200]}. "
+                "Say where they are with key=."
+            )
+        return weights
+
+    def _strip(self, weights: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        prefixes: Sequence[str] = _USUAL_PREFIXES if self.prefix is None else (self.prefix,)
+        for prefix in prefixes:
+            if not all(name.startswith(prefix) for name in weights):
+                continue
+            if self.prefix is None and all(name.startswith(prefix) for name in expected):
+                continue
+            weights = {name[len(prefix) :]: tensor for name, tensor in weights.items()}
+        return weights
+
+
+def find_checkpoints(
+    pattern: str | os.PathLike[str],
+    *,
+    learning_rate: float | Mapping[str, float] | Callable[[int], float] | None = None,
+    weighting: Weighting = "learning_rate",
+    key: str | None = None,
+    prefix: str | None = None,
+) -> list[Checkpoint]:
+    """Find checkpoint files, in the order of their steps.
+
+    The step is what ``Recorder`` saved, else the last whole number in the file's name.
+
+    Args:
+        pattern: a glob such as ``"runs/mnist/*.pt"``, or a folder.
+        learning_rate: eta where ``Recorder`` did not save it: a number, numbers by parameter
+            name, or a function of the step (a schedule).
+        weighting, key, prefix: see :class:`Checkpoint`.
+    Returns:
+        At least one checkpoint, by ascending step.
+    Raises:
+        CheckpointError: nothing matches, or a file has no step.
+    """
+    pattern = os.fspath(pattern)
+    if os.path.isdir(pattern):
+        suffixes = ("*.pt", "*.pth", "*.safetensors")
+        paths = [path for suffix in suffixes for path in glob.glob(os.path.join(glob.escape(pattern), suffix))]
+    else:
+        paths = glob.glob(pattern)
+    if not paths:
+        raise CheckpointError(f"No checkpoint matches {pattern}. Check the path, or train with gradindex.Recorder first.")
+    found = []
+    for path in paths:
+        record = read_record(Path(path))
+        numbers = re.findall(r"\d+", Path(path).stem)
+        if record is not None:
+            step = int(record["step"])
+        elif numbers:
+            step = int(numbers[-1])
+        else:
+            raise CheckpointError(
+                f"{path} has no step in its name, so its place among the checkpoints is unknown. "
+                "List the checkpoints yourself: [Checkpoint(path, learning_rate=..., step=...), ...]."
+            )
+        found.append(Checkpoint(path, None, weighting, step, key, prefix))
+    found.sort(key=lambda checkpoint: (checkpoint.step, str(checkpoint.path)))
+    if learning_rate is None:
+        return found
+    if callable(learning_rate):
+        return [replace(item, learning_rate=float(learning_rate(item.step or 0))) for item in found]
+    return [replace(item, learning_rate=learning_rate) for item in found]
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What ``Recorder`` saved beside the weights, or ``None`` in other files."""
+    content = _read(path)
+    record = content.get(RECORD_KEY) if isinstance(content, Mapping) else None
+    return record if isinstance(record, dict) and "groups" in record else None
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise CheckpointError(f"Checkpoint {path} does not exist. Check the path in the task.") from None
+    except OSError as error:
+        raise CheckpointError(f"Checkpoint {path} cannot be read: {error.strerror}.") from None
+
+
+def _read(path: Path) -> Any:
+    with _opened(path):
+        pass
+    if path.suffix == ".safetensors":
+        try:
+            import safetensors
+            from safetensors.torch import load_file
+        except ImportError:
+            raise DependencyError(
+                f"{path} needs the package safetensors. Install it: pip install 'gradindex[safetensors]'."
+            ) from None
+        try:
+            return load_file(path)
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(_damaged(path, error)) from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        text = str(error)
+        if "weights_only" in text or "Unsupported" in text:
+            raise CheckpointError(
+                f"{path} holds Python objects besides tensors and plain values, which gradindex never executes. "
+                "Save model.state_dict() instead of the model."
+            ) from None
+        raise CheckpointError(_damaged(path, error)) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(_damaged(path, error)) from None
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    first = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return f"{path} cannot be read as a checkpoint; it may be truncated or damaged ({first}). Copy or save it again."

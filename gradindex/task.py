@@ -1,0 +1,230 @@
+"""What a user brings: a model, its losses, its data and its checkpoints."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from .checkpoint import Checkpoint
+from .errors import TaskError
+from .tree import digest, preserved_random_state
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+_READ_TWICE = 8
+_SAMPLED = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A trained model and everything that its gradients depend on.
+
+    Args:
+        model: the model; its present weights are never changed.
+        loss: ``loss(model, batch) -> (batch,)``, the training loss of each example
+            (``reduction="none"``), before any mean or weight decay.
+        train: the training examples, a map-style data set without random augmentation;
+            the position of an example is its id.
+        checkpoints: from training, see :func:`find_checkpoints`.
+        query: the examples to ask about, usually a test set; by default none, and queries
+            come from ``train``.
+        query_loss: the function of a query whose change is explained; by default ``loss``.
+        layers: which parameters are tracked: names or patterns of modules (all parameters at
+            or below) or of parameters. ``"*"`` is every parameter.
+        columns: by name, one value for each training example (numbers or strings), such as
+            ``{"label": labels}``; stored with the rows and shown with the answers.
+        query_columns: the same for ``query``.
+        show: ``show(item)`` returns what a person should see of an item: a picture (an array
+            (h, w) or (h, w, 3), or PIL), a text, or a mapping (a table row).
+        collate: makes a batch of a list of items; by default torch's ``default_collate``.
+        read_query: ``read_query(path)`` returns a sequence of items; lets the command line
+            take queries from a file.
+        name: what to call the task in reports.
+    """
+
+    model: nn.Module
+    loss: Loss
+    train: Dataset[Any] | Sequence[Any]
+    checkpoints: Sequence[Checkpoint]
+    query: Dataset[Any] | Sequence[Any] | None = None
+    query_loss: Loss | None = None
+    layers: str | Sequence[str] = "*"
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    query_columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    show: Callable[[Any], Any] | None = None
+    collate: Callable[[list[Any]], Any] = default_collate
+    read_query: Callable[[Path], Sequence[Any]] | None = None
+    name: str = "task"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise TaskError(f"model is a {type(self.model).__name__}, but must be a torch.nn.Module.")
+        for role, data in (("train", self.train), ("query", self.query)):
+            if data is not None:
+                _check_data_set(role, data)
+        if len(self.checkpoints) == 0:
+            raise TaskError("checkpoints is empty. Give at least one, for example find_checkpoints('checkpoints/*.pt').")
+        for number, checkpoint in enumerate(self.checkpoints):
+            if not isinstance(checkpoint, Checkpoint):
+                raise TaskError(
+                    f"checkpoints[{number}] is a {type(checkpoint).__name__}, but must be a gradindex.Checkpoint. "
+                    "Use find_checkpoints('folder/*.pt') or Checkpoint(path, learning_rate=...)."
+                )
+        _check_columns("columns", self.columns, "train", self.n_train)
+        _check_columns("query_columns", self.query_columns, "query", self.n_query)
+
+    @property
+    def n_train(self) -> int:
+        """The number of training examples."""
+        return len(self.train)  # type: ignore[arg-type]  # checked to have a length in __post_init__
+
+    @property
+    def n_query(self) -> int:
+        """The number of examples in ``query`` (0 without)."""
+        return 0 if self.query is None else len(self.query)  # type: ignore[arg-type]  # as above
+
+    def loss_for(self, role: str) -> Loss:
+        """The loss of a ``"train"`` or ``"query"`` example."""
+        return self.query_loss if role == "query" and self.query_loss is not None else self.loss
+
+    @property
+    def layer_patterns(self) -> tuple[str, ...]:
+        """``layers`` as a tuple."""
+        return (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
+
+    def column_arrays(self, role: str) -> dict[str, NDArray[Any]]:
+        """The columns of ``"train"`` or ``"query"`` as NumPy arrays (strings as ``str_``)."""
+        return {name: _as_column(values) for name, values in self._columns_of(role).items()}
+
+    def _columns_of(self, role: str) -> Mapping[str, Sequence[Any]]:
+        return self.columns if role == "train" else self.query_columns
+
+    def data_fingerprint(self, ids: NDArray[np.int64] | None = None) -> str:
+        """SHA-256 over up to 64 evenly spaced training examples and their ids.
+
+        Args:
+            ids: (m,) int64, the examples that are meant; by default all.
+        """
+        if ids is None:
+            ids = np.arange(self.n_train, dtype=np.int64)
+        sampled = ids[np.unique(np.linspace(0, len(ids) - 1, min(_SAMPLED, len(ids))).astype(np.int64))]
+        with preserved_random_state():
+            return digest([(int(i), self.train[int(i)]) for i in sampled]).hex()
+
+    def check_reads_repeat(self) -> None:
+        """Read a few training examples twice and refuse them if they differ.
+
+        Raises:
+            TaskError: random augmentation: an id would mean another example at each read.
+        """
+        positions = np.unique(np.linspace(0, self.n_train - 1, min(_READ_TWICE, self.n_train)).astype(np.int64))
+        with preserved_random_state():
+            first = [digest(self.train[int(i)]) for i in positions]
+            second = [digest(self.train[int(i)]) for i in positions]
+        differing = [int(i) for i, a, b in zip(positions, first, second, strict=True) if a != b]
+        if differing:
+            raise TaskError(
+                f"Training example {differing[0]} differs between two reads ({len(differing)} of {len(positions)} "
+                "tried do), so the data set is augmented at random and its ids mean nothing. "
+                "Give Task the same data without random transforms."
+            )
+
+
+def load_task(name: str) -> Task:
+    """Import a task by name.
+
+    Args:
+        name: ``path/to/file.py:name`` or ``package.module:name``; the name is a :class:`Task`
+            or a callable without arguments that returns one.
+    Raises:
+        TaskError: there is no such file, module or name, importing it failed, or what it
+            names is not a task.
+    """
+    source, colon, attribute = name.rpartition(":")
+    if not colon or not source or not attribute:
+        raise TaskError(f"{name!r} does not name a task. Write path/to/file.py:name or package.module:name.")
+    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
+    try:
+        found = getattr(module, attribute)
+    except AttributeError:
+        close = difflib.get_close_matches(attribute, [n for n in vars(module) if not n.startswith("_")], n=3)
+        hint = f" Close names: {', '.join(close)}." if close else ""
+        raise TaskError(f"{source} has no {attribute!r}.{hint}") from None
+    if not isinstance(found, Task) and callable(found):
+        found = found()
+    if not isinstance(found, Task):
+        raise TaskError(f"{name} is a {type(found).__name__}, but must be a gradindex.Task or a callable that returns one.")
+    return found
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise TaskError(f"Task file {path} does not exist. Check the path.")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # as `python path/to/file.py` would, so that it can import its neighbours
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"Task file {path} cannot be imported.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses and pickle look their module up by name
+    return _importing(str(path), lambda: spec.loader.exec_module(module)) or module
+
+
+def _import_module(name: str) -> Any:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return _importing(name, lambda: importlib.import_module(name))
+
+
+def _importing(source: str, action: Callable[[], Any]) -> Any:
+    from .errors import GradIndexError
+
+    try:
+        return action()
+    except GradIndexError:
+        raise
+    except Exception as error:  # whatever the user's file raises is theirs; it becomes one line
+        raise TaskError(f"Importing {source} failed: {type(error).__name__}: {error}") from error
+
+
+def _check_data_set(role: str, data: Any) -> None:
+    if isinstance(data, DataLoader):
+        raise TaskError(
+            f"{role} is a DataLoader, whose shuffling and batching hide which example is which. "
+            f"Give its data set: {role}=loader.dataset."
+        )
+    if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise TaskError(
+            f"{role} is a {type(data).__name__} without positions, but examples are looked up by id. "
+            "Give a map-style data set with __len__ and __getitem__."
+        )
+    if isinstance(data, Tensor):
+        raise TaskError(f"{role} is a Tensor, but items are needed as the loss gets them. Use TensorDataset(x, y).")
+    if len(data) == 0:
+        raise TaskError(f"{role} is empty. Give at least one example.")
+
+
+def _check_columns(role: str, columns: Mapping[str, Sequence[Any]], data: str, n: int) -> None:
+    for name, values in columns.items():
+        if len(values) != n:
+            raise TaskError(f"{role}[{name!r}] has {len(values)} values, but {data} has {n} examples. Give one for each.")
+        kind = _as_column(values).dtype.kind
+        if kind not in "biufU":
+            raise TaskError(f"{role}[{name!r}] holds values of kind {kind!r}, but must hold numbers, booleans or strings.")
+
+
+def _as_column(values: Sequence[Any]) -> NDArray[Any]:
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)

@@ -1,0 +1,93 @@
+"""Walks over what data sets and collate functions hand out.
+
+An *item* is one example of a data set, a *batch* is many of them collated: tensors,
+arrays, pictures, numbers and strings in tuples, lists and mappings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Apply ``function`` to every tensor of ``tree``, keeping its structure.
+
+    Mappings become plain ``dict`` unless their type can be rebuilt from one
+    (Hugging Face's ``BatchEncoding`` can, and keeps its attribute access).
+    """
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        mapped = {key: map_tensors(value, function) for key, value in tree.items()}
+        try:
+            return type(tree)(mapped)  # type: ignore[call-arg]  # most mappings take a dict; the others raise
+        except TypeError:
+            return mapped
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(value, function) for value in tree))
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(value, function) for value in tree)
+    return tree
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Every tensor of ``tree`` in the order of the walk."""
+    found: list[Tensor] = []
+    map_tensors(tree, lambda tensor: found.append(tensor) or tensor)
+    return found
+
+
+def digest(tree: Any) -> bytes:
+    """SHA-256 over the values of ``tree``; two reads of an unchanging item agree."""
+    state = hashlib.sha256()
+    _feed(state, tree)
+    return state.digest()
+
+
+def _feed(state: hashlib._Hash, tree: Any) -> None:
+    if isinstance(tree, Tensor):
+        tensor = tree.detach().cpu()
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.view(torch.int16)
+        tree = tensor.numpy()
+    elif not isinstance(tree, (str, bytes, Mapping, list, tuple)) and hasattr(tree, "__array__"):
+        tree = np.asarray(tree)  # NumPy scalars and PIL images
+    if isinstance(tree, np.ndarray) and tree.dtype != object:
+        state.update(f"{tree.dtype.str}{tree.shape}".encode())
+        state.update(np.ascontiguousarray(tree).tobytes())
+    elif isinstance(tree, Mapping):
+        state.update(f"map{len(tree)}".encode())
+        for key in tree:
+            state.update(repr(key).encode())
+            _feed(state, tree[key])
+    elif isinstance(tree, (list, tuple)):
+        state.update(f"seq{len(tree)}".encode())
+        for value in tree:
+            _feed(state, value)
+    elif tree is None or isinstance(tree, (str, bytes, bool, int, float, complex)):
+        state.update(repr(tree).encode())
+    else:
+        # A user's own class: its attributes are its value (its repr may hold an address).
+        state.update(type(tree).__qualname__.encode())
+        _feed(state, vars(tree) if hasattr(tree, "__dict__") else repr(tree))
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Leave the global generators of ``random``, NumPy and torch as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

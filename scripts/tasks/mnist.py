@@ -1,0 +1,91 @@
+"""Reference task MNIST MLP: 784-256-128-10, all 235,146 parameters, 20,000 rows with 10% flipped labels.
+
+SGD with learning rate 0.1, batch 100, 20 epochs; checkpoints after epochs 4, 8, 12, 16 and 20;
+queries are the first 500 test images. Trained once (about half a minute) and cached.
+
+    gradindex build scripts/tasks/mnist.py:task --out /tmp/mnist
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from reference import cache_folder, flip_labels, image_archive, once
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+from gradindex import Recorder, Task, find_checkpoints
+
+N_TRAIN, N_QUERY, EPOCHS, BATCH, LEARNING_RATE, SEED = 20_000, 500, 20, 100, 0.1, 0
+VERSION = "mnist-mlp-1"  # raise it when anything below changes what is trained
+
+
+def make_model() -> nn.Module:
+    """The network, in PyTorch's default initialisation."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Cross-entropy of each example."""
+    images, labels = batch
+    return functional.cross_entropy(model(images), labels, reduction="none")
+
+
+def data() -> dict[str, np.ndarray[Any, Any]]:
+    """The chosen rows: ``images`` and ``query_images`` in [0, 1], ``labels`` as trained, ``flipped``, ``query_labels``."""
+    archive = image_archive("mnist")
+    rows = np.sort(np.random.default_rng(SEED).permutation(len(archive["train_labels"]))[:N_TRAIN])
+    # The archive is ordered by class, so the first 500 test images are taken from a fixed shuffle.
+    queries = np.random.default_rng(SEED + 1).permutation(len(archive["test_labels"]))
+    labels, flipped = flip_labels(np.asarray(archive["train_labels"][rows]), 0.1, 10, SEED + 2)
+    return {
+        "images": archive["train_images"][rows].astype(np.float32) / 255,
+        "labels": labels,
+        "flipped": flipped,
+        "query_images": archive["test_images"][queries].astype(np.float32) / 255,
+        "query_labels": np.asarray(archive["test_labels"][queries]),
+    }
+
+
+def train(folder: Path) -> None:
+    """Train and write the checkpoints into ``folder``."""
+    arrays = data()
+    images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+        recorder = Recorder(model, optimizer, folder)
+        for epoch in range(1, EPOCHS + 1):
+            for rows in torch.randperm(len(images)).split(BATCH):
+                optimizer.zero_grad()
+                loss(model, (images[rows], labels[rows])).mean().backward()
+                optimizer.step()
+            if epoch % 4 == 0:
+                recorder.save()
+    with torch.no_grad():
+        predicted = model(torch.from_numpy(arrays["query_images"])).argmax(1).numpy()
+    print(f"trained MNIST MLP: test accuracy {np.mean(predicted == arrays['query_labels']):.4f}", file=sys.stderr)
+
+
+def task() -> Task:
+    """The task, trained if it is not cached yet."""
+    arrays = data()
+    checkpoints = once(cache_folder() / "checkpoints" / VERSION, train)
+    query_images, query_labels = arrays["query_images"][:N_QUERY], arrays["query_labels"][:N_QUERY]
+    return Task(
+        name="MNIST MLP",
+        model=make_model(),
+        loss=loss,
+        train=TensorDataset(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])),
+        query=TensorDataset(torch.from_numpy(query_images), torch.from_numpy(query_labels)),
+        checkpoints=find_checkpoints(checkpoints / "*.pt"),
+        columns={"label": arrays["labels"], "flipped": arrays["flipped"]},
+        query_columns={"label": query_labels},
+        show=lambda item: item[0].numpy(),
+    )

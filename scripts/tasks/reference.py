@@ -1,0 +1,105 @@
+"""What the reference tasks share: where data and trained checkpoints are, decoding, label flips."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def data_folder() -> Path:
+    """The folder with the archives: ``GRADINDEX_DATA``, by default ``../shared/data`` beside the checkout."""
+    default = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+    return Path(os.environ.get("GRADINDEX_DATA", default))
+
+
+def cache_folder() -> Path:
+    """Where decoded data and trained checkpoints are kept: ``GRADINDEX_CACHE``, by default ``~/.cache/gradindex``."""
+    return Path(os.environ.get("GRADINDEX_CACHE", Path.home() / ".cache" / "gradindex"))
+
+
+def image_archive(name: str) -> Arrays:
+    """Decode ``<name>.tar.xz`` (``train/<class>/*``, ``test/<class>/*``) once, then map it.
+
+    Returns:
+        ``train_images``, ``test_images`` uint8 (n, h, w) or (n, h, w, 3), ``train_labels``,
+        ``test_labels`` int64 (n,), ordered by the path inside the archive, and ``classes``,
+        the names of the labels.
+    Raises:
+        FileNotFoundError: the archive is not there; names the variable to set.
+    """
+    keys = ["classes"] + [f"{part}_{what}" for part in ("train", "test") for what in ("images", "labels")]
+    cached = cache_folder() / "data" / name
+    if not cached.is_dir():
+        archive = data_folder() / f"{name}.tar.xz"
+        if not archive.is_file():
+            raise FileNotFoundError(f"{archive} does not exist. Set GRADINDEX_DATA to the folder that holds {archive.name}.")
+        once(cached, lambda folder: _decode(archive, folder))
+    return {key: np.load(cached / f"{key}.npy", mmap_mode="r") for key in keys}
+
+
+def _decode(archive: Path, folder: Path) -> None:
+    from PIL import Image
+
+    print(f"decoding {archive} once", file=sys.stderr)
+    images: dict[str, tuple[str, NDArray[np.uint8]]] = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            part = Path(member.name).parts
+            if not member.isfile() or len(part) < 3:
+                continue
+            content = tar.extractfile(member)
+            assert content is not None
+            images[member.name.removeprefix("./")] = (part[-2], np.asarray(Image.open(io.BytesIO(content.read()))))
+    classes = sorted({label for label, _ in images.values()})
+    np.save(folder / "classes.npy", np.array(classes))
+    for split in ("train", "test"):
+        chosen = [images[name] for name in sorted(images) if name.startswith(f"{split}/")]
+        np.save(folder / f"{split}_images.npy", np.stack([image for _, image in chosen]))
+        np.save(folder / f"{split}_labels.npy", np.array([classes.index(label) for label, _ in chosen], dtype=np.int64))
+
+
+def once(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """Call ``fill`` on an empty folder and rename it to ``folder``; do nothing where ``folder`` is there."""
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            fill(temporary)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def flip_labels(labels: NDArray[np.int64], share: float, classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Give a share of the examples a uniformly random other label.
+
+    Returns:
+        The labels (n,) int64 and which of them were flipped (n,) bool.
+    """
+    generator = np.random.default_rng(seed)
+    flipped = np.zeros(len(labels), dtype=bool)
+    flipped[generator.permutation(len(labels))[: round(share * len(labels))]] = True
+    shifts = generator.integers(1, classes, size=len(labels))
+    return np.where(flipped, (labels + shifts) % classes, labels).astype(np.int64), flipped
+
+
+def version_of(*sources: str) -> str:
+    """A short hash of the files that a cached training depends on."""
+    state = hashlib.sha256()
+    for source in sources:
+        state.update(Path(source).read_bytes())
+    return state.hexdigest()[:10]
