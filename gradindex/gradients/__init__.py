@@ -1,0 +1,4 @@
+"""Gradients: factors of every tracked layer, batch by batch (owns autograd and hooks)."""
+
+from .engine import Engine as Engine
+from .engine import Precision as Precision

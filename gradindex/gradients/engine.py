@@ -1,0 +1,306 @@
+"""Per-example gradients of the tracked layers at any checkpoint, one batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from ..errors import ArgumentError, LossError, TaskError
+from ..factors import Factors, Layer
+from ..task import Loss, Task
+from ..tree import map_tensors, preserved_random_state, tensors
+from .layers import general_layer, layer_factors, plan_layers, select_parameters
+
+Precision = Literal["float32", "float64"]
+Consume = Callable[[int, Factors], None]
+
+# How far a fast route may be from autograd on one example alone, relative to the norms.
+_TOLERANCE = {"float32": 2e-3, "float64": 1e-8}
+
+
+class _LossModule(nn.Module):
+    """The loss as a module, so that ``functional_call`` can swap the model's weights under it."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss(self.model, batch)
+
+
+class Engine:
+    """Computes factors of the per-example gradients of a task, each scaled by sqrt(eta).
+
+    Use as a context: hooks and eval mode last until it ends, whatever happens inside. The
+    model's own weights are never written: each pass runs with a checkpoint's tensors in
+    their place. With a row phi_c(z) = sqrt(eta_c) grad l(w_c, z), <phi_c(z), phi_c(z')>
+    is one term of TracInCP (Pruthi et al. 2020, section 3.3).
+
+    Args:
+        task: what is differentiated.
+        precision: ``"float32"``, or ``"float64"`` for reference runs.
+    Raises:
+        TaskError: a layer pattern matches nothing.
+        CheckpointError: a checkpoint does not load or has no weight.
+    """
+
+    def __init__(self, task: Task, precision: Precision = "float32") -> None:
+        if precision not in _TOLERANCE:
+            raise ArgumentError(f"precision is {precision!r}, but must be 'float32' or 'float64'.")
+        self.task = task
+        self.precision = precision
+        self.dtype = getattr(torch, precision)
+        self.model = task.model
+        first = next(self.model.parameters(), None)
+        if first is None:
+            raise TaskError("The model has no parameters, so there are no gradients to trace.")
+        self.device = first.device
+        self.parameters = select_parameters(self.model, task.layer_patterns)
+        self.layers = plan_layers(self.model, self.parameters)
+        self.learning_rates = [checkpoint.learning_rates(self.parameters) for checkpoint in task.checkpoints]
+        self._scales = [{name: eta**0.5 for name, eta in rates.items()} for rates in self.learning_rates]
+        # All checkpoints stay in memory: each example is read once and runs through all of them.
+        self._states = [
+            {f"model.{name}": self._cast(tensor) for name, tensor in checkpoint.load(self.model).items()}
+            for checkpoint in task.checkpoints
+        ]
+        self._training: list[tuple[nn.Module, bool]] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._calls: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        self._leaves: list[Tensor] = []
+        self._on_gradient: Callable[[int, int, Tensor], None] | None = None
+
+    @property
+    def n_checkpoints(self) -> int:
+        """The number of checkpoints."""
+        return len(self._states)
+
+    def __enter__(self) -> Engine:
+        self._training = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        self._install()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._uninstall()
+        for module, training in self._training:
+            module.training = training
+
+    def _install(self) -> None:
+        for number, layer in enumerate(self.layers):
+            if layer.route in ("linear", "conv2d"):
+                module = self.model.get_submodule(layer.name)
+                hook = module.register_forward_hook(self._forward_hook(number))
+                self._hooks.append(hook)
+
+    def _uninstall(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _forward_hook(self, number: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if self._on_gradient is None:
+                return None
+            changed = None
+            if not output.requires_grad:
+                # A first tracked layer: autograd starts here and keeps nothing below. The clone
+                # lets an in-place activation follow, which a leaf forbids.
+                leaf = output.detach().requires_grad_()
+                self._leaves.append(leaf)
+                output = changed = leaf.clone()
+            calls = self._calls.setdefault(number, [])
+            position = len(calls)
+            calls.append((args[0].detach(), None))
+            output.register_hook(lambda delta: self._received(number, position, delta))
+            return changed
+
+        return hook
+
+    def _received(self, number: int, position: int, delta: Tensor) -> None:
+        if self._on_gradient is not None:
+            self._on_gradient(number, position, delta)
+
+    def run(self, checkpoint: int, items: list[Any], consume: Consume, role: str = "train") -> Tensor:
+        """Run one batch through one checkpoint.
+
+        Args:
+            checkpoint: its position.
+            items: the examples, uncollated.
+            consume: called as ``consume(layer number, factors)``, for a hooked layer while the
+                backward pass runs, so that nothing is kept longer than needed. Layers that the
+                loss does not depend on have zero gradients and are not reported.
+            role: ``"train"`` or ``"query"``, which chooses the loss.
+        Returns:
+            (batch,) the losses.
+        Raises:
+            LossError: the loss is not one number per example.
+        """
+        wrapper = _LossModule(self.model, self.task.loss_for(role))
+        state = self._states[checkpoint]
+        batch = self._cast(self.task.collate(items))
+        losses = self._run_hooks(wrapper, state, checkpoint, batch, len(items), consume)
+        general = {n: layer for n, layer in enumerate(self.layers) if layer.route in ("vmap", "loop")}
+        for route in ("vmap", "loop"):
+            chosen = {number: layer for number, layer in general.items() if layer.route == route}
+            if chosen:
+                names = [layer.parameters[0] for layer in chosen.values()]
+                compute = self._vmap_gradients if route == "vmap" else self._loop_gradients
+                gradients = compute(wrapper, state, names, batch, items)
+                for (number, layer), gradient in zip(chosen.items(), gradients, strict=True):
+                    scaled = gradient.reshape(len(items), 1, -1) * self._scales[checkpoint][layer.parameters[0]]
+                    consume(number, Factors(scaled, scaled.new_ones(len(items), 1, 1)))
+        return losses
+
+    def _run_hooks(
+        self, wrapper: nn.Module, state: Mapping[str, Tensor], checkpoint: int, batch: Any, n: int, consume: Consume
+    ) -> Tensor:
+        scales = self._scales[checkpoint]
+
+        def on_gradient(number: int, position: int, delta: Tensor) -> None:
+            calls = self._calls[number]
+            calls[position] = (calls[position][0], delta)
+            if all(gradient is not None for _, gradient in calls):
+                finish(number)
+
+        def finish(number: int) -> None:
+            layer = self.layers[number]
+            module = self.model.get_submodule(layer.name)
+            calls = self._calls.pop(number)
+            parts = [layer_factors(layer, module, scales, x, delta) for x, delta in calls if delta is not None]
+            consume(number, Factors.concatenated(parts))
+
+        self._on_gradient = on_gradient
+        try:
+            with torch.enable_grad():
+                losses = functional_call(wrapper, dict(state), (batch,))
+                self._check_losses(losses, n)
+                leaves = [leaf for leaf in self._leaves]
+                if leaves and losses.requires_grad:
+                    torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+            for number in list(self._calls):
+                if any(delta is not None for _, delta in self._calls[number]):
+                    finish(number)  # a call whose output the loss does not use sends no gradient
+        finally:
+            self._on_gradient = None
+            self._calls.clear()
+            self._leaves.clear()
+        return losses.detach()
+
+    def _vmap_gradients(
+        self, wrapper: nn.Module, state: Mapping[str, Tensor], names: list[str], batch: Any, items: list[Any]
+    ) -> list[Tensor]:
+        parts = tensors(batch)
+        if any(part.ndim == 0 or len(part) != len(items) for part in parts):
+            raise RuntimeError("a tensor of the batch has another first axis than the examples")
+
+        def one(tracked: dict[str, Tensor], *slices: Tensor) -> Tensor:
+            remaining = iter(slices)
+            single = map_tensors(batch, lambda _: next(remaining).unsqueeze(0))
+            return functional_call(wrapper, {**state, **tracked}, (single,)).sum()
+
+        tracked = {f"model.{name}": state[f"model.{name}"] for name in names}
+        found = vmap(grad(one), in_dims=(None, *([0] * len(parts))))(tracked, *parts)
+        return [found[f"model.{name}"].detach() for name in names]
+
+    def _loop_gradients(
+        self, wrapper: nn.Module, state: Mapping[str, Tensor], names: list[str], batch: Any, items: list[Any]
+    ) -> list[Tensor]:
+        """One autograd pass for each example, collated alone: slow, and right for anything."""
+        rows = []
+        for item in items:
+            tracked = {f"model.{name}": state[f"model.{name}"].detach().requires_grad_() for name in names}
+            with torch.enable_grad():
+                losses = functional_call(wrapper, {**state, **tracked}, (self._cast(self.task.collate([item])),))
+                self._check_losses(losses, 1)
+                if losses.requires_grad:
+                    gradients = torch.autograd.grad(losses.sum(), list(tracked.values()), allow_unused=True)
+                else:
+                    gradients = (None,) * len(names)
+            pairs = zip(gradients, tracked.values(), strict=True)
+            rows.append([torch.zeros_like(value) if g is None else g for g, value in pairs])
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+    def check_routes(self, items: list[Any], role: str = "train") -> None:
+        """Compare every route with autograd on each example alone; move layers that disagree.
+
+        Catches layers whose first axis is not the example, weights used outside their module
+        and whatever else a hook cannot see; those go to the general routes.
+
+        Args:
+            items: two examples (one if there are no more).
+        Raises:
+            LossError: the loss is not one number per example, or an example's loss depends on
+                the others of its batch.
+        """
+        wrapper = _LossModule(self.model, self.task.loss_for(role))
+        state, tolerance = self._states[-1], _TOLERANCE[self.precision]
+        found: dict[int, Tensor] = {}
+        with preserved_random_state():
+            truth = self._loop_gradients(wrapper, state, self.parameters, None, items)
+            with torch.no_grad():
+                alone = torch.cat([functional_call(wrapper, state, (self._cast(self.task.collate([i])),)) for i in items])
+                together = functional_call(wrapper, state, (self._cast(self.task.collate(items)),))
+            self._check_losses(together, len(items))
+            if not torch.allclose(alone, together, rtol=tolerance, atol=tolerance * float(alone.abs().max()), equal_nan=True):
+                raise LossError(
+                    f"The loss of an example depends on the others of its batch ({float(alone[0]):.6g} alone, "
+                    f"{float(together[0]):.6g} in a batch of {len(items)}), so it has no gradient of its own. "
+                    "Use a per-example loss and normalisation with running statistics."
+                )
+            self._pick_general_route(wrapper, state, items)
+            self.run(-1, items, lambda number, factors: found.__setitem__(number, factors.gradient.flatten(1)), role)
+        by_name = dict(zip(self.parameters, truth, strict=True))
+        scales = self._scales[-1]
+        total = sum(float(gradient.double().square().sum()) for gradient in truth) ** 0.5
+        planned: list[Layer] = []
+        for number, layer in enumerate(self.layers):
+            pieces = [(by_name[p] * scales[p]).reshape(len(items), layer.rows, -1) for p in layer.parameters]
+            expected = torch.cat(pieces, 2).flatten(1)
+            got = found.get(number, torch.zeros_like(expected))
+            allowed = tolerance * float(expected.norm()) + 1e-3 * tolerance * total
+            agrees = got.shape == expected.shape and float((got - expected).norm()) <= allowed
+            if agrees or not bool(expected.isfinite().all()):
+                planned.append(layer)
+            elif layer.route == "vmap":
+                planned.append(replace(layer, route="loop"))
+            else:
+                planned += [general_layer(self.model, name, "vmap") for name in layer.parameters]
+        if planned != self.layers:
+            self.layers = planned
+            if self._hooks:
+                self._uninstall()
+                self._install()
+            self.check_routes(items, role)
+
+    def _pick_general_route(self, wrapper: nn.Module, state: Mapping[str, Tensor], items: list[Any]) -> None:
+        names = [layer.parameters[0] for layer in self.layers if layer.route == "vmap"]
+        if not names:
+            return
+        try:
+            self._vmap_gradients(wrapper, state, names, self._cast(self.task.collate(items)), items)
+        except Exception:  # vmap refuses in many types; the loop then raises whatever is really wrong
+            self.layers = [replace(layer, route="loop") if layer.route == "vmap" else layer for layer in self.layers]
+
+    def _check_losses(self, losses: Any, n: int) -> None:
+        if not isinstance(losses, Tensor):
+            raise LossError(f"The loss returned a {type(losses).__name__}, but must return a tensor of shape ({n},).")
+        if losses.shape != (n,):
+            raise LossError(
+                f"The loss has shape {tuple(losses.shape)}, but must be per example, of shape ({n},) for a batch of {n}. "
+                "Use reduction='none' and no mean over the batch."
+            )
+
+    def _cast(self, tree: Any) -> Any:
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+        return map_tensors(tree, cast)

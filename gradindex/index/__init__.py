@@ -1,0 +1,3 @@
+"""Index: rows in, the largest inner products out."""
+
+from .flat import SearchIndex as SearchIndex
