@@ -1,0 +1,119 @@
+"""Fill a store: plan shards, run the missing ones, seal the whole, index it."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from .errors import ArgumentError
+from .gradients import Engine, Precision
+from .index import SearchIndex
+from .index.flat import damage
+from .progress import progress
+from .projection import Projection
+from .rows import RowMaker
+from .store import GradientStore, ShardRows, fingerprint
+from .task import Task
+from .tree import preserved_random_state
+
+
+def build(
+    task: Task,
+    out: str | os.PathLike[str],
+    *,
+    projection: Projection | None = None,
+    precision: Precision = "float32",
+    batch_size: int = 256,
+    shard_rows: int = 8192,
+) -> GradientStore:
+    """Build the store and index of a task; call it again to go on after an interruption.
+
+    Args:
+        task: the model, its checkpoints and its training data.
+        out: an empty or missing folder, or one that the same build began.
+        projection: the map from gradients to rows; by default a TensorSketch of 1,024
+            numbers per checkpoint.
+        precision: of the gradients.
+        batch_size: examples per pass; fixed for a store once it is begun.
+        shard_rows: rows per file, rounded up to whole batches.
+    Returns:
+        The complete store.
+    Raises:
+        GradIndexError: the task, its data or the folder cannot be used; finished shards stay.
+    """
+    if batch_size < 1 or shard_rows < 1:
+        raise ArgumentError(f"batch_size is {batch_size} and shard_rows {shard_rows}, but both must be at least 1.")
+    projection = projection or Projection()
+    task.check_reads_repeat()
+    started = time.perf_counter()
+    shard_rows = -(-shard_rows // batch_size) * batch_size
+    with preserved_random_state(), Engine(task, precision) as engine:
+        engine.check_routes([task.train[0], task.train[task.n_train - 1]])
+        maker = RowMaker(engine, projection)
+        columns = task.column_arrays("train")
+        described = describe_map(engine, projection)
+        starts = range(0, task.n_train, shard_rows)
+        store = GradientStore.create(
+            out,
+            {
+                "map": described,
+                "map_fingerprint": fingerprint(described),
+                "data": {"n_train": task.n_train, "fingerprint": task.data_fingerprint()},
+                "dim": maker.dim,
+                "columns": {name: values.dtype.kind for name, values in columns.items()},
+                "batch_size": batch_size,
+                "task": task.name,
+                "shards": [{"start": s, "rows": min(shard_rows, task.n_train - s)} for s in starts],
+            },
+        )
+        shards, batch_size = store.manifest["shards"], store.manifest["batch_size"]
+        finished = set(range(len(shards))) if store.manifest["sealed"] else store.finished()
+        done = sum(shards[number]["rows"] for number in finished)
+        with progress("gradients", task.n_train, "rows", done) as advance:
+            for number, shard in enumerate(shards):
+                if number in finished:
+                    continue
+                parts: list[tuple[Any, ...]] = []
+                end = shard["start"] + shard["rows"]
+                for first in range(shard["start"], end, batch_size):
+                    ids = range(first, min(first + batch_size, end))
+                    names = [f"Training example {i}" for i in ids]
+                    parts.append(maker.rows([task.train[i] for i in ids], names, "train"))
+                    advance(len(ids))
+                rows, norms, losses = (np.concatenate(part) for part in zip(*parts, strict=True))
+                chosen = {name: values[shard["start"] : end] for name, values in columns.items()}
+                store.write_shard(
+                    number, ShardRows(np.arange(shard["start"], end, dtype=np.int64), rows, norms, losses, chosen)
+                )
+        if not store.manifest["sealed"]:
+            store.seal({"seconds": round(time.perf_counter() - started, 3)})
+    if damage(store.folder / "index", store.manifest["map_fingerprint"]):
+        SearchIndex.build(store.dim, store.blocks()).save(store.folder / "index", store.manifest["map_fingerprint"])
+    return store
+
+
+def describe_map(engine: Engine, projection: Projection) -> dict[str, Any]:
+    """Everything a row depends on besides the data; two rows compare only when these agree."""
+    task = engine.task
+    return {
+        "model": [[name, list(tensor.shape)] for name, tensor in task.model.state_dict().items()],
+        "loss": getattr(task.loss, "__qualname__", type(task.loss).__qualname__),
+        "layers": [
+            {"name": x.name, "parameters": list(x.parameters), "shape": [x.rows, x.columns], "route": x.route}
+            for x in engine.layers
+        ],
+        "checkpoints": [
+            {
+                "sha256": checkpoint.sha256(),
+                "step": checkpoint.step,
+                "weighting": checkpoint.weight_source,
+                "learning_rates": rates,
+            }
+            for checkpoint, rates in zip(task.checkpoints, engine.learning_rates, strict=True)
+        ],
+        "projection": {"kind": projection.kind, "dim": projection.dim, "seed": projection.seed},
+        "precision": engine.precision,
+    }

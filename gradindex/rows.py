@@ -1,0 +1,58 @@
+"""From examples to rows: the engine and the projection joined."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .errors import NonFiniteGradientError
+from .factors import Factors
+from .gradients import Engine
+from .projection import Projection
+
+
+class RowMaker:
+    """Makes rows with one map per checkpoint; the engine must be entered and its routes checked."""
+
+    def __init__(self, engine: Engine, projection: Projection) -> None:
+        self._engine = engine
+        like = torch.zeros((), dtype=engine.dtype, device=engine.device)
+        self._maps = [projection.for_checkpoint(c, engine.layers, like) for c in range(engine.n_checkpoints)]
+        self._block_dim = projection.block_dim(engine.layers)
+
+    @property
+    def dim(self) -> int:
+        """Numbers in a row."""
+        return self._block_dim * len(self._maps)
+
+    def rows(
+        self, items: list[Any], names: list[str], role: str
+    ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
+        """Rows (batch, dim), self-influence (batch, C) and losses (batch, C) of a batch.
+
+        Raises:
+            NonFiniteGradientError: names the example and the checkpoint.
+        """
+        rows, norms, losses = [], [], []
+        for checkpoint, block_map in enumerate(self._maps):
+            block = torch.zeros(len(items), self._block_dim, dtype=self._engine.dtype, device=self._engine.device)
+            squared = torch.zeros(len(items), dtype=torch.float64, device=self._engine.device)
+
+            def consume(number: int, factors: Factors, m: Any = block_map, b: Any = block, s: Any = squared) -> None:
+                m.add(b, number, factors)
+                s += factors.squared_norms()
+
+            losses.append(self._engine.run(checkpoint, items, consume, role).double())
+            bad = ~(squared.isfinite() & block.isfinite().all(1))
+            if bool(bad.any()):
+                raise NonFiniteGradientError(
+                    f"{names[int(bad.nonzero()[0])]} has a NaN or infinite gradient at checkpoint {checkpoint} "
+                    f"({self._engine.task.checkpoints[checkpoint].path}). Check the example, or leave that checkpoint out."
+                )
+            rows.append(block)
+            norms.append(squared)
+        stacked = [torch.stack(part, 1).cpu().numpy() for part in (norms, losses)]
+        return torch.cat(rows, 1).float().cpu().numpy(), stacked[0], stacked[1]
