@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .build import build as build
+    from .building import build as build
     from .checkpoint import Checkpoint as Checkpoint
     from .checkpoint import find_checkpoints as find_checkpoints
     from .errors import GradIndexError as GradIndexError
@@ -34,7 +34,7 @@ _HOMES = {
     "Recorder": "recorder",
     "Retriever": "retrieval",
     "Task": "task",
-    "build": "build",
+    "build": "building",
     "exact_scores": "retrieval",
     "find_checkpoints": "checkpoint",
     "load": "retrieval",

@@ -56,7 +56,7 @@ def build(task: str, out: Path, projection: str, dim: int, seed: int, batch_size
 
     Example: gradindex build scripts/tasks/mnist.py:task --out /tmp/mnist
     """
-    from .build import build as run
+    from .building import build as run
     from .projection import Projection
     from .task import load_task
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .build import describe_map
+from .building import describe_map
 from .errors import ArgumentError, MismatchError
 from .factors import Factors
 from .gradients import Engine, Precision

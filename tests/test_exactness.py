@@ -71,7 +71,7 @@ def reference(task, items, names):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("case", models(), ids=lambda case: case[0])
+@pytest.mark.parametrize("case", list(models()), ids=lambda case: case[0])
 @pytest.mark.parametrize("layers,names", [("*", ("",)), ("0", ("0.",))], ids=["all", "first"])
 def test_exact_scores_equal_autograd(tmp_path, case, layers, names):
     task = make_task(tmp_path, *case[1:], layers)

@@ -68,8 +68,10 @@ class Engine:
         self.learning_rates = [checkpoint.learning_rates(self.parameters) for checkpoint in task.checkpoints]
         self._scales = [{name: eta**0.5 for name, eta in rates.items()} for rates in self.learning_rates]
         # All checkpoints stay in memory: each example is read once and runs through all of them.
+        # A tensor shared under several names is given once, so that all of its uses follow it.
+        unique = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         self._states = [
-            {f"model.{name}": self._cast(tensor) for name, tensor in checkpoint.load(self.model).items()}
+            {f"model.{name}": self._cast(t) for name, t in checkpoint.load(self.model).items() if name in unique}
             for checkpoint in task.checkpoints
         ]
         self._training: list[tuple[nn.Module, bool]] = []
