@@ -1,5 +1,6 @@
 """Scores against a naive float64 reference: autograd on one example at a time."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +37,7 @@ def models():
 
 def make_task(folder, model, shape, loss, layers="*"):
     torch.manual_seed(0)
+    model = copy.deepcopy(model)  # cases are shared between tests
     checkpoints = []
     for number, rate in enumerate(RATES):
         for name, tensor in model.state_dict().items():
