@@ -134,6 +134,13 @@ def test_a_mean_loss_and_an_augmented_data_set_are_refused(tmp_path):
         gradindex.build(replace(task, train=Augmented(*task.train.tensors)), tmp_path / "b")
 
 
+def test_a_module_under_two_names_gets_its_own_weights_back(tmp_path):
+    task = make_task(tmp_path, *list(models())[4][1:])
+    before = [(id(p), p.clone()) for p in task.model.parameters()]
+    gradindex.exact_scores(task, list(task.query))
+    assert all(id(p) == i and torch.equal(p, value) for p, (i, value) in zip(task.model.parameters(), before, strict=True))
+
+
 def test_mode_weights_hooks_and_random_state_are_untouched(tmp_path):
     task = make_task(tmp_path, *next(models())[1:])
     task.model.train()

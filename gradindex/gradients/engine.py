@@ -36,6 +36,22 @@ class _LossModule(nn.Module):
         return self.loss(self.model, batch)
 
 
+def _call(wrapper: nn.Module, state: Mapping[str, Tensor], args: tuple[Any, ...]) -> Tensor:
+    """``functional_call`` that restores modules which stand in the model under two names.
+
+    torch's own tie_weights swaps such a module twice and puts the swapped tensor back; so each
+    module is swapped once, under its first name, and gets the tensor of the first shared name.
+    """
+    first = {id(tensor): name for name, tensor in (*wrapper.named_parameters(), *wrapper.named_buffers())}
+    swapped = {}
+    for prefix, module in wrapper.named_modules():
+        for name, tensor in (*module.named_parameters(prefix, False, False), *module.named_buffers(prefix, False, False)):
+            if first[id(tensor)] in state:
+                swapped[name] = state[first[id(tensor)]]
+    result: Tensor = functional_call(wrapper, swapped, args, tie_weights=False)
+    return result
+
+
 class Engine:
     """Computes factors of the per-example gradients of a task, each scaled by sqrt(eta).
 
@@ -183,7 +199,7 @@ class Engine:
         self._on_gradient = on_gradient
         try:
             with torch.enable_grad():
-                losses = functional_call(wrapper, dict(state), (batch,))
+                losses = _call(wrapper, dict(state), (batch,))
                 self._check_losses(losses, n)
                 leaves = [leaf for leaf in self._leaves]
                 if leaves and losses.requires_grad:
@@ -207,7 +223,7 @@ class Engine:
         def one(tracked: dict[str, Tensor], *slices: Tensor) -> Tensor:
             remaining = iter(slices)
             single = map_tensors(batch, lambda _: next(remaining).unsqueeze(0))
-            return functional_call(wrapper, {**state, **tracked}, (single,)).sum()
+            return _call(wrapper, {**state, **tracked}, (single,)).sum()
 
         tracked = {f"model.{name}": state[f"model.{name}"] for name in names}
         found = vmap(grad(one), in_dims=(None, *([0] * len(parts))))(tracked, *parts)
@@ -221,7 +237,7 @@ class Engine:
         for item in items:
             tracked = {f"model.{name}": state[f"model.{name}"].detach().requires_grad_() for name in names}
             with torch.enable_grad():
-                losses = functional_call(wrapper, {**state, **tracked}, (self._cast(self.task.collate([item])),))
+                losses = _call(wrapper, {**state, **tracked}, (self._cast(self.task.collate([item])),))
                 self._check_losses(losses, 1)
                 if losses.requires_grad:
                     gradients = torch.autograd.grad(losses.sum(), list(tracked.values()), allow_unused=True)
@@ -249,8 +265,8 @@ class Engine:
         with preserved_random_state():
             truth = self._loop_gradients(wrapper, state, self.parameters, None, items)
             with torch.no_grad():
-                alone = torch.cat([functional_call(wrapper, state, (self._cast(self.task.collate([i])),)) for i in items])
-                together = functional_call(wrapper, state, (self._cast(self.task.collate(items)),))
+                alone = torch.cat([_call(wrapper, state, (self._cast(self.task.collate([i])),)) for i in items])
+                together = _call(wrapper, state, (self._cast(self.task.collate(items)),))
             self._check_losses(together, len(items))
             if not torch.allclose(alone, together, rtol=tolerance, atol=tolerance * float(alone.abs().max()), equal_nan=True):
                 raise LossError(
