@@ -14,8 +14,8 @@ from .index import SearchIndex
 from .index.flat import damage
 from .progress import progress
 from .projection import Projection
-from .rows import RowMaker
-from .store import GradientStore, ShardRows, fingerprint
+from .rows import RowMaker, describe
+from .store import GradientStore, ShardRows
 from .task import Task
 from .tree import preserved_random_state
 
@@ -39,8 +39,10 @@ def build(
         precision: of the gradients.
         batch_size: examples per pass; fixed for a store once it is begun.
         shard_rows: rows per file, rounded up to whole batches.
+
     Returns:
         The complete store.
+
     Raises:
         GradIndexError: the task, its data or the folder cannot be used; finished shards stay.
     """
@@ -51,17 +53,14 @@ def build(
     started = time.perf_counter()
     shard_rows = -(-shard_rows // batch_size) * batch_size
     with preserved_random_state(), Engine(task, precision) as engine:
-        engine.check_routes([task.train[0], task.train[task.n_train - 1]])
+        engine.check_routes()
         maker = RowMaker(engine, projection)
         columns = task.column_arrays("train")
-        described = describe_map(engine, projection)
         starts = range(0, task.n_train, shard_rows)
         store = GradientStore.create(
             out,
             {
-                "map": described,
-                "map_fingerprint": fingerprint(described),
-                "data": {"n_train": task.n_train, "fingerprint": task.data_fingerprint()},
+                **describe(engine, projection),
                 "dim": maker.dim,
                 "columns": {name: values.dtype.kind for name, values in columns.items()},
                 "batch_size": batch_size,
@@ -90,30 +89,6 @@ def build(
                 )
         if not store.manifest["sealed"]:
             store.seal({"seconds": round(time.perf_counter() - started, 3)})
-    if damage(store.folder / "index", store.manifest["map_fingerprint"]):
-        SearchIndex.build(store.dim, store.blocks()).save(store.folder / "index", store.manifest["map_fingerprint"])
+    if damage(store.folder / "index", store.manifest["fingerprint"]):
+        SearchIndex.build(store.dim, store.blocks()).save(store.folder / "index", store.manifest["fingerprint"])
     return store
-
-
-def describe_map(engine: Engine, projection: Projection) -> dict[str, Any]:
-    """Everything a row depends on besides the data; two rows compare only when these agree."""
-    task = engine.task
-    return {
-        "model": [[name, list(tensor.shape)] for name, tensor in task.model.state_dict().items()],
-        "loss": getattr(task.loss, "__qualname__", type(task.loss).__qualname__),
-        "layers": [
-            {"name": x.name, "parameters": list(x.parameters), "shape": [x.rows, x.columns], "route": x.route}
-            for x in engine.layers
-        ],
-        "checkpoints": [
-            {
-                "sha256": checkpoint.sha256(),
-                "step": checkpoint.step,
-                "weighting": checkpoint.weight_source,
-                "learning_rates": rates,
-            }
-            for checkpoint, rates in zip(task.checkpoints, engine.learning_rates, strict=True)
-        ],
-        "projection": {"kind": projection.kind, "dim": projection.dim, "seed": projection.seed},
-        "precision": engine.precision,
-    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import hashlib
 import os
 import pickle
 import re
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, CheckpointError, DependencyError
+from .files import sha256
 from .recorder import MODEL_KEY, RECORD_KEY, recorded_groups
 
 Weighting = Literal["learning_rate", "integrated", "uniform"]
@@ -61,7 +61,9 @@ class Checkpoint:
         rates = given.values() if isinstance(given, Mapping) else [] if given is None else [given]
         for rate in rates:
             if not (rate >= 0 and rate < float("inf")):
-                raise ArgumentError(f"{self.path} has learning rate {rate}, but a rate must be finite and not negative.")
+                raise ArgumentError(
+                    f"{self.path} has learning rate {rate}, but a rate must be finite and not negative."
+                )
 
     def load(self, model: nn.Module) -> dict[str, Tensor]:
         """The weights, by the names of ``model.state_dict()``.
@@ -89,7 +91,7 @@ class Checkpoint:
         return weights
 
     def learning_rates(self, parameters: Sequence[str]) -> dict[str, float]:
-        """eta of each named parameter.
+        """Eta of each named parameter.
 
         Raises:
             CheckpointError: no weight is known for one of them.
@@ -103,7 +105,9 @@ class Checkpoint:
         if self.learning_rate is None:
             record = read_record(Path(self.path))
             if record is None:
-                raise CheckpointError(f"{self.path} has no recorded learning rate, so its weight eta is unknown. {way_out}")
+                raise CheckpointError(
+                    f"{self.path} has no recorded learning rate, so its weight eta is unknown. {way_out}"
+                )
             rates: Mapping[str, float] = recorded_groups(record, _RECORDED_FIELD[self.weighting])
             for prefix in _USUAL_PREFIXES:
                 rates = {name.removeprefix(prefix): rate for name, rate in rates.items()} | dict(rates)
@@ -132,11 +136,8 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """SHA-256 of the file, in hexadecimal."""
-        state = hashlib.sha256()
-        with _opened(Path(self.path)) as file:
-            while block := file.read(1 << 22):
-                state.update(block)
-        return state.hexdigest()
+        with _opened(Path(self.path)):
+            return sha256(Path(self.path))
 
     def _weights(self, content: Any) -> dict[str, Tensor]:
         if self.key is not None:
@@ -189,20 +190,25 @@ def find_checkpoints(
         pattern: a glob such as ``"runs/mnist/*.pt"``, or a folder.
         learning_rate: eta where ``Recorder`` did not save it: a number, numbers by parameter
             name, or a function of the step (a schedule).
-        weighting, key, prefix: see :class:`Checkpoint`.
+        weighting: see :class:`Checkpoint`.
+        key: see :class:`Checkpoint`.
+        prefix: see :class:`Checkpoint`.
+
     Returns:
         At least one checkpoint, by ascending step.
+
     Raises:
         CheckpointError: nothing matches, or a file has no step.
     """
-    pattern = os.fspath(pattern)
-    if os.path.isdir(pattern):
-        suffixes = ("*.pt", "*.pth", "*.safetensors")
-        paths = [path for suffix in suffixes for path in glob.glob(os.path.join(glob.escape(pattern), suffix))]
+    folder = Path(pattern)
+    if folder.is_dir():
+        paths = [str(path) for suffix in ("*.pt", "*.pth", "*.safetensors") for path in folder.glob(suffix)]
     else:
-        paths = glob.glob(pattern)
+        paths = glob.glob(os.fspath(pattern))  # noqa: PTH207  # Path.glob refuses absolute patterns
     if not paths:
-        raise CheckpointError(f"No checkpoint matches {pattern}. Check the path, or train with gradindex.Recorder first.")
+        raise CheckpointError(
+            f"No checkpoint matches {pattern}. Check the path, or train with gradindex.Recorder first."
+        )
     found = []
     for path in paths:
         record = read_record(Path(path))

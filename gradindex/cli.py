@@ -5,32 +5,44 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import __version__
-from .errors import ArgumentError, GradIndexError
+from .errors import GradIndexError, check_k
 
 
 class _OneLineErrors(click.Group):
+    """Turns every error that gradindex raises on purpose into one line and exit code 1."""
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except GradIndexError as error:
+            if ctx.params["traceback"]:
+                raise
             raise click.ClickException(" ".join(str(error).split())) from error
 
 
-@click.group(cls=_OneLineErrors)
+@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-def main() -> None:
-    """Which training examples made my model do this? (TracIn, as a search engine.)"""
+@click.option("--traceback", is_flag=True, help="On an error, show where it came from.")
+def main(traceback: bool) -> None:
+    """Which training examples made my model do this? Answered by TracIn, as a search engine."""
 
 
-def _show(records: list[dict[str, Any]], as_json: bool, as_csv: bool, note: str) -> None:
-    from .hits import table
+_PATH = click.Path(path_type=Path)
+_FOLDER = click.argument("folder", metavar="DIR", type=_PATH)
+_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+_CSV = click.option("--csv", "as_csv", is_flag=True, help="CSV instead of a table.")
 
+
+def _show(records: Sequence[dict[str, Any]], text: str, note: str, as_json: bool, as_csv: bool) -> None:
+    if as_json and as_csv:
+        raise click.UsageError("Give --json or --csv, not both.")
     if as_json:
         click.echo(json.dumps({"note": note, "records": records}))
     elif as_csv:
@@ -39,20 +51,35 @@ def _show(records: list[dict[str, Any]], as_json: bool, as_csv: bool, note: str)
         writer.writerows(records)
         click.echo(note, err=True)
     else:
-        click.echo(f"{table(records)}\n{note}")
+        click.echo(text)
+
+
+@main.command()
+@click.option("--out", type=_PATH, default="gradindex-demo", show_default=True, help="Folder for all that it makes.")
+def demo(out: Path) -> None:
+    """Try everything on real handwritten digits: train, build, ask, report.
+
+    Takes less than a minute on a CPU, needs the extra "demo", and prints the path of its report last.
+
+    Example: gradindex demo --out /tmp/gradindex-demo
+    """
+    from .demo import run
+
+    click.echo(run(out))
 
 
 @main.command()
 @click.argument("task")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the store.")
+@click.option("--out", required=True, type=_PATH, metavar="DIR", help="Folder of the store.")
 @click.option("--projection", type=click.Choice(["tensorsketch", "none"]), default="tensorsketch", show_default=True)
-@click.option("--dim", default=1024, show_default=True, help="Numbers per checkpoint.")
+@click.option("--dim", default=1024, show_default=True, help="Numbers per checkpoint (tensorsketch).")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random map.")
-@click.option("--batch-size", default=256, show_default=True)
-def build(task: str, out: Path, projection: str, dim: int, seed: int, batch_size: int) -> None:
+@click.option("--precision", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
+@click.option("--batch-size", default=256, show_default=True, help="Examples per pass.")
+def build(task: str, out: Path, projection: Any, dim: int, seed: int, precision: Any, batch_size: int) -> None:
     """Build the store and index of TASK (path/to/file.py:name or package.module:name).
 
-    Run it again to go on after an interruption.
+    Run it again to go on after an interruption: finished shards are kept.
 
     Example: gradindex build scripts/tasks/mnist.py:task --out /tmp/mnist
     """
@@ -60,57 +87,64 @@ def build(task: str, out: Path, projection: str, dim: int, seed: int, batch_size
     from .projection import Projection
     from .task import load_task
 
-    chosen = Projection(projection, dim, seed)  # type: ignore[arg-type]  # click.Choice allows the two literals alone
-    store = run(load_task(task), out, projection=chosen, batch_size=batch_size)
-    click.echo(f"{store.n_train} rows of {store.dim} numbers at {store.n_checkpoints} checkpoints in {out}")
+    chosen = Projection(projection, dim, seed)
+    store = run(load_task(task), out, projection=chosen, precision=precision, batch_size=batch_size)
+    click.echo(f"{out}: {store.n_train:,} rows of {store.dim:,} numbers, from {store.n_checkpoints} checkpoints")
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--task", required=True, help="The task that the store was built from.")
+@_FOLDER
+@click.option("--task", required=True, help="The task that the store was built from, as for build.")
 @click.option("-q", "--position", multiple=True, type=int, help="Position in the task's query data; repeatable.")
 @click.option("--train-id", multiple=True, type=int, help="Training id as the query; repeatable.")
-@click.option("--file", "path", type=click.Path(path_type=Path), help="A file that the task's read_query reads.")
+@click.option("--file", "path", type=_PATH, help="A file that the task's read_query reads.")
 @click.option("-k", default=10, show_default=True, help="Hits for each query.")
-@click.option("--opponents", is_flag=True, help="Lowest scores instead of highest.")
-@click.option("--rerank", type=click.Choice(["exact", "none"]), default="exact", show_default=True)
-@click.option("--candidates", type=int, help="Candidates to re-score, by default 10 k.")
-@click.option("--json", "as_json", is_flag=True)
-@click.option("--csv", "as_csv", is_flag=True)
+@click.option("--kind", type=click.Choice(["both", "proponents", "opponents"]), default="both", show_default=True)
+@click.option(
+    "--rerank",
+    type=click.Choice(["exact", "none"]),
+    default="exact",
+    show_default=True,
+    help="Settle the order by exact scores, or show the index's estimates.",
+)
+@click.option("--candidates", type=int, help="Candidates to settle by exact scores, by default 10 k.")
+@click.option("--html", type=_PATH, help="Also write a page with pictures here (extra \"demo\").")  # fmt: skip
+@_JSON
+@_CSV
 def query(
     folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None,
-    k: int, opponents: bool, rerank: str, candidates: int | None, as_json: bool, as_csv: bool,
+    kind: str, html: Path | None, as_json: bool, as_csv: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Show the top training examples of queries.
+    """Show the top training examples behind queries: proponents, opponents or both.
 
-    Example: gradindex query /tmp/mnist --task scripts/tasks/mnist.py:task -q 0 -k 5
+    Example: gradindex query /tmp/mnist --task scripts/tasks/mnist.py:task --position 0 -k 5
     """
     if bool(position) + bool(train_id) + bool(path) != 1:
         raise click.UsageError("Give exactly one of --position, --train-id and --file.")
-    from .hits import SIGN
+    from .hits import as_text
     from .retrieval import load
     from .task import load_task
 
     loaded = load_task(task)
-    if path is not None:
-        if loaded.read_query is None:
-            raise ArgumentError("The task has no read_query, so it cannot read queries from a file. Add read_query= to Task.")
-        if not path.exists():
-            raise ArgumentError(f"{path} does not exist.")
-        queries: Any = loaded.read_query(path)
-    else:
-        queries = list(position or train_id)
-    source: Any = "train" if train_id else "query"
-    options: dict[str, Any] = {"source": source, "rerank": rerank, "candidates": candidates}
-    hits = load(folder, loaded).search(queries, k, opponents=opponents, **options)
-    _show(hits.records(), as_json, as_csv, f"{hits.scored} TracInCP scores; {SIGN}")
+    queries = loaded.read_queries(path) if path else list(position or train_id)
+    retriever = load(folder, loaded)
+    answers = [
+        retriever.search(queries, opponents=name == "opponents", source="train" if train_id else "query", **options)
+        for name in ("proponents", "opponents")
+        if kind in (name, "both")
+    ]
+    if html:
+        answers[0].save_html(html, *answers[1:])
+        click.echo(html, err=True)
+    records = [record for hits in answers for record in hits.records()]
+    _show(records, as_text(answers), answers[0].note, as_json, as_csv)
 
 
 @main.command("self-influence")
-@click.argument("folder", type=click.Path(path_type=Path))
+@_FOLDER
 @click.option("-k", default=20, show_default=True, help="How many.")
-@click.option("--json", "as_json", is_flag=True)
-@click.option("--csv", "as_csv", is_flag=True)
+@_JSON
+@_CSV
 def self_influence(folder: Path, k: int, as_json: bool, as_csv: bool) -> None:
     """Show the training examples with the highest self-influence: mislabelled, rare or ambiguous.
 
@@ -118,49 +152,66 @@ def self_influence(folder: Path, k: int, as_json: bool, as_csv: bool) -> None:
     """
     import numpy as np
 
+    from .hits import table
     from .store import GradientStore
 
     store = GradientStore(folder)
-    if not 1 <= k <= store.n_train:
-        raise ArgumentError(f"k is {k}, but must be between 1 and the number of training examples, {store.n_train}.")
+    check_k(k, store.n_train)
     scores = store.self_influence().sum(1)
     top = np.argsort(-scores, kind="stable")[:k]
-    columns = {name: store.column(name) for name in store.columns}
+    columns = {name: store.column(name, top) for name in store.columns}
     records = [
-        {"rank": r + 1, "id": int(i), "self_influence": float(scores[i])} | {n: v[i].item() for n, v in columns.items()}
-        for r, i in enumerate(top)
+        {"rank": rank + 1, "id": int(i), "self_influence": float(scores[i])}
+        | {name: values[rank].item() for name, values in columns.items()}
+        for rank, i in enumerate(top)
     ]
-    _show(records, as_json, as_csv, "exact TracInCP(z, z); high for mislabelled, rare and ambiguous examples")
+    note = "exact TracInCP of an example with itself, never negative; high for mislabelled, rare and ambiguous examples"
+    _show(records, f"{table(records)}\n{note}", note, as_json, as_csv)
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True)
+@_FOLDER
+@_JSON
 def info(folder: Path, as_json: bool) -> None:
-    """Show what a store holds.
+    """Show what a store holds: data, layers, checkpoints with their weights, projection, index.
 
     Example: gradindex info /tmp/mnist
     """
+    from .hits import table
     from .index.flat import describe
     from .store import GradientStore
 
     store = GradientStore(folder, sealed=False)
+    index, described = describe(folder / "index"), store.manifest["map"]
     if as_json:
-        click.echo(json.dumps(store.manifest | {"index": describe(folder / "index")}))
+        click.echo(json.dumps(store.manifest | {"index": index}))
         return
-    described = store.manifest["map"]
-    click.echo(f"{store.manifest['task']}: {store.n_train} rows of {store.dim} numbers, projection {described['projection']}")
-    click.echo("complete" if store.manifest["sealed"] else f"unfinished: {len(store.finished())} shards done")
-    for number, item in enumerate(described["checkpoints"]):
-        rates = sorted(set(item["learning_rates"].values()))
-        click.echo(f"checkpoint {number}: step {item['step']}, eta {rates} ({item['weighting']})")
-    for layer in described["layers"]:
-        click.echo(f"layer {layer['name']}: {layer['shape'][0]} x {layer['shape'][1]}, route {layer['route']}")
-    click.echo(f"index: {(describe(folder / 'index') or {}).get('kind', 'none')}")
+    state = "complete" if store.manifest["sealed"] else f"unfinished, {len(store.finished())} shards done"
+    projection = described["projection"]
+    sketch = f", {projection['dim']} a checkpoint, seed {projection['seed']}" if projection["kind"] != "none" else ""
+    checkpoints = [
+        {
+            "checkpoint": number,
+            "step": item["step"],
+            "eta": ", ".join(f"{rate:.6g}" for rate in sorted(set(item["learning_rates"].values()))),
+            "weighting": item["weighting"],
+        }
+        for number, item in enumerate(described["checkpoints"])
+    ]
+    layers = [
+        {"layer": x["name"] or "(model)", "rows": x["shape"][0], "columns": x["shape"][1], "route": x["route"]}
+        for x in described["layers"]
+    ]
+    click.echo(
+        f"{store.manifest['task']}: {store.n_train:,} rows of {store.dim:,} numbers ({state})\n"
+        f"projection {projection['kind']}{sketch}; gradients in {described['precision']}\n"
+        f"columns: {', '.join(store.columns) or 'none'}; index: {index['kind'] if index else 'none'}\n\n"
+        f"{table(checkpoints)}\n\n{table(layers)}"
+    )
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@_FOLDER
 def verify(folder: Path) -> None:
     """Read every file of a store and compare it with its checksum.
 
@@ -172,8 +223,8 @@ def verify(folder: Path) -> None:
 
     store = GradientStore(folder)
     problems = store.verify()
-    problem = damage(folder / "index", store.manifest["map_fingerprint"])
-    problems += [problem] if problem else []
+    index_problem = damage(folder / "index", store.manifest["fingerprint"])
+    problems += [index_problem] if index_problem else []
     if problems:
         raise StoreError("; ".join(problems))
-    click.echo(f"{folder}: {store.n_train} rows in {len(store.manifest['shards'])} shards and the index are sound")
+    click.echo(f"{folder}: {store.n_train:,} rows in {len(store.manifest['shards'])} shards and the index are sound")

@@ -49,3 +49,13 @@ class MismatchError(GradIndexError, ValueError):
 
 class DependencyError(GradIndexError, ImportError):
     """An optional package is missing or installed twice."""
+
+
+def check_k(k: int, n_train: int) -> None:
+    """Refuse a number of hits that there cannot be.
+
+    Raises:
+        ArgumentError: ``k`` is below 1 or above ``n_train``.
+    """
+    if not 1 <= k <= n_train:
+        raise ArgumentError(f"k is {k}, but must be between 1 and the number of training examples, {n_train}.")

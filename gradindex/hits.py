@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-SIGN = "positive score = training on this example lowered the loss on the query (proponent); negative = raised it (opponent)"
+from .errors import DependencyError
+from .report import Card, Section, Tile, cards_html, write_page
+
+SIGN = (
+    "positive score = training on this example lowered the loss on the query (proponent); "
+    "negative = raised it (opponent)"
+)
+
+# What a notebook shows of a large answer; ids and scores hold the rest.
+_NOTEBOOK_QUERIES, _NOTEBOOK_HITS = 5, 10
 
 
 @dataclass(frozen=True)
 class Hits:
-    """Top-k training examples of each query; prints as a table.
+    """Top-k training examples of each query; prints as a table, in a notebook with pictures.
 
     Args:
         ids: (n_query, k) int64.
@@ -24,6 +35,9 @@ class Hits:
         scored: ``"exact"`` TracInCP, or ``"projected"``, its unbiased estimate.
         queries: what to call each query.
         columns: by name (n_query, k), of the training examples.
+        query_columns: by name (n_query,), of the queries.
+        show_train: what a person should see of a training id, where the task says so.
+        show_query: the same for the position of a query in this answer.
     """
 
     ids: NDArray[np.int64]
@@ -32,9 +46,12 @@ class Hits:
     scored: str
     queries: tuple[str, ...]
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    query_columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    show_train: Callable[[int], Any] | None = field(default=None, repr=False)
+    show_query: Callable[[int], Any] | None = field(default=None, repr=False)
 
     def records(self) -> list[dict[str, Any]]:
-        """One mapping for each hit."""
+        """One mapping for each hit: query, kind, rank, id, score and the columns."""
         return [
             {
                 "query": query,
@@ -48,17 +65,104 @@ class Hits:
             for rank in range(self.ids.shape[1])
         ]
 
+    def first(self, queries: int, k: int) -> Hits:
+        """The same answer cut to its first queries and its k first hits."""
+        return replace(
+            self,
+            ids=self.ids[:queries, :k],
+            scores=self.scores[:queries, :k],
+            queries=self.queries[:queries],
+            columns={name: values[:queries, :k] for name, values in self.columns.items()},
+            query_columns={name: values[:queries] for name, values in self.query_columns.items()},
+        )
+
+    @property
+    def note(self) -> str:
+        """One sentence: how the scores were computed and what their sign means."""
+        return f"{self.scored} TracInCP scores; {SIGN}"
+
     def __str__(self) -> str:
-        return f"{table(self.records())}\n{self.scored} TracInCP scores; {SIGN}"
+        return as_text([self])
 
     def _repr_html_(self) -> str:
+        if self.show_train is not None:
+            try:
+                shown = cards_html(make_cards([self.first(_NOTEBOOK_QUERIES, _NOTEBOOK_HITS)]))
+            except DependencyError as error:
+                return f"<pre>{escape(str(self))}\n{escape(str(error))}</pre>"
+            more = len(self.queries) > _NOTEBOOK_QUERIES or self.ids.shape[1] > _NOTEBOOK_HITS
+            rest = f"<p>The first {_NOTEBOOK_QUERIES} queries and {_NOTEBOOK_HITS} hits.</p>" if more else ""
+            return f"{shown}{rest}<p>{escape(self.note)}</p>"
         return f"<pre>{escape(str(self))}</pre>"
 
+    def save_html(self, path: str | os.PathLike[str], *others: Hits) -> None:
+        """Write a self-contained page with what ``Task.show`` gives of queries and hits.
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Records of the same keys as an aligned text table."""
+        Args:
+            path: the file.
+            others: answers to the same queries, such as the opponents, shown beside these.
+
+        Raises:
+            DependencyError: the extra ``demo`` is not installed.
+            StoreError: the file cannot be written.
+        """
+        section = Section("Queries", cards=make_cards([self, *others]))
+        write_page(Path(path), "Training examples behind the predictions", self.note, [section])
+
+
+def as_text(answers: Sequence[Hits]) -> str:
+    """Answers to the same queries as text: query by query a table for each answer, and what the sign means."""
+    blocks = []
+    for row, query in enumerate(answers[0].queries):
+        about = ", ".join(f"{name} {values[row]}" for name, values in answers[0].query_columns.items())
+        for answer in answers:
+            one = replace(
+                answer,
+                ids=answer.ids[[row]],
+                scores=answer.scores[[row]],
+                queries=(query,),
+                columns={name: values[[row]] for name, values in answer.columns.items()},
+            )
+            records = [{n: v for n, v in record.items() if n not in ("query", "kind")} for record in one.records()]
+            blocks.append(f"{query}{f' ({about})' if about else ''}: {answer.kind}\n{table(records)}")
+    return "\n\n".join([*blocks, answers[0].note])
+
+
+def make_cards(answers: Sequence[Hits]) -> list[Card]:
+    """Answers to the same queries as cards, one for each query."""
+    first = answers[0]
+    cards = []
+    for row, name in enumerate(first.queries):
+        query = _tile(name, {n: v[row] for n, v in first.query_columns.items()}, None, first.show_query, row)
+        rows = {
+            answer.kind: [
+                _tile(f"id {i}", {n: v[row, r] for n, v in answer.columns.items()}, float(score), answer.show_train, i)
+                for r, (i, score) in enumerate(zip(answer.ids[row].tolist(), answer.scores[row], strict=True))
+            ]
+            for answer in answers
+        }
+        cards.append(Card(query, rows))
+    return cards
+
+
+def _tile(
+    title: str, values: Mapping[str, Any], score: float | None, show: Callable[[int], Any] | None, which: int
+) -> Tile:
+    flags = [name for name, value in values.items() if isinstance(value, np.bool_) and value]
+    lines = [f"{name} {value}" for name, value in values.items() if not isinstance(value, np.bool_)]
+    return Tile(None if show is None else show(which), title, lines, flags, score)
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Records of the same keys as an aligned text table: numbers to the right, texts to the left."""
     if not records:
         return "(nothing)"
-    cells = [list(records[0])] + [[f"{v:.5g}" if isinstance(v, float) else str(v) for v in r.values()] for r in records]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+    lines = [list(records[0])] + [[f"{v:.5g}" if isinstance(v, float) else str(v) for v in r.values()] for r in records]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    left = [isinstance(value, str) for value in records[0].values()]
+
+    def aligned(line: list[str]) -> str:
+        cells = zip(line, widths, left, strict=True)
+        return "  ".join(cell.ljust(width) if to_left else cell.rjust(width) for cell, width, to_left in cells).rstrip()
+
+    return "\n".join(map(aligned, lines))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, CheckpointError
+from .files import replacing
 
 RECORD_KEY = "gradindex"
 MODEL_KEY = "model"
@@ -42,6 +43,7 @@ class Recorder:
         first_step: the number of steps already taken, when a training goes on.
         overwrite: delete an earlier training's ``step_*.pt`` in ``directory`` instead of
             refusing to mix two trainings.
+
     Raises:
         ArgumentError: the folder holds another training's checkpoints, or the optimizer
             holds parameters that are not the model's.
@@ -116,9 +118,8 @@ class Recorder:
             record["second_moments"] = self._read_second_moments()
         state = {name: tensor.detach().cpu() for name, tensor in self._model.state_dict().items()}
         path = self._directory / f"step_{self.step:08d}.pt"
-        temporary = path.with_suffix(f".tmp{os.getpid()}")
-        torch.save({MODEL_KEY: state, RECORD_KEY: record}, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save({MODEL_KEY: state, RECORD_KEY: record}, temporary)
         self._sums.clear()
         return path
 

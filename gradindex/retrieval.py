@@ -10,20 +10,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .building import describe_map
-from .errors import ArgumentError, MismatchError
+from .errors import ArgumentError, MismatchError, NonFiniteGradientError, check_k
 from .factors import Factors
 from .gradients import Engine, Precision
 from .hits import Hits
 from .index import SearchIndex
 from .progress import progress
 from .projection import Projection
-from .rows import RowMaker
-from .store import GradientStore
+from .rows import RowMaker, describe
+from .store import GradientStore, differences
 from .task import Task
 from .tree import preserved_random_state
 
 Rerank = Literal["exact", "none"]
+Source = Literal["query", "train"]
+
+# Memory for the gradients of queries while they are compared; more queries go in turns.
+_QUERY_BYTES = 2 << 30
 
 
 def exact_scores(
@@ -31,7 +34,7 @@ def exact_scores(
     items: Sequence[Any],
     ids: NDArray[np.int64] | None = None,
     *,
-    role: str = "query",
+    role: Source = "query",
     precision: Precision = "float32",
     batch_size: int = 256,
 ) -> NDArray[Any]:
@@ -42,43 +45,81 @@ def exact_scores(
     Source: Pruthi et al. 2020 (arXiv:2002.08484), section 3.3.
 
     Args:
-        items: the queries.
+        task: the model, its checkpoints and its training data.
+        items: the queries, as the task's data sets hand them out.
         ids: (m,) training ids, by default all.
         role: whether queries are scored with the ``"query"`` or the ``"train"`` loss.
+        precision: of the gradients and scores.
+        batch_size: training examples per pass.
+
     Returns:
         (n_query, m) in ``precision``, signed; positive = proponent.
+
+    Raises:
+        ArgumentError: there are no queries, or an id is out of range.
+        GradIndexError: the task cannot be used as it is.
     """
+    items = list(items)
+    if not items:
+        raise ArgumentError("There are no queries. Give at least one item.")
+    ids = np.arange(task.n_train, dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)
+    wrong = ids[(ids < 0) | (ids >= task.n_train)]
+    if len(wrong):
+        raise ArgumentError(f"There is no training id {wrong[0]}; ids go from 0 to {task.n_train - 1}.")
     with preserved_random_state(), Engine(task, precision) as engine:
-        engine.check_routes([task.train[0], task.train[task.n_train - 1]])
-        ids = np.arange(task.n_train, dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)
-        return _exact(engine, list(items), ids, role, batch_size)
+        engine.check_routes()
+        return _exact(engine, items, ids, role, batch_size)
 
 
 def _exact(engine: Engine, items: list[Any], ids: NDArray[np.int64], role: str, batch_size: int) -> NDArray[Any]:
+    each = sum(layer.size for layer in engine.layers) * engine.n_checkpoints * engine.dtype.itemsize
+    at_once = max(1, _QUERY_BYTES // each)
+    parts = [items[start : start + at_once] for start in range(0, len(items), at_once)]
+    with progress("exact scores", len(ids) * len(parts), "rows") as advance:
+        scores = [_exact_part(engine, part, ids, role, batch_size, advance) for part in parts]
+    return np.concatenate(scores)
+
+
+def _exact_part(
+    engine: Engine, items: list[Any], ids: NDArray[np.int64], role: str, batch_size: int, advance: Any
+) -> NDArray[Any]:
     scores = torch.zeros(len(items), len(ids), dtype=engine.dtype, device=engine.device)
     queries: list[dict[int, Factors]] = []
     for checkpoint in range(engine.n_checkpoints):
         found: dict[int, Factors] = {}
         engine.run(checkpoint, items, found.__setitem__, role)
         queries.append(found)
-    with progress("exact scores", len(ids), "rows") as advance:
-        for start in range(0, len(ids), batch_size):
-            part = ids[start : start + batch_size]
-            batch = [engine.task.train[int(i)] for i in part]
-            target = scores[:, start : start + len(part)]
-            for checkpoint, found in enumerate(queries):
+    for start in range(0, len(ids), batch_size):
+        part = ids[start : start + batch_size]
+        batch = [engine.task.train[int(i)] for i in part]
+        target = scores[:, start : start + len(part)]
+        for checkpoint, found in enumerate(queries):
 
-                def consume(number: int, factors: Factors, q: Any = found, t: Any = target) -> None:
-                    if number in q:
-                        t += q[number].products(factors)
+            def consume(number: int, factors: Factors, q: Any = found, t: Any = target) -> None:
+                if number in q:
+                    t += q[number].products(factors)
 
-                engine.run(checkpoint, batch, consume)
-            advance(len(part))
+            engine.run(checkpoint, batch, consume)
+        advance(len(part))
+    bad = ~scores.isfinite()
+    if bool(bad.any()):
+        query, column = bad.nonzero()[0].tolist()
+        who = f"Query {query} of {len(items)}" if bool(bad[query].all()) else f"Training example {ids[column]}"
+        raise NonFiniteGradientError(f"{who} has a NaN or infinite gradient. Check the example.")
     return scores.cpu().numpy()
 
 
 class Retriever:
-    """An open store, its index and its task, ready for queries. Make one with :func:`load`."""
+    """An open store, its index and its task, ready for queries. Make one with :func:`load`.
+
+    Args:
+        store: a complete store.
+        task: the task that it was built from.
+
+    Raises:
+        MismatchError: the task is not the store's; says what differs.
+        IndexFileError: the index is missing, damaged, or of other rows.
+    """
 
     def __init__(self, store: GradientStore, task: Task) -> None:
         self.store = store
@@ -87,25 +128,29 @@ class Retriever:
         self._projection = Projection(**stored["projection"])
         self._engine = Engine(task, stored["precision"])
         with preserved_random_state(), self._engine as engine:
-            engine.check_routes([task.train[0], task.train[task.n_train - 1]])
-        now = describe_map(self._engine, self._projection)
-        differing = [name for name in now if now[name] != stored.get(name)]
-        if task.n_train != store.n_train:
-            differing.append(f"data length ({store.n_train} stored, {task.n_train} now)")
-        elif task.data_fingerprint() != store.manifest["data"]["fingerprint"]:
-            differing.append("data")
+            engine.check_routes()
+            differing = differences(store.manifest, describe(engine, self._projection))
+            if not differing and not self._losses_agree(engine):
+                differing = ["the losses of training examples (so the model's code or the loss)"]
         if differing:
             raise MismatchError(
-                f"The task does not match {store.folder}: {', '.join(differing)} differ. "
-                "Use the task that the store was built from."
+                f"The task does not match {store.folder}: {'; '.join(differing)} differ. "
+                "Use the task that the store was built from, or build a new store."
             )
-        self._index = SearchIndex.load(store.folder / "index", store.manifest["map_fingerprint"])
+        self._index = SearchIndex.load(store.folder / "index", store.manifest["fingerprint"])
 
-    def proponents(self, queries: Any, k: int = 10, **options: Any) -> Hits:
+    def _losses_agree(self, engine: Engine) -> bool:
+        """Names and shapes cannot tell a changed activation or loss; two losses can."""
+        ids = np.array([0, self.store.n_train - 1])
+        then = self.store.losses(ids)
+        now = np.stack([engine.losses(c, self.task.first_and_last()) for c in range(engine.n_checkpoints)], 1)
+        return bool(np.allclose(then, now, rtol=1e-2, atol=1e-3))
+
+    def proponents(self, queries: int | Sequence[Any], k: int = 10, **options: Any) -> Hits:
         """The k training examples with the highest scores; options as in :meth:`search`."""
         return self.search(queries, k, opponents=False, **options)
 
-    def opponents(self, queries: Any, k: int = 10, **options: Any) -> Hits:
+    def opponents(self, queries: int | Sequence[Any], k: int = 10, **options: Any) -> Hits:
         """The k training examples with the lowest scores; options as in :meth:`search`."""
         return self.search(queries, k, opponents=True, **options)
 
@@ -115,57 +160,93 @@ class Retriever:
         k: int = 10,
         *,
         opponents: bool = False,
-        source: Literal["query", "train"] = "query",
+        source: Source = "query",
         candidates: int | None = None,
         rerank: Rerank = "exact",
     ) -> Hits:
-        """Top-k of each query.
+        """Top-k training examples of each query.
+
+        The index proposes candidates by projected scores (for opponents with the negated
+        query); exact TracInCP of these settles the order.
 
         Args:
             queries: positions in ``task.query`` (or ids, with ``source="train"``), or items.
             k: how many, from 1 to n_train.
+            opponents: the lowest scores instead of the highest.
+            source: where positions are looked up; the query loss is explained either way.
             candidates: how many the index proposes for exact re-scoring, by default 10 k.
             rerank: ``"exact"``, or ``"none"`` for the index's own estimates.
+
+        Returns:
+            Hits with ids and scores of shape (n_query, k).
+
         Raises:
             ArgumentError: ``k``, a position or an option is out of range.
         """
         n = self.store.n_train
-        if not 1 <= k <= n:
-            raise ArgumentError(f"k is {k}, but must be between 1 and the number of training examples, {n}.")
+        check_k(k, n)
         if rerank not in ("exact", "none"):
             raise ArgumentError(f"rerank is {rerank!r}, but must be 'exact' or 'none'.")
-        items, names = self._items(queries, source)
-        wanted = k if rerank == "none" else min(n, max(k, 10 * k if candidates is None else candidates))
+        if candidates is not None and (rerank == "none" or candidates < k):
+            raise ArgumentError(
+                f"candidates is {candidates}, but must be at least k, {k}, and goes with rerank='exact' alone."
+            )
+        items, names, query_columns = self._resolve(queries, source)
+        wanted = k if rerank == "none" else min(n, 10 * k if candidates is None else candidates)
         sign = -1.0 if opponents else 1.0
         with preserved_random_state(), self._engine as engine:
             rows = RowMaker(engine, self._projection).rows(items, names, "query")[0]
+            scores: NDArray[Any]
             scores, ids = self._index.search(np.asarray(sign * rows, dtype=np.float32), wanted)
             if rerank == "exact":
                 union = np.unique(ids)
                 exact = sign * _exact(engine, items, union, "query", self.store.manifest["batch_size"])
-                scores = np.take_along_axis(exact, np.searchsorted(union, ids), 1)
-                order = np.lexsort((ids, -scores), axis=1)[:, :k]
-                scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
-        columns = {name: self.store.column(name)[ids] for name in self.store.columns}
-        kind = "opponents" if opponents else "proponents"
-        return Hits(ids, sign * scores, kind, "exact" if rerank == "exact" else "projected", tuple(names), columns)
+                found = np.take_along_axis(exact, np.searchsorted(union, ids), 1)
+                order = np.lexsort((ids, -found), axis=1)[:, :k]
+                scores, ids = np.take_along_axis(found, order, 1), np.take_along_axis(ids, order, 1)
+        show = self.task.show
+        return Hits(
+            ids=ids,
+            scores=sign * scores,
+            kind="opponents" if opponents else "proponents",
+            scored="exact" if rerank == "exact" else "projected",
+            queries=tuple(names),
+            columns={name: self.store.column(name, ids) for name in self.store.columns},
+            query_columns=query_columns,
+            show_train=None if show is None else lambda i: show(self.task.train[i]),
+            show_query=None if show is None else lambda row: show(items[row]),
+        )
 
-    def _items(self, queries: int | Sequence[Any], source: str) -> tuple[list[Any], list[str]]:
+    def _resolve(
+        self, queries: int | Sequence[Any], source: Source
+    ) -> tuple[list[Any], list[str], dict[str, NDArray[Any]]]:
+        """Items, names and columns of queries given as positions or as items."""
+        if source not in ("query", "train"):
+            raise ArgumentError(f"source is {source!r}, but must be 'query' or 'train'.")
         chosen = [queries] if isinstance(queries, (int, np.integer)) else list(queries)
         if not chosen:
             raise ArgumentError("There are no queries. Give at least one position or item.")
         if not all(isinstance(q, (int, np.integer)) for q in chosen):
-            return chosen, [f"item {i}" for i in range(len(chosen))]
-        data = self.task.train if source == "train" else self.task.query
-        n = self.task.n_train if source == "train" else self.task.n_query
+            return chosen, [f"item {i}" for i in range(len(chosen))], {}
+        data, n = (self.task.train, self.task.n_train) if source == "train" else (self.task.query, self.task.n_query)
+        if data is None:
+            raise ArgumentError(
+                "The task has no query data to look positions up in. "
+                "Give items, give Task(query=...), or ask for training examples with source='train'."
+            )
         for q in chosen:
-            if data is None or not 0 <= q < n:
-                raise ArgumentError(f"There is no {source} example {q}; the task has {n}. Positions start at 0.")
-        return [data[int(q)] for q in chosen], [f"{source} {q}" for q in chosen]  # type: ignore[index]  # None refused above
+            if not 0 <= q < n:
+                raise ArgumentError(f"There is no {source} example {q}; positions go from 0 to {n - 1}.")
+        columns = {name: values[chosen] for name, values in self.task.column_arrays(source).items()}
+        return [data[int(q)] for q in chosen], [f"{source} {q}" for q in chosen], columns
 
 
 def load(folder: str | os.PathLike[str], task: Task) -> Retriever:
     """Open a store for queries.
+
+    Args:
+        folder: what :func:`build` filled.
+        task: the task that it was built from.
 
     Raises:
         StoreError, IndexFileError: missing, damaged or not complete.

@@ -48,11 +48,42 @@ class RowMaker:
             losses.append(self._engine.run(checkpoint, items, consume, role).double())
             bad = ~(squared.isfinite() & block.isfinite().all(1))
             if bool(bad.any()):
+                path = self._engine.task.checkpoints[checkpoint].path
                 raise NonFiniteGradientError(
                     f"{names[int(bad.nonzero()[0])]} has a NaN or infinite gradient at checkpoint {checkpoint} "
-                    f"({self._engine.task.checkpoints[checkpoint].path}). Check the example, or leave that checkpoint out."
+                    f"({path}). Check the example, or leave that checkpoint out."
                 )
             rows.append(block)
             norms.append(squared)
         stacked = [torch.stack(part, 1).cpu().numpy() for part in (norms, losses)]
         return torch.cat(rows, 1).float().cpu().numpy(), stacked[0], stacked[1]
+
+
+def describe(engine: Engine, projection: Projection) -> dict[str, Any]:
+    """Everything that rows depend on, as JSON: two rows compare only when these agree.
+
+    Returns:
+        ``map``: model, loss, layers, checkpoints, projection and precision; ``data``: the
+        number of training examples and their fingerprint.
+    """
+    task = engine.task
+    described = {
+        "model": [[name, list(tensor.shape)] for name, tensor in task.model.state_dict().items()],
+        "loss": getattr(task.loss, "__qualname__", type(task.loss).__qualname__),
+        "layers": [
+            {"name": x.name, "parameters": list(x.parameters), "shape": [x.rows, x.columns], "route": x.route}
+            for x in engine.layers
+        ],
+        "checkpoints": [
+            {
+                "sha256": checkpoint.sha256(),
+                "step": checkpoint.step,
+                "weighting": checkpoint.weight_source,
+                "learning_rates": rates,
+            }
+            for checkpoint, rates in zip(task.checkpoints, engine.learning_rates, strict=True)
+        ],
+        "projection": {"kind": projection.kind, "dim": projection.dim, "seed": projection.seed},
+        "precision": engine.precision,
+    }
+    return {"map": described, "data": {"n_train": task.n_train, "fingerprint": task.data_fingerprint()}}

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ArgumentError, MismatchError, StoreError
+from .files import replacing, sha256, write_json
 from .progress import progress
 
 FORMAT, FORMAT_VERSION = "gradindex-store", 0
@@ -49,6 +50,7 @@ class GradientStore:
     Args:
         folder: what ``gradindex build`` wrote.
         sealed: insist that the build is complete.
+
     Raises:
         StoreError: no store, damaged, of a newer version, or not complete.
     """
@@ -87,7 +89,8 @@ class GradientStore:
             raise StoreError(f"{folder} is not empty and holds no gradindex store. Choose another folder.")
         try:
             (folder / "shards").mkdir(parents=True, exist_ok=True)
-            _write_json(folder / _MANIFEST, {"format": FORMAT, "version": FORMAT_VERSION, **manifest, "sealed": False})
+            header = {"format": FORMAT, "version": FORMAT_VERSION, "fingerprint": fingerprint(manifest)}
+            write_json(folder / _MANIFEST, {**header, **manifest, "sealed": False})
         except OSError as error:
             raise StoreError(f"{folder} cannot be written: {error.strerror}. Choose another folder.") from None
         return cls(folder, sealed=False)
@@ -103,24 +106,21 @@ class GradientStore:
             StoreError: the disk is full or the folder cannot be written.
         """
         path = self._shard_path(number)
-        temporary = path.with_suffix(f".tmp{os.getpid()}")
         try:
-            with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
-                file.attrs["map"] = self.manifest["map_fingerprint"]
-                for name in ("rows", "ids", "self_influence", "losses"):
-                    file.create_dataset(name, data=getattr(content, name))
-                for name, values in content.columns.items():
-                    kind = h5py.string_dtype() if values.dtype.kind == "U" else values.dtype
-                    data = values.astype(object) if values.dtype.kind == "U" else values
-                    file.create_dataset(f"columns/{name}", data=data, dtype=kind)
-            _flush(temporary)
-            seal = {"rows": len(content.ids), "bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
-            os.replace(temporary, path)
-            _write_json(path.with_suffix(".json"), seal)
+            with replacing(path) as temporary:
+                with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
+                    file.attrs["fingerprint"] = self.manifest["fingerprint"]
+                    for name in ("rows", "ids", "self_influence", "losses"):
+                        file.create_dataset(name, data=getattr(content, name))
+                    for name, values in content.columns.items():
+                        kind = h5py.string_dtype() if values.dtype.kind == "U" else values.dtype
+                        data = values.astype(object) if values.dtype.kind == "U" else values
+                        file.create_dataset(f"columns/{name}", data=data, dtype=kind)
+                seal = {"rows": len(content.ids), "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
+            write_json(path.with_suffix(".json"), seal)
         except OSError as error:
-            raise StoreError(f"{path} cannot be written: {error.strerror or error}. Finished shards are kept.") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+            reason = error.strerror or error
+            raise StoreError(f"{path} cannot be written: {reason}. Finished shards are kept.") from None
 
     def seal(self, build: Mapping[str, Any]) -> None:
         """Gather the shards' seals in the manifest, which completes the store."""
@@ -131,7 +131,7 @@ class GradientStore:
             shard.update(seal)
         self.manifest["build"] = dict(build)
         self.manifest["sealed"] = True
-        _write_json(self.folder / _MANIFEST, self.manifest)
+        write_json(self.folder / _MANIFEST, self.manifest)
 
     def blocks(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Ids (m,) and rows (m, dim), shard by shard in the order of ids."""
@@ -147,20 +147,22 @@ class GradientStore:
         """(n_train, C) float64: eta_c ||grad l(w_c; z)||^2, exact; the sum over C is TracInCP(z, z)."""
         return self._whole("self_influence")
 
-    def losses(self) -> NDArray[np.float64]:
-        """(n_train, C) float64 training losses."""
-        return self._whole("losses")
+    def losses(self, ids: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+        """(n_train, C) or (len(ids), C) float64 training losses."""
+        return self._whole("losses") if ids is None else self._gather("losses", ids)
 
     @property
     def columns(self) -> list[str]:
         """Names of the columns."""
         return list(self.manifest["columns"])
 
-    def column(self, name: str) -> NDArray[Any]:
-        """(n_train,) the values of a column."""
+    def column(self, name: str, ids: NDArray[np.int64] | None = None) -> NDArray[Any]:
+        """The values of a column: (n_train,), or those of ``ids`` in their shape and order."""
         if name not in self.columns:
             raise ArgumentError(f"The store has no column {name!r}. It has: {', '.join(self.columns) or 'none'}.")
-        return self._whole(f"columns/{name}")
+        if ids is None:
+            return self._whole(f"columns/{name}")
+        return self._gather(f"columns/{name}", ids.ravel()).reshape(ids.shape)
 
     def check_ids(self, ids: NDArray[np.int64]) -> None:
         """Refuse ids that no row has."""
@@ -184,7 +186,7 @@ class GradientStore:
                         ids = np.arange(shard["start"], shard["start"] + shard["rows"])
                         if file["rows"].shape != (shard["rows"], self.dim) or not np.array_equal(file["ids"][:], ids):
                             problem = f"{path} holds other rows than the manifest says"
-                        elif file.attrs["map"] != self.manifest["map_fingerprint"]:
+                        elif file.attrs["fingerprint"] != self.manifest["fingerprint"]:
                             problem = f"{path} belongs to another build"
                 if problem:
                     problems.append(f"{problem} (ids {shard['start']} to {shard['start'] + shard['rows'] - 1})")
@@ -196,22 +198,23 @@ class GradientStore:
         starts = np.array([shard["start"] for shard in self.manifest["shards"]])
         owners = np.searchsorted(starts, ids, side="right") - 1
         result: NDArray[Any] | None = None
-        for number in np.unique(owners):
+        for number in np.unique(owners) if len(ids) else [0]:
             mine = np.flatnonzero(owners == number)
             places, back = np.unique(ids[mine] - starts[number], return_inverse=True)
             with self._shard(int(number)) as file:
-                values = file[name][places][back]
+                values = _text(file[name])[places][back]
             if result is None:
                 result = np.empty((len(ids), *values.shape[1:]), values.dtype)
             result[mine] = values
-        return np.empty((0, self.dim), np.float32) if result is None else result
+        assert result is not None
+        return result.astype(str) if result.dtype == object else result
 
     def _whole(self, name: str) -> NDArray[Any]:
         parts = []
         for number in range(len(self.manifest["shards"])):
             with self._shard(number) as file:
-                part = file[name]
-                parts.append(part.asstr()[:].astype(str) if h5py.check_string_dtype(part.dtype) else part[:])
+                part = _text(file[name])[:]
+                parts.append(part.astype(str) if part.dtype == object else part)
         return np.concatenate(parts)
 
     def _shard_path(self, number: int) -> Path:
@@ -234,9 +237,10 @@ class GradientStore:
             return None
 
 
-def fingerprint(value: Any) -> str:
-    """SHA-256 of the canonical JSON of a value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def fingerprint(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over what rows depend on: the canonical JSON of a manifest's ``map`` and ``data``."""
+    described = {name: manifest[name] for name in ("map", "data")}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def differences(stored: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -246,7 +250,7 @@ def differences(stored: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
         found.append(f"data length ({stored['data']['n_train']} stored, {other['data']['n_train']} now)")
     elif stored["data"] != other["data"]:
         found.append("data")
-    if stored["columns"] != other["columns"]:
+    if "columns" in other and stored["columns"] != other["columns"]:
         found.append("columns")
     return found
 
@@ -254,21 +258,31 @@ def differences(stored: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
     if not path.is_file():
-        raise StoreError(f"{folder} is not a gradindex store (no {_MANIFEST}). Build one: gradindex build TASK --out DIR.")
+        raise StoreError(
+            f"{folder} is not a gradindex store (no {_MANIFEST}). Build one: gradindex build TASK --out DIR."
+        )
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
             raise ValueError("another format")
         version = int(manifest["version"])
-        for name in ("map", "data", "dim", "shards", "columns", "sealed", "map_fingerprint"):
+        for name in ("map", "data", "dim", "shards", "columns", "sealed", "fingerprint"):
             manifest[name]
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path} is damaged ({error}). Restore it from a copy, or build again elsewhere.") from None
     if version > FORMAT_VERSION:
-        raise StoreError(f"{folder} has format version {version}, but this gradindex reads up to {FORMAT_VERSION}. Upgrade gradindex.")
-    if manifest["map_fingerprint"] != fingerprint(manifest["map"]):
-        raise StoreError(f"{path} is damaged (its map does not match its fingerprint). Restore it from a copy.")
+        raise StoreError(
+            f"{folder} has format version {version}, but this gradindex reads up to {FORMAT_VERSION}. "
+            "Upgrade gradindex."
+        )
+    if manifest["fingerprint"] != fingerprint(manifest):
+        raise StoreError(f"{path} is damaged (its contents do not match its fingerprint). Restore it from a copy.")
     return manifest
+
+
+def _text(data: h5py.Dataset) -> Any:
+    """A view that gives strings instead of bytes where the data set holds text."""
+    return data.asstr() if h5py.check_string_dtype(data.dtype) else data
 
 
 def _damage(path: Path, seal: Mapping[str, Any]) -> str | None:
@@ -276,24 +290,4 @@ def _damage(path: Path, seal: Mapping[str, Any]) -> str | None:
         return f"{path} is missing"
     if path.stat().st_size != seal["bytes"]:
         return f"{path} has {path.stat().st_size} bytes instead of {seal['bytes']}"
-    return f"{path} has another checksum than when it was written" if _sha256(path) != seal["sha256"] else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        state = hashlib.sha256()
-        while block := file.read(1 << 22):
-            state.update(block)
-    return state.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    _flush(temporary)
-    os.replace(temporary, path)
+    return f"{path} has another checksum than when it was written" if sha256(path) != seal["sha256"] else None

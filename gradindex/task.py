@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import sys
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .checkpoint import Checkpoint
-from .errors import TaskError
+from .errors import ArgumentError, GradIndexError, TaskError
 from .tree import digest, preserved_random_state
 
+Column = Sequence[Any] | NDArray[Any] | Tensor
 Loss = Callable[[nn.Module, Any], Tensor]
 
 _READ_TWICE = 8
@@ -61,8 +63,8 @@ class Task:
     query: Dataset[Any] | Sequence[Any] | None = None
     query_loss: Loss | None = None
     layers: str | Sequence[str] = "*"
-    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    query_columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    columns: Mapping[str, Column] = field(default_factory=dict)
+    query_columns: Mapping[str, Column] = field(default_factory=dict)
     show: Callable[[Any], Any] | None = None
     collate: Callable[[list[Any]], Any] = default_collate
     read_query: Callable[[Path], Sequence[Any]] | None = None
@@ -75,7 +77,9 @@ class Task:
             if data is not None:
                 _check_data_set(role, data)
         if len(self.checkpoints) == 0:
-            raise TaskError("checkpoints is empty. Give at least one, for example find_checkpoints('checkpoints/*.pt').")
+            raise TaskError(
+                "checkpoints is empty. Give at least one, for example find_checkpoints('checkpoints/*.pt')."
+            )
         for number, checkpoint in enumerate(self.checkpoints):
             if not isinstance(checkpoint, Checkpoint):
                 raise TaskError(
@@ -95,6 +99,25 @@ class Task:
         """The number of examples in ``query`` (0 without)."""
         return 0 if self.query is None else len(self.query)  # type: ignore[arg-type]  # as above
 
+    def first_and_last(self) -> list[Any]:
+        """Two training examples (one of them twice if there is only one) to try things on."""
+        return [self.train[0], self.train[self.n_train - 1]]
+
+    def read_queries(self, path: Path) -> list[Any]:
+        """Items from a file, by the task's own ``read_query``.
+
+        Raises:
+            TaskError: the task has none, or it failed.
+            ArgumentError: there is no such file.
+        """
+        if self.read_query is None:
+            raise TaskError(
+                "The task has no read_query, so it cannot read queries from a file. Give Task(read_query=...)."
+            )
+        if not path.exists():
+            raise ArgumentError(f"{path} does not exist. Check the path.")
+        return list(_running(f"Reading queries from {path}", functools.partial(self.read_query, path)))
+
     def loss_for(self, role: str) -> Loss:
         """The loss of a ``"train"`` or ``"query"`` example."""
         return self.query_loss if role == "query" and self.query_loss is not None else self.loss
@@ -108,7 +131,7 @@ class Task:
         """The columns of ``"train"`` or ``"query"`` as NumPy arrays (strings as ``str_``)."""
         return {name: _as_column(values) for name, values in self._columns_of(role).items()}
 
-    def _columns_of(self, role: str) -> Mapping[str, Sequence[Any]]:
+    def _columns_of(self, role: str) -> Mapping[str, Column]:
         return self.columns if role == "train" else self.query_columns
 
     def data_fingerprint(self, ids: NDArray[np.int64] | None = None) -> str:
@@ -148,6 +171,7 @@ def load_task(name: str) -> Task:
     Args:
         name: ``path/to/file.py:name`` or ``package.module:name``; the name is a :class:`Task`
             or a callable without arguments that returns one.
+
     Raises:
         TaskError: there is no such file, module or name, importing it failed, or what it
             names is not a task.
@@ -163,9 +187,11 @@ def load_task(name: str) -> Task:
         hint = f" Close names: {', '.join(close)}." if close else ""
         raise TaskError(f"{source} has no {attribute!r}.{hint}") from None
     if not isinstance(found, Task) and callable(found):
-        found = found()
+        found = _running(f"Calling {name}", found)
     if not isinstance(found, Task):
-        raise TaskError(f"{name} is a {type(found).__name__}, but must be a gradindex.Task or a callable that returns one.")
+        raise TaskError(
+            f"{name} is a {type(found).__name__}, but must be a gradindex.Task or a callable that returns one."
+        )
     return found
 
 
@@ -180,51 +206,54 @@ def _import_file(path: Path) -> Any:
         raise TaskError(f"Task file {path} cannot be imported.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses and pickle look their module up by name
-    return _importing(str(path), lambda: spec.loader.exec_module(module)) or module
+    _running(f"Importing {path}", functools.partial(spec.loader.exec_module, module))
+    return module
 
 
 def _import_module(name: str) -> Any:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    return _importing(name, lambda: importlib.import_module(name))
+    return _running(f"Importing {name}", functools.partial(importlib.import_module, name))
 
 
-def _importing(source: str, action: Callable[[], Any]) -> Any:
-    from .errors import GradIndexError
-
+def _running(what: str, action: Callable[[], Any]) -> Any:
     try:
         return action()
     except GradIndexError:
         raise
     except Exception as error:  # whatever the user's file raises is theirs; it becomes one line
-        raise TaskError(f"Importing {source} failed: {type(error).__name__}: {error}") from error
+        raise TaskError(f"{what} failed: {type(error).__name__}: {error}") from error
 
 
-def _check_data_set(role: str, data: Any) -> None:
+def _check_data_set(role: str, data: object) -> None:
     if isinstance(data, DataLoader):
         raise TaskError(
             f"{role} is a DataLoader, whose shuffling and batching hide which example is which. "
             f"Give its data set: {role}=loader.dataset."
         )
+    if isinstance(data, torch.Tensor):
+        raise TaskError(f"{role} is a Tensor, but items are needed as the loss gets them. Use TensorDataset(x, y).")
     if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TaskError(
             f"{role} is a {type(data).__name__} without positions, but examples are looked up by id. "
             "Give a map-style data set with __len__ and __getitem__."
         )
-    if isinstance(data, Tensor):
-        raise TaskError(f"{role} is a Tensor, but items are needed as the loss gets them. Use TensorDataset(x, y).")
     if len(data) == 0:
         raise TaskError(f"{role} is empty. Give at least one example.")
 
 
-def _check_columns(role: str, columns: Mapping[str, Sequence[Any]], data: str, n: int) -> None:
+def _check_columns(role: str, columns: Mapping[str, Column], data: str, n: int) -> None:
     for name, values in columns.items():
         if len(values) != n:
-            raise TaskError(f"{role}[{name!r}] has {len(values)} values, but {data} has {n} examples. Give one for each.")
+            raise TaskError(
+                f"{role}[{name!r}] has {len(values)} values, but {data} has {n} examples. Give one for each."
+            )
         kind = _as_column(values).dtype.kind
         if kind not in "biufU":
-            raise TaskError(f"{role}[{name!r}] holds values of kind {kind!r}, but must hold numbers, booleans or strings.")
+            raise TaskError(
+                f"{role}[{name!r}] holds values of kind {kind!r}, but must hold numbers, booleans or strings."
+            )
 
 
-def _as_column(values: Sequence[Any]) -> NDArray[Any]:
+def _as_column(values: Column) -> NDArray[Any]:
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)

@@ -41,7 +41,7 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
 def tensors(tree: Any) -> list[Tensor]:
     """Every tensor of ``tree`` in the order of the walk."""
     found: list[Tensor] = []
-    map_tensors(tree, lambda tensor: found.append(tensor) or tensor)
+    map_tensors(tree, found.append)
     return found
 
 
@@ -84,7 +84,8 @@ def _feed(state: hashlib._Hash, tree: Any) -> None:
 def preserved_random_state() -> Iterator[None]:
     """Leave the global generators of ``random``, NumPy and torch as they were."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    cuda = list(range(torch.cuda.device_count())) if in_use else []
     with torch.random.fork_rng(devices=cuda):
         try:
             yield

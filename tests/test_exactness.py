@@ -89,7 +89,9 @@ def test_build_and_query_give_the_true_order_for_both_signs(tmp_path):
     task = make_task(tmp_path, *next(models())[1:])
     store = gradindex.build(task, tmp_path / "store", projection=Projection("none"), batch_size=5, shard_rows=5)
     truth = gradindex.exact_scores(task, list(task.query))
-    np.testing.assert_allclose(store.self_influence().sum(1), np.diag(gradindex.exact_scores(task, list(task.train))), rtol=1e-4)
+    np.testing.assert_allclose(
+        store.self_influence().sum(1), np.diag(gradindex.exact_scores(task, list(task.train))), rtol=1e-4
+    )
     retriever = gradindex.load(tmp_path / "store", task)
     assert np.array_equal(retriever.proponents(range(4), k=3).ids, np.argsort(-truth, 1)[:, :3])
     assert np.array_equal(retriever.opponents(range(4), k=3, rerank="none").ids, np.argsort(truth, 1)[:, :3])
@@ -106,7 +108,11 @@ def test_sketch_is_unbiased_and_equal_on_both_routes():
 
     assert hash64(0, 1)[0] == 0xE220A8397B1DCDAF  # SplitMix64's published first output for seed 0
     torch.manual_seed(0)
-    layer, x, d = Layer("l", ("l.weight",), 4, 6, "linear"), torch.randn(2, 1, 6).double(), torch.randn(2, 1, 4).double()
+    layer, x, d = (
+        Layer("l", ("l.weight",), 4, 6, "linear"),
+        torch.randn(2, 1, 6).double(),
+        torch.randn(2, 1, 4).double(),
+    )
     positions = Factors(torch.cat([x, 0 * x], 1), torch.cat([d, d], 1))
     products = []
     for seed in range(400):
@@ -138,7 +144,9 @@ def test_a_module_under_two_names_gets_its_own_weights_back(tmp_path):
     task = make_task(tmp_path, *list(models())[4][1:])
     before = [(id(p), p.clone()) for p in task.model.parameters()]
     gradindex.exact_scores(task, list(task.query))
-    assert all(id(p) == i and torch.equal(p, value) for p, (i, value) in zip(task.model.parameters(), before, strict=True))
+    assert all(
+        id(p) == i and torch.equal(p, value) for p, (i, value) in zip(task.model.parameters(), before, strict=True)
+    )
 
 
 def test_mode_weights_hooks_and_random_state_are_untouched(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -45,7 +48,10 @@ def _call(wrapper: nn.Module, state: Mapping[str, Tensor], args: tuple[Any, ...]
     first = {id(tensor): name for name, tensor in (*wrapper.named_parameters(), *wrapper.named_buffers())}
     swapped = {}
     for prefix, module in wrapper.named_modules():
-        for name, tensor in (*module.named_parameters(prefix, False, False), *module.named_buffers(prefix, False, False)):
+        for name, tensor in (
+            *module.named_parameters(prefix, False, False),
+            *module.named_buffers(prefix, False, False),
+        ):
             if first[id(tensor)] in state:
                 swapped[name] = state[first[id(tensor)]]
     result: Tensor = functional_call(wrapper, swapped, args, tie_weights=False)
@@ -63,6 +69,7 @@ class Engine:
     Args:
         task: what is differentiated.
         precision: ``"float32"``, or ``"float64"`` for reference runs.
+
     Raises:
         TaskError: a layer pattern matches nothing.
         CheckpointError: a checkpoint does not load or has no weight.
@@ -107,7 +114,9 @@ class Engine:
         self._install()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._uninstall()
         for module, training in self._training:
             module.training = training
@@ -138,7 +147,8 @@ class Engine:
             calls = self._calls.setdefault(number, [])
             position = len(calls)
             calls.append((args[0].detach(), None))
-            output.register_hook(lambda delta: self._received(number, position, delta))
+            receive = functools.partial(self._received, number, position)
+            output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch leaves it untyped
             return changed
 
         return hook
@@ -157,8 +167,10 @@ class Engine:
                 backward pass runs, so that nothing is kept longer than needed. Layers that the
                 loss does not depend on have zero gradients and are not reported.
             role: ``"train"`` or ``"query"``, which chooses the loss.
+
         Returns:
             (batch,) the losses.
+
         Raises:
             LossError: the loss is not one number per example.
         """
@@ -177,6 +189,14 @@ class Engine:
                     scaled = gradient.reshape(len(items), 1, -1) * self._scales[checkpoint][layer.parameters[0]]
                     consume(number, Factors(scaled, scaled.new_ones(len(items), 1, 1)))
         return losses
+
+    def losses(self, checkpoint: int, items: list[Any], role: str = "train") -> NDArray[np.float64]:
+        """(batch,) the losses of a batch at a checkpoint, by a forward pass alone."""
+        wrapper = _LossModule(self.model, self.task.loss_for(role))
+        with torch.no_grad():
+            losses = _call(wrapper, self._states[checkpoint], (self._cast(self.task.collate(items)),))
+        self._check_losses(losses, len(items))
+        return losses.double().cpu().numpy()
 
     def _run_hooks(
         self, wrapper: nn.Module, state: Mapping[str, Tensor], checkpoint: int, batch: Any, n: int, consume: Consume
@@ -201,7 +221,7 @@ class Engine:
             with torch.enable_grad():
                 losses = _call(wrapper, dict(state), (batch,))
                 self._check_losses(losses, n)
-                leaves = [leaf for leaf in self._leaves]
+                leaves = list(self._leaves)
                 if leaves and losses.requires_grad:
                     torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
             for number in list(self._calls):
@@ -240,25 +260,29 @@ class Engine:
                 losses = _call(wrapper, {**state, **tracked}, (self._cast(self.task.collate([item])),))
                 self._check_losses(losses, 1)
                 if losses.requires_grad:
-                    gradients = torch.autograd.grad(losses.sum(), list(tracked.values()), allow_unused=True)
+                    leaves = list(tracked.values())
+                    rows.append(list(torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)))
                 else:
-                    gradients = (None,) * len(names)
-            pairs = zip(gradients, tracked.values(), strict=True)
-            rows.append([torch.zeros_like(value) if g is None else g for g, value in pairs])
+                    rows.append([torch.zeros_like(value) for value in tracked.values()])
         return [torch.stack(column) for column in zip(*rows, strict=True)]
 
-    def check_routes(self, items: list[Any], role: str = "train") -> None:
-        """Compare every route with autograd on each example alone; move layers that disagree.
+    def check_routes(self) -> None:
+        """Compare every route with autograd on two examples, each alone; move layers that disagree.
 
         Catches layers whose first axis is not the example, weights used outside their module
         and whatever else a hook cannot see; those go to the general routes.
 
-        Args:
-            items: two examples (one if there are no more).
         Raises:
             LossError: the loss is not one number per example, or an example's loss depends on
                 the others of its batch.
         """
+        task = self.task
+        self._check_routes(task.first_and_last(), "train")
+        if task.query_loss is not None:
+            items = task.first_and_last() if task.query is None else [task.query[0], task.query[task.n_query - 1]]
+            self._check_routes(items, "query")
+
+    def _check_routes(self, items: list[Any], role: str) -> None:
         wrapper = _LossModule(self.model, self.task.loss_for(role))
         state, tolerance = self._states[-1], _TOLERANCE[self.precision]
         found: dict[int, Tensor] = {}
@@ -268,7 +292,9 @@ class Engine:
                 alone = torch.cat([_call(wrapper, state, (self._cast(self.task.collate([i])),)) for i in items])
                 together = _call(wrapper, state, (self._cast(self.task.collate(items)),))
             self._check_losses(together, len(items))
-            if not torch.allclose(alone, together, rtol=tolerance, atol=tolerance * float(alone.abs().max()), equal_nan=True):
+            if not torch.allclose(
+                alone, together, rtol=tolerance, atol=tolerance * float(alone.abs().max()), equal_nan=True
+            ):
                 raise LossError(
                     f"The loss of an example depends on the others of its batch ({float(alone[0]):.6g} alone, "
                     f"{float(together[0]):.6g} in a batch of {len(items)}), so it has no gradient of its own. "
@@ -297,7 +323,7 @@ class Engine:
             if self._hooks:
                 self._uninstall()
                 self._install()
-            self.check_routes(items, role)
+            self._check_routes(items, role)
 
     def _pick_general_route(self, wrapper: nn.Module, state: Mapping[str, Tensor], items: list[Any]) -> None:
         names = [layer.parameters[0] for layer in self.layers if layer.route == "vmap"]
@@ -313,8 +339,8 @@ class Engine:
             raise LossError(f"The loss returned a {type(losses).__name__}, but must return a tensor of shape ({n},).")
         if losses.shape != (n,):
             raise LossError(
-                f"The loss has shape {tuple(losses.shape)}, but must be per example, of shape ({n},) for a batch of {n}. "
-                "Use reduction='none' and no mean over the batch."
+                f"The loss has shape {tuple(losses.shape)}, but must be per example, of shape ({n},) "
+                f"for a batch of {n}. Use reduction='none' and no mean over the batch."
             )
 
     def _cast(self, tree: Any) -> Any:

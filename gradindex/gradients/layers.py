@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import TaskError
-from ..factors import Factors, Layer
+from ..factors import Factors, Layer, Route
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -33,7 +33,9 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         if not matched:
             names = modules + parameters
             close = difflib.get_close_matches(pattern, names, n=5, cutoff=0.3) or names[-5:]
-            raise TaskError(f"The layer pattern {pattern!r} matches nothing in the model. Close names: {', '.join(close)}.")
+            raise TaskError(
+                f"The layer pattern {pattern!r} matches nothing in the model. Close names: {', '.join(close)}."
+            )
         chosen |= matched
     return [name for name in parameters if name in chosen]
 
@@ -48,6 +50,7 @@ def plan_layers(model: nn.Module, selected: Sequence[str]) -> list[Layer]:
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     layers: list[Layer] = []
+    route: Route
     taken: set[str] = set()
     wanted = set(selected)
     for module_name, module in model.named_modules():
@@ -66,7 +69,7 @@ def plan_layers(model: nn.Module, selected: Sequence[str]) -> list[Layer]:
         if any(name not in (f"{prefix}weight", f"{prefix}bias") for name in own):
             continue  # parametrised: its weight is computed from other parameters
         columns = inputs * (f"{prefix}weight" in names) + (f"{prefix}bias" in names)
-        layers.append(Layer(module_name, names, rows, columns, route))  # type: ignore[arg-type]  # the two literals above
+        layers.append(Layer(module_name, names, rows, columns, route))
         taken.update(names)
     for name in selected:
         if name not in taken:
@@ -75,9 +78,9 @@ def plan_layers(model: nn.Module, selected: Sequence[str]) -> list[Layer]:
     return sorted(layers, key=lambda layer: order[layer.parameters[0]])
 
 
-def general_layer(model: nn.Module, parameter: str, route: str) -> Layer:
+def general_layer(model: nn.Module, parameter: str, route: Route) -> Layer:
     """A parameter on a general route: its gradient is one row."""
-    return Layer(parameter, (parameter,), 1, model.get_parameter(parameter).numel(), route)  # type: ignore[arg-type]  # vmap or loop
+    return Layer(parameter, (parameter,), 1, model.get_parameter(parameter).numel(), route)
 
 
 def layer_factors(
@@ -86,6 +89,9 @@ def layer_factors(
     """Factors of one call of a hooked layer, each parameter's columns times its scale.
 
     Args:
+        layer: which parameters, and the route.
+        module: the module behind it.
+        scales: sqrt(eta) of each parameter.
         inputs: what the module got: (batch, ..., in) or (batch, channels, h, w).
         output_gradients: of the loss by the module's output, of its shape.
     """

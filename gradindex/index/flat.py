@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError, DependencyError, DimensionMismatchError, IndexFileError
+from ..errors import ArgumentError, DependencyError, DimensionMismatchError, IndexFileError, check_k
+from ..files import replacing, sha256, write_json
 
 _DATA, _SEAL = "flat.faiss", "index.json"
 
@@ -51,8 +50,10 @@ class SearchIndex:
         Args:
             query: (n_query, dim) float32.
             k: how many, from 1 to the number of rows.
+
         Returns:
             Scores and ids, (n_query, k), by score descending, then id ascending.
+
         Raises:
             DimensionMismatchError: the query has another dimension than the rows.
             ArgumentError: ``k`` is out of range, or the query is not finite.
@@ -62,46 +63,40 @@ class SearchIndex:
                 f"The query has shape {query.shape}, but the index needs (n_query, {self._index.d}). "
                 "Use the task that the store was built from."
             )
-        if not 1 <= k <= self.n_train:
-            raise ArgumentError(f"k is {k}, but must be between 1 and the number of training examples, {self.n_train}.")
+        check_k(k, self.n_train)
         if not np.isfinite(query).all():
             raise ArgumentError("The query has NaN or infinite numbers.")
         scores, ids = self._index.search(np.ascontiguousarray(query, dtype=np.float32), k)
         order = np.lexsort((ids, -scores), axis=1)
         return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1).astype(np.int64)
 
-    def save(self, folder: Path, map_fingerprint: str) -> None:
+    def save(self, folder: Path, fingerprint: str) -> None:
         """Write the index and its seal (size, SHA-256, what rows it belongs to) into ``folder``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{_DATA}.tmp{os.getpid()}"
         try:
-            _faiss().write_index(self._index, str(temporary))
-            seal = {
-                "kind": "flat",
-                "file": _DATA,
-                "rows": self.n_train,
-                "dim": int(self._index.d),
-                "map_fingerprint": map_fingerprint,
-                "bytes": temporary.stat().st_size,
-                "sha256": _sha256(temporary),
-            }
-            os.replace(temporary, folder / _DATA)
-            temporary_seal = folder / f"{_SEAL}.tmp{os.getpid()}"
-            temporary_seal.write_text(json.dumps(seal, indent=1) + "\n")
-            os.replace(temporary_seal, folder / _SEAL)
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / _DATA) as temporary:
+                _faiss().write_index(self._index, str(temporary))
+                seal = {
+                    "kind": "flat",
+                    "file": _DATA,
+                    "rows": self.n_train,
+                    "dim": int(self._index.d),
+                    "fingerprint": fingerprint,
+                    "bytes": temporary.stat().st_size,
+                    "sha256": sha256(temporary),
+                }
+            write_json(folder / _SEAL, seal)
         except (OSError, RuntimeError) as error:
             raise IndexFileError(f"The index in {folder} cannot be written: {error}. The rows are kept.") from None
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, folder: Path, map_fingerprint: str) -> SearchIndex:
+    def load(cls, folder: Path, fingerprint: str) -> SearchIndex:
         """Check size and SHA-256, then open.
 
         Raises:
             IndexFileError: missing, damaged, or of other rows.
         """
-        problem = damage(folder, map_fingerprint)
+        problem = damage(folder, fingerprint)
         if problem:
             raise IndexFileError(f"{problem}. Run the same `gradindex build` again to make the index anew.")
         faiss = _faiss()
@@ -120,28 +115,16 @@ def describe(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def damage(folder: Path, map_fingerprint: str) -> str | None:
+def damage(folder: Path, fingerprint: str) -> str | None:
     """What is wrong with the index in ``folder``, or ``None``."""
     seal, path = describe(folder), folder / _DATA
     if seal is None or not path.is_file():
         return f"{path} is missing"
-    if seal.get("map_fingerprint") != map_fingerprint:
+    if seal.get("fingerprint") != fingerprint:
         return f"{path} belongs to other rows than the store's"
-    if path.stat().st_size != seal.get("bytes") or _sha256(path) != seal.get("sha256"):
+    if path.stat().st_size != seal.get("bytes") or sha256(path) != seal.get("sha256"):
         return f"{path} is damaged: it has another size or checksum than when it was written"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    state = hashlib.sha256()
-    while block := file.read(1 << 22):
-        state.update(block)
-    return state.hexdigest()
 
 
 def _faiss() -> Any:

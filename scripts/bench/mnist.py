@@ -1,6 +1,6 @@
 """MNIST task: how many of the true top-100 the index proposes, and flipped labels found.
 
-    python scripts/bench/mnist.py [--quick] [--json] [--data DIR]
+python scripts/bench/mnist.py [--quick] [--json] [--data DIR]
 """
 
 from __future__ import annotations

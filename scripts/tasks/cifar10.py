@@ -38,6 +38,7 @@ class Residual(nn.Sequential):
     """x + f(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """The sum."""
         return x + super().forward(x)
 
 
@@ -124,12 +125,18 @@ def train(folder: Path) -> None:
                 total += float(mean_loss.detach()) * len(rows)
             recorder.save()
             taken = time.perf_counter() - started
-            print(f"epoch {epoch}/{EPOCHS}: training loss {total / len(images):.3f}, {taken:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"epoch {epoch}/{EPOCHS}: training loss {total / len(images):.3f}, {taken:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     model.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         tests = normalise(torch.from_numpy(np.array(arrays["query_images"])))
         predicted = torch.cat([model(part).argmax(1) for part in tests.split(500)]).numpy()
-    print(f"trained CIFAR-10 ResNet-9: test accuracy {np.mean(predicted == arrays['query_labels']):.4f}", file=sys.stderr)
+    print(
+        f"trained CIFAR-10 ResNet-9: test accuracy {np.mean(predicted == arrays['query_labels']):.4f}", file=sys.stderr
+    )
 
 
 def task() -> Task:
@@ -147,7 +154,9 @@ def task() -> Task:
         layers="8",
         columns={"label": arrays["labels"], "flipped": arrays["flipped"]},
         query_columns={"label": query_labels},
-        show=lambda item: ((item[0].movedim(0, -1) * torch.tensor(STD) + torch.tensor(MEAN)).clamp(0, 1) * 255).byte().numpy(),
+        show=lambda item: (
+            ((item[0].movedim(0, -1) * torch.tensor(STD) + torch.tensor(MEAN)).clamp(0, 1) * 255).byte().numpy()
+        ),
     )
 
 

@@ -28,7 +28,9 @@ VERSION = "mnist-mlp-2"  # raise it when anything below changes what is trained
 
 def make_model() -> nn.Module:
     """The network, in PyTorch's default initialisation."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)
+    )
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -38,7 +40,10 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def data() -> dict[str, np.ndarray[Any, Any]]:
-    """The chosen rows: ``images`` and ``query_images`` standardised, ``labels`` as trained, ``flipped``, ``query_labels``."""
+    """The chosen rows: ``images``, ``labels`` as trained, ``flipped``; ``query_images``, ``query_labels``.
+
+    Pixels are standardised.
+    """
     archive = image_archive("mnist")
     rows = np.sort(np.random.default_rng(SEED).permutation(len(archive["train_labels"]))[:N_TRAIN])
     # The archive is ordered by class, so the first 500 test images are taken from a fixed shuffle.

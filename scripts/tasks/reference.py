@@ -37,6 +37,7 @@ def image_archive(name: str) -> Arrays:
         ``train_images``, ``test_images`` uint8 (n, h, w) or (n, h, w, 3), ``train_labels``,
         ``test_labels`` int64 (n,), ordered by the path inside the archive, and ``classes``,
         the names of the labels.
+
     Raises:
         FileNotFoundError: the archive is not there; names the variable to set.
     """
@@ -45,7 +46,9 @@ def image_archive(name: str) -> Arrays:
     if not cached.is_dir():
         archive = data_folder() / f"{name}.tar.xz"
         if not archive.is_file():
-            raise FileNotFoundError(f"{archive} does not exist. Set GRADINDEX_DATA to the folder that holds {archive.name}.")
+            raise FileNotFoundError(
+                f"{archive} does not exist. Set GRADINDEX_DATA to the folder that holds {archive.name}."
+            )
         once(cached, lambda folder: _decode(archive, folder))
     return {key: np.load(cached / f"{key}.npy", mmap_mode="r") for key in keys}
 
@@ -84,7 +87,9 @@ def once(folder: Path, fill: Callable[[Path], None]) -> Path:
     return folder
 
 
-def flip_labels(labels: NDArray[np.int64], share: float, classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def flip_labels(
+    labels: NDArray[np.int64], share: float, classes: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Give a share of the examples a uniformly random other label.
 
     Returns:

@@ -1,0 +1,1 @@
+"""The data of the demo; an installed package finds it as ``gradindex.data``."""

@@ -1,0 +1,4 @@
+"""Judges: how much of the truth an answer holds, and how many mislabelled examples a ranking finds."""
+
+from .mislabel import share_found as share_found
+from .recall import recall_at_k as recall_at_k

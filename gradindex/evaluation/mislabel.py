@@ -1,0 +1,46 @@
+"""How soon a person who inspects the most suspicious examples first meets the mislabelled ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ArgumentError, DimensionMismatchError
+
+
+def share_found(
+    suspicion: NDArray[Any], mislabelled: NDArray[np.bool_], inspected: Sequence[float]
+) -> NDArray[np.float64]:
+    """Share of the mislabelled examples among the most suspicious ones.
+
+    Source: Pruthi et al. 2020 (arXiv:2002.08484), section 4.1: the fraction of mislabelled
+    examples recovered against the fraction of the training data inspected, by self-influence.
+
+    Args:
+        suspicion: (n_train,) larger is inspected earlier; equal values in the order of ids.
+        mislabelled: (n_train,) bool, which labels are wrong.
+        inspected: shares of the training data between 0 and 1; the count is rounded down.
+
+    Returns:
+        (len(inspected),) shares between 0 and 1.
+
+    Raises:
+        DimensionMismatchError: the two arrays have another length.
+        ArgumentError: nothing is mislabelled, or a share is not between 0 and 1.
+    """
+    if suspicion.shape != mislabelled.shape or suspicion.ndim != 1:
+        raise DimensionMismatchError(
+            f"suspicion has shape {suspicion.shape}, but mislabelled {mislabelled.shape}. Give one value an example."
+        )
+    if not mislabelled.any():
+        raise ArgumentError("mislabelled has no true value, so there is no share to find.")
+    if not all(0 <= share <= 1 for share in inspected):
+        raise ArgumentError(f"inspected is {list(inspected)}, but shares must be between 0 and 1.")
+    order = np.argsort(-suspicion, kind="stable")
+    found = np.concatenate([[0], np.cumsum(mislabelled[order])])
+    # The tiny addend keeps 0.3 * 10 from becoming 2.
+    counts = [int(share * len(suspicion) + 1e-9) for share in inspected]
+    return np.asarray(found[counts] / found[-1], dtype=np.float64)

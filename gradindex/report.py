@@ -1,0 +1,170 @@
+"""Faces for eyes: hits, curves and tables as one self-contained HTML page (owns matplotlib and jinja2)."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ArgumentError, DependencyError, StoreError
+from .files import replacing
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One example as a person should see it.
+
+    Args:
+        shown: a picture (an array (h, w) or (h, w, 3), or PIL), a text, a mapping (a table
+            row), or ``None`` for the caption alone.
+        title: the first line below it.
+        lines: more lines.
+        badges: short warnings, such as ``"flipped"``.
+        score: signed; colours the tile.
+    """
+
+    shown: Any
+    title: str
+    lines: Sequence[str] = ()
+    badges: Sequence[str] = ()
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """A query and what answers it: named rows of tiles."""
+
+    query: Tile
+    rows: Mapping[str, Sequence[Tile]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page; what is empty is left out.
+
+    Args:
+        title: the heading.
+        text: one paragraph above the rest.
+        cards: queries and their answers.
+        figure: a picture as a ``data:`` address.
+        caption: the text below the figure, which also says what it shows to those who cannot see it.
+        table: records of the same keys.
+    """
+
+    title: str
+    text: str = ""
+    cards: Sequence[Card] = ()
+    figure: str = ""
+    caption: str = ""
+    table: Sequence[Mapping[str, Any]] = field(default=())
+
+
+def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -> None:
+    """Write a self-contained page: pictures lie inside, nothing is fetched from elsewhere.
+
+    Raises:
+        DependencyError: jinja2 or matplotlib is missing.
+        StoreError: the file cannot be written.
+    """
+    page = _template("page.html").render(title=title, lead=lead, sections=sections)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error.strerror}. Choose another place.") from None
+
+
+def cards_html(cards: Sequence[Card]) -> str:
+    """Cards as a fragment of HTML with its own style, for a notebook.
+
+    Raises:
+        DependencyError: jinja2 or matplotlib is missing.
+    """
+    html: str = _template("cards.html").render(cards=cards)
+    return html
+
+
+def line_chart(x: Sequence[float], lines: Mapping[str, NDArray[Any]], x_label: str, y_label: str) -> str:
+    """Lines over shares from 0 to 1 as a picture (a ``data:`` address); a dashed line for ``"chance"``.
+
+    Raises:
+        DependencyError: matplotlib is missing.
+    """
+    figure_type = _need("matplotlib.figure").Figure
+    figure = figure_type(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, y in lines.items():
+        axes.plot(x, y, label=name, **({"linestyle": "--", "color": "0.6"} if name == "chance" else {"linewidth": 2}))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set(xlabel=x_label, ylabel=y_label, xlim=(min(x), max(x)), ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return _data_address(buffer.getvalue())
+
+
+def picture(shown: Any) -> str:
+    """A picture as a ``data:`` address (PNG).
+
+    Args:
+        shown: PIL image, or array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4): bytes, floats
+            from 0 to 1, or (grey only) any numbers, which are stretched to black and white.
+
+    Raises:
+        ArgumentError: the array is not a picture.
+    """
+    array = np.asarray(shown)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise ArgumentError(
+            f"show(item) gave an array of shape {array.shape}, but a picture needs (h, w) or (h, w, 3)."
+        )
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if array.dtype != np.uint8 and array.ndim == 3:
+        array = (array.clip(0, 1) * 255).round().astype(np.uint8)
+    buffer = io.BytesIO()
+    limits = {"vmin": 0, "vmax": 255} if array.dtype == np.uint8 else {}
+    _need("matplotlib.image").imsave(buffer, array, format="png", cmap="gray", **limits)
+    return _data_address(buffer.getvalue())
+
+
+def _is_picture(shown: Any) -> bool:
+    return not isinstance(shown, (str, Mapping, list, tuple)) and hasattr(shown, "__array__") and np.ndim(shown) >= 2
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _data_address(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _template(name: str) -> Any:
+    jinja2 = _need("jinja2")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gradindex"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(picture=picture, number=_number)
+    environment.tests["picture"] = _is_picture
+    return environment.get_template(name)
+
+
+def _need(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DependencyError(
+            f"Pages need {module.partition('.')[0]} ({error}). Install it: pip install 'gradindex[demo]'."
+        ) from None
