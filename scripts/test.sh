@@ -8,5 +8,5 @@ environment cpu,dev
 "$venv/ruff" check .
 "$venv/ruff" format --check .
 "$venv/mypy"
-"$venv/lint-imports" || { echo "An import points up, or a package has a second owner: docs/architecture.md." >&2; exit 1; }
+"$venv/lint-imports" --no-logo || { echo "An import points up, or a package has a second owner: docs/architecture.md." >&2; exit 1; }
 "$venv/python" -m pytest -q "$@"
