@@ -246,6 +246,11 @@ def fingerprint(manifest: Mapping[str, Any]) -> str:
 def differences(stored: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """What differs between two manifests' maps and data, in words."""
     found = [name for name in other["map"] if stored["map"].get(name) != other["map"][name]]
+    if "layers" in found and "checkpoints" in found:
+        # Rates are listed for the tracked parameters alone, so that other layers always list others.
+        files = [[item["sha256"] for item in side["map"]["checkpoints"]] for side in (stored, other)]
+        if files[0] == files[1]:
+            found.remove("checkpoints")
     if stored["data"]["n_train"] != other["data"]["n_train"]:
         found.append(f"data length ({stored['data']['n_train']} stored, {other['data']['n_train']} now)")
     elif stored["data"] != other["data"]:

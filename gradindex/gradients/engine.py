@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -98,6 +99,7 @@ class Engine:
             for checkpoint in task.checkpoints
         ]
         self._training: list[tuple[nn.Module, bool]] = []
+        self._stack = contextlib.ExitStack()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._calls: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         self._leaves: list[Tensor] = []
@@ -111,6 +113,9 @@ class Engine:
     def __enter__(self) -> Engine:
         self._training = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
+        if self.device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in self.model.modules()):
+            # cuDNN refuses the backward pass of a recurrent layer in eval mode; torch's own kernels do not.
+            self._stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         self._install()
         return self
 
@@ -118,6 +123,7 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._uninstall()
+        self._stack.close()
         for module, training in self._training:
             module.training = training
 
@@ -174,10 +180,14 @@ class Engine:
         Raises:
             LossError: the loss is not one number per example.
         """
+        return self._run(self._states[checkpoint], self._scales[checkpoint], items, consume, role)
+
+    def _run(
+        self, state: Mapping[str, Tensor], scales: Mapping[str, float], items: list[Any], consume: Consume, role: str
+    ) -> Tensor:
         wrapper = _LossModule(self.model, self.task.loss_for(role))
-        state = self._states[checkpoint]
         batch = self._cast(self.task.collate(items))
-        losses = self._run_hooks(wrapper, state, checkpoint, batch, len(items), consume)
+        losses = self._run_hooks(wrapper, state, scales, batch, len(items), consume)
         general = {n: layer for n, layer in enumerate(self.layers) if layer.route in ("vmap", "loop")}
         for route in ("vmap", "loop"):
             chosen = {number: layer for number, layer in general.items() if layer.route == route}
@@ -186,7 +196,7 @@ class Engine:
                 compute = self._vmap_gradients if route == "vmap" else self._loop_gradients
                 gradients = compute(wrapper, state, names, batch, items)
                 for (number, layer), gradient in zip(chosen.items(), gradients, strict=True):
-                    scaled = gradient.reshape(len(items), 1, -1) * self._scales[checkpoint][layer.parameters[0]]
+                    scaled = gradient.reshape(len(items), 1, -1) * scales[layer.parameters[0]]
                     consume(number, Factors(scaled, scaled.new_ones(len(items), 1, 1)))
         return losses
 
@@ -199,10 +209,14 @@ class Engine:
         return losses.double().cpu().numpy()
 
     def _run_hooks(
-        self, wrapper: nn.Module, state: Mapping[str, Tensor], checkpoint: int, batch: Any, n: int, consume: Consume
+        self,
+        wrapper: nn.Module,
+        state: Mapping[str, Tensor],
+        scales: Mapping[str, float],
+        batch: Any,
+        n: int,
+        consume: Consume,
     ) -> Tensor:
-        scales = self._scales[checkpoint]
-
         def on_gradient(number: int, position: int, delta: Tensor) -> None:
             calls = self._calls[number]
             calls[position] = (calls[position][0], delta)
@@ -301,13 +315,16 @@ class Engine:
                     "Use a per-example loss and normalisation with running statistics."
                 )
             self._pick_general_route(wrapper, state, items)
-            self.run(-1, items, lambda number, factors: found.__setitem__(number, factors.gradient.flatten(1)), role)
+            # Unscaled, so that a layer whose eta is 0 at this checkpoint is checked as well.
+            unscaled = dict.fromkeys(self.parameters, 1.0)
+            self._run(
+                state, unscaled, items, lambda n, factors: found.__setitem__(n, factors.gradient.flatten(1)), role
+            )
         by_name = dict(zip(self.parameters, truth, strict=True))
-        scales = self._scales[-1]
         total = sum(float(gradient.double().square().sum()) for gradient in truth) ** 0.5
         planned: list[Layer] = []
         for number, layer in enumerate(self.layers):
-            pieces = [(by_name[p] * scales[p]).reshape(len(items), layer.rows, -1) for p in layer.parameters]
+            pieces = [by_name[p].reshape(len(items), layer.rows, -1) for p in layer.parameters]
             expected = torch.cat(pieces, 2).flatten(1)
             got = found.get(number, torch.zeros_like(expected))
             allowed = tolerance * float(expected.norm()) + 1e-3 * tolerance * total
