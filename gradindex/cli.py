@@ -228,3 +228,7 @@ def verify(folder: Path) -> None:
     if problems:
         raise StoreError("; ".join(problems))
     click.echo(f"{folder}: {store.n_train:,} rows in {len(store.manifest['shards'])} shards and the index are sound")
+
+
+if __name__ == "__main__":
+    main()

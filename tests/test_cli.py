@@ -1,0 +1,365 @@
+"""The command line: exact output, exit codes, and one line for every error."""
+
+import csv
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import gradindex
+from gradindex.cli import main
+
+TASK_FILE = """
+import os, sys
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import toys, torch
+from torch.utils.data import TensorDataset
+
+FOLDER = Path(__file__).parent
+def read_query(path):
+    numbers = [[float(x) for x in line.split()] for line in path.read_text().splitlines()]
+    return [(torch.tensor(row, dtype=torch.float64), torch.tensor(1)) for row in numbers]
+task = toys.make_task(FOLDER, name="toy", read_query=read_query, show=lambda item: item[0].numpy()[None],
+    columns={{"name": [f"n{{i}}" for i in range(12)]}}, query_columns={{"kind": list("abcd")}})
+number = 3
+def broken(): raise FileNotFoundError("no data here")
+def scalar(): return replace(task, loss=lambda model, batch: toys.cross_entropy(model, batch).mean())
+def first_layer(): return replace(task, layers="0")
+def wrong_layer(): return replace(task, layers="head")
+def shorter(): return replace(task, train=list(task.train)[:6], columns={{}})
+def empty(): return replace(task, train=[], columns={{}})
+def no_eta(): return replace(task, checkpoints=[replace(c, learning_rate=None) for c in task.checkpoints])
+def missing(): return replace(task, checkpoints=[replace(task.checkpoints[0], path=FOLDER / "w_9.pt")])
+def nan():
+    x, y = task.train.tensors
+    x = x.clone(); x[7] = float("nan")
+    return replace(task, train=TensorDataset(x, y))
+def truncated():
+    (FOLDER / "cut.pt").write_bytes((FOLDER / "w_0.pt").read_bytes()[:700])
+    return replace(task, checkpoints=[replace(task.checkpoints[0], path=FOLDER / "cut.pt")])
+def misfit():
+    torch.save({{"0.weight": torch.zeros(5, 7), "extra": torch.zeros(1)}}, FOLDER / "other.pt")
+    return replace(task, checkpoints=[replace(task.checkpoints[0], path=FOLDER / "other.pt")])
+class Stops:
+    def __len__(self): return 12
+    reads = 0
+    def __getitem__(self, i):
+        Stops.reads += 1
+        if Stops.reads == 36 and os.environ.get("STOP"): raise KeyboardInterrupt  # within the first shard
+        return task.train[i]
+def stops(): return replace(task, train=Stops())
+"""
+SLOW = """
+import time
+class Slow(Stops):
+    def __getitem__(self, i):
+        time.sleep(0.1)
+        return task.train[i]
+def slow(): return replace(task, train=Slow())
+"""
+FAILS = """
+class Fails(Stops):
+    def __getitem__(self, i): return 1 / 0
+def fails(): return replace(task, train=Fails())
+"""
+NOTE = (
+    "exact TracInCP scores; positive score = training on this example lowered the loss on the query (proponent); "
+    "negative = raised it (opponent)"
+)
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(TASK_FILE.format(tests=str(Path(__file__).parent)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def built(work):
+    assert call("build", "mine.py:task", "--out", "store").exit_code == 0
+    return work
+
+
+def call(*arguments, **options):
+    result = CliRunner().invoke(main, list(map(str, arguments)), **options)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def shell(*arguments, **options):
+    command = [sys.executable, "-m", "gradindex.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def test_build_says_what_it_made_and_goes_on_where_it_was(work):
+    first = call("build", "mine.py:task", "--out", "store", "--dim", "8")
+    assert (first.stdout, first.stderr) == ("store: 12 rows of 24 numbers, from 3 checkpoints\n", "")
+    before = snapshot(work / "store")
+    again = call("build", "mine.py:task", "--out", "store", "--dim", "8")
+    assert again.stdout == first.stdout
+    assert snapshot(work / "store") == before
+    whole = call("build", "mine.py:task", "--out", "whole", "--projection", "none", "--precision", "float64")
+    assert whole.stdout == "whole: 12 rows of 159 numbers, from 3 checkpoints\n"
+    assert json.loads(call("info", "whole", "--json").stdout)["map"]["precision"] == "float64"
+
+
+def test_query_prints_the_tables_of_the_python_answer(built):
+    task = gradindex.load_task("mine.py:task")
+    retriever = gradindex.load("store", task)
+    up, down = retriever.proponents([1, 3], k=2), retriever.opponents([1, 3], k=2)
+    result = call("query", "store", "--task", "mine.py:task", "-q", 1, "--position", 3, "-k", 2, "--kind", "proponents")
+    assert (result.stdout, result.stderr) == (f"{up}\n", "")
+    both = call("query", "store", "--task", "mine.py:task", "-q", 1, "-q", 3, "-k", 2).stdout
+    blocks = both.rstrip("\n").split("\n\n")
+    first = [f"   {r + 1}  {up.ids[0, r]:>2}  {up.scores[0, r]:>6.5g}  n{up.ids[0, r]}" for r in range(2)]
+    assert [block.splitlines()[0] for block in blocks[:4]] == [
+        "query 1 (kind b): proponents", "query 1 (kind b): opponents",
+        "query 3 (kind d): proponents", "query 3 (kind d): opponents",
+    ]  # fmt: skip
+    assert [line.split() for line in blocks[0].splitlines()[2:]] == [line.split() for line in first]
+    assert blocks[4] == NOTE
+    only = call("query", "store", "--task", "mine.py:task", "-q", 1, "-q", 3, "-k", 2, "--kind", "opponents").stdout
+    assert only == f"{down}\n"
+
+
+def test_query_for_programs(built):
+    up = gradindex.load("store", gradindex.load_task("mine.py:task")).proponents(4, k=3, source="train")
+    options = ["query", "store", "--task", "mine.py:task", "--train-id", 4, "-k", 3, "--kind", "proponents"]
+    assert json.loads(call(*options, "--json").stdout) == {"note": NOTE, "records": up.records()}
+    result = call(*options, "--csv")
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert [(row["query"], int(row["id"]), float(row["score"]), row["name"]) for row in rows] == [
+        ("train 4", record["id"], record["score"], record["name"]) for record in up.records()
+    ]
+    assert result.stderr == f"{NOTE}\n"
+
+
+def test_query_from_a_file_without_exact_scores_and_as_a_page(built):
+    item = gradindex.load_task("mine.py:task").train[2]
+    (built / "questions.txt").write_text(" ".join(str(float(x)) for x in item[0]) + "\n")
+    options = ["query", "store", "--task", "mine.py:task", "--file", "questions.txt", "-k", 2, "--html", "page.html"]
+    result = call(*options, "--rerank", "none")
+    assert result.stdout.startswith("item 0: proponents\nrank")
+    assert result.stdout.splitlines()[-1].startswith("projected TracInCP scores; positive score = ")
+    assert result.stderr == "page.html\n"
+    assert (built / "page.html").read_text().count("data:image/png") == 5
+
+
+def test_self_influence_needs_no_task(built):
+    store = gradindex.GradientStore("store")
+    scores = store.self_influence().sum(1)
+    order = (-scores).argsort()[:3]
+    (built / "mine.py").unlink()
+    result = call("self-influence", "store", "-k", 3)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["rank", "id", "self_influence", "name"]
+    assert lines[1:4] == [[str(r + 1), str(i), f"{scores[i]:.5g}", f"n{i}"] for r, i in enumerate(order)]
+    assert " ".join(lines[4]).startswith(
+        "exact TracInCP of an example with itself, never negative; high for mislabelled"
+    )
+    records = json.loads(call("self-influence", "store", "-k", 3, "--json").stdout)["records"]
+    assert [record["id"] for record in records] == order.tolist()
+
+
+def test_info_says_what_a_store_holds(built):
+    assert call("info", "store").stdout == (
+        "toy: 12 rows of 3,072 numbers (complete)\n"
+        "projection tensorsketch, 1024 a checkpoint, seed 0; gradients in float32\n"
+        "columns: name; index: flat\n"
+        "\n"
+        "checkpoint  step  eta   weighting\n"
+        "         0     0  0.3   given\n"
+        "         1     1  0.1   given\n"
+        "         2     2  0.02  given\n"
+        "\n"
+        "layer  rows  columns  route\n"
+        "0         5        7  linear\n"
+        "2         3        6  linear\n"
+    )
+
+
+def test_verify_names_the_damage(built):
+    assert call("verify", "store").stdout == "store: 12 rows in 1 shards and the index are sound\n"
+    shard = built / "store" / "shards" / "00000.h5"
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    result = call("verify", "store")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: store/shards/00000.h5 has another checksum than when it was written (ids 0 to 11)\n"
+    )
+
+
+BAD_TASKS = {
+    "nowhere.py:task": "Task file nowhere.py does not exist",
+    "mine.py:tusk": "mine.py has no 'tusk'. Close names: task",
+    "mine.py:number": "mine.py:number is a int, but must be a gradindex.Task or a callable",
+    "mine.py": "'mine.py' does not name a task. Write path/to/file.py:name",
+    "mine.py:broken": "Calling mine.py:broken failed: FileNotFoundError: no data here",
+    "no_such_module:task": "Importing no_such_module failed: ModuleNotFoundError",
+    "mine.py:missing": "w_9.pt does not exist",
+    "mine.py:truncated": "cut.pt cannot be read as a checkpoint; it may be truncated or damaged",
+    "mine.py:misfit": "other.pt does not fit the model: 0.bias is missing; 2.weight is missing; 2.bias is missing (and",
+    "mine.py:no_eta": "w_0.pt has no recorded learning rate, so its weight eta is unknown. Give learning_rate=",
+    "mine.py:scalar": "The loss has shape (), but must be per example",
+    "mine.py:nan": "Training example 7 has a NaN or infinite gradient at checkpoint 0",
+    "mine.py:wrong_layer": "The layer pattern 'head' matches nothing in the model. Close names:",
+    "mine.py:empty": "train is empty. Give at least one example.",
+}
+
+
+@pytest.mark.parametrize("task", BAD_TASKS)
+def test_a_task_that_cannot_be_built_gets_one_line_and_exit_code_1(work, task):
+    result = call("build", task, "--out", "store")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: ")
+    assert BAD_TASKS[task] in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+BAD_BUILDS = {
+    "another task": (["build", "mine.py:first_layer", "--out", "store"], "a build of another task: layers differ"),
+    "another projection": (["build", "mine.py:task", "--out", "store", "--seed", "1"], "projection differ"),
+    "other data": (["build", "mine.py:shorter", "--out", "store"], "data length (12 stored, 6 now); columns differ"),
+    "something else": (["build", "mine.py:task", "--out", "."], ". is not empty and holds no gradindex store"),
+    "a file": (["build", "mine.py:task", "--out", "mine.py"], "mine.py is not empty and holds no gradindex store"),
+    "dim": (["build", "mine.py:task", "--out", "new", "--dim", "0"], "dim is 0, but must be at least 1"),
+    "batch": (["build", "mine.py:task", "--out", "new", "--batch-size", "0"], "batch_size is 0"),
+    "k of 0": (["query", "store", "--task", "mine.py:task", "-q", "0", "-k", "0"], "k is 0, but must be between 1 and"),
+    "k of 13": (["query", "store", "--task", "mine.py:task", "-q", "0", "-k", "13"], "number of training examples, 12"),
+    "k of all": (["self-influence", "store", "-k", "13"], "k is 13"),
+    "position": (["query", "store", "--task", "mine.py:task", "-q", "4"], "There is no query example 4"),
+    "no file": (["query", "store", "--task", "mine.py:task", "--file", "gone.txt"], "gone.txt does not exist"),
+    "bad file": (["query", "store", "--task", "mine.py:task", "--file", "mine.py"], "Reading queries from mine.py"),
+    "wrong task": (["query", "store", "--task", "mine.py:first_layer", "-q", "0"], "not match store: layers differ"),
+    "no store": (["query", "gone", "--task", "mine.py:task", "-q", "0"], "gone is not a gradindex store"),
+    "info of nothing": (["info", "gone"], "gone is not a gradindex store"),
+    "verify of nothing": (["verify", "."], ". is not a gradindex store"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_BUILDS)
+def test_what_cannot_be_done_harms_nothing_that_is_stored(built, case):
+    before = snapshot(built / "store")
+    arguments, message = BAD_BUILDS[case]
+    result = call(*arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert snapshot(built / "store") == before
+
+
+USAGE = [
+    ["query", "store", "--task", "mine.py:task"],
+    ["query", "store", "--task", "mine.py:task", "-q", "0", "--train-id", "1"],
+    ["query", "store", "-q", "0"],
+    ["query", "store", "--task", "mine.py:task", "-q", "zero"],
+    ["query", "store", "--task", "mine.py:task", "-q", "0", "--json", "--csv"],
+    ["build", "mine.py:task"],
+    ["build", "mine.py:task", "--out", "new", "--projection", "gauss"],
+    ["rebuild"],
+]
+
+
+@pytest.mark.parametrize("arguments", USAGE, ids=" ".join)
+def test_wrong_usage_has_exit_code_2(built, arguments):
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Usage: ")
+
+
+def test_an_unfinished_build_says_how_to_go_on(work, monkeypatch):
+    monkeypatch.setenv("STOP", "1")
+    stopped = shell("build", "mine.py:stops", "--out", "store", "--batch-size", "2")
+    assert (stopped.returncode, stopped.stdout, stopped.stderr.strip()) == (1, "", "Aborted!")
+    monkeypatch.delenv("STOP")
+    assert "unfinished, 0 shards done" in call("info", "store").stdout
+    asked = call("query", "store", "--task", "mine.py:stops", "-q", "0")
+    assert asked.exit_code == 1
+    assert "has not finished (0 of 1 shards). Run the same `gradindex build` again" in asked.stderr
+    assert call("build", "mine.py:stops", "--out", "store").exit_code == 0
+    assert call("query", "store", "--task", "mine.py:stops", "-q", "0", "-k", "1").exit_code == 0
+
+
+def test_traceback_shows_where_an_error_came_from(work):
+    done = shell("--traceback", "build", "mine.py:broken", "--out", "store")
+    assert done.returncode == 1
+    assert 'mine.py", line' in done.stderr
+    assert "FileNotFoundError: no data here" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["info"], ["verify"], ["self-influence", "-k", "1"]])
+def test_looking_at_a_store_runs_no_code_of_the_task_and_no_torch(built, command):
+    (built / "mine.py").write_text("raise SystemExit('the task was imported')")
+    code = (
+        "import sys; from gradindex.cli import main\n"
+        f"main([{command[0]!r}, 'store', *{command[1:]!r}], standalone_mode=False)\n"
+        "assert not {'torch', 'mine'} & set(sys.modules), 'imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=built, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["build", "--help"]])
+def test_help_answers_at_once(arguments):
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = shell(*arguments)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_every_command_has_an_example_in_its_help(command):
+    assert f"Example: gradindex {command} " in " ".join(call(command, "--help").stdout.split())
+
+
+def test_progress_is_shown_on_a_terminal_alone(built):
+    assert shell("build", "mine.py:task", "--out", "other").stderr == ""
+    script = shutil.which("script")
+    if script is None:
+        pytest.skip("needs the program `script` for a terminal")
+    command = f"{sys.executable} -m gradindex.cli build mine.py:task --out third --batch-size 2"
+    done = subprocess.run([script, "-qec", command, "/dev/null"], capture_output=True, text=True, check=False)
+    assert "gradients" in done.stdout
+    assert "rows/s" in done.stdout
+
+
+def test_the_signal_of_control_c_ends_a_build_cleanly(work):
+    with (work / "mine.py").open("a") as file:
+        file.write(SLOW)
+    command = [sys.executable, "-m", "gradindex.cli", "build", "mine.py:slow", "--out", "store", "--batch-size", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (work / "store" / "manifest.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.strip()) == (1, "Aborted!")
+    assert [path.name for path in (work / "store").rglob("*tmp*")] == []
+
+
+def test_an_error_of_the_users_own_code_is_not_hidden(work):
+    with (work / "mine.py").open("a") as file:
+        file.write(FAILS)
+    with pytest.raises(ZeroDivisionError):
+        call("build", "mine.py:fails", "--out", "store")
