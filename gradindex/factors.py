@@ -1,15 +1,18 @@
-"""What gradients produce and projection consumes: a layer, and its per-example gradients as factors."""
+"""What gradients produce and projection consumes: a layer, and its per-example gradients in the form it offers.
+
+Three forms have the same methods: :class:`Factors` (sums of outer products, never formed unless
+that is cheaper), :class:`Lookups` (rows of an embedding) and :class:`Formed` (the gradient itself).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-Route = Literal["linear", "conv2d", "vmap", "loop"]
 
 
 @dataclass(frozen=True)
@@ -22,23 +25,70 @@ class Layer:
         rows: output features (1 on the general routes).
         columns: input features, the bias as the last one (the number of elements on the
             general routes).
-        route: how its gradients are computed.
+        route: how its gradients are computed: a hook's rule such as ``"linear"``, ``"vmap"``
+            or ``"loop"``.
     """
 
     name: str
     parameters: tuple[str, ...]
     rows: int
     columns: int
-    route: Route
+    route: str
 
     @property
     def size(self) -> int:
         """The number of tracked elements."""
         return self.rows * self.columns
 
+    @property
+    def hooked(self) -> bool:
+        """Whether a hook computes it, in the one backward pass of the batch."""
+        return self.route not in ("vmap", "loop")
+
+
+class Gradients(Protocol):
+    """Per-example gradients G_z (rows, columns) of one layer for a batch."""
+
+    @property
+    def gradient(self) -> Tensor:
+        """G: (batch, rows, columns), formed."""
+
+    def squared_norms(self) -> Tensor:
+        """||G_z||^2, exact: (batch,) float64."""
+
+    def products(self, other: Gradients) -> Tensor:
+        """<G_z, G'_z'> for every pair: (batch, other batch), exact."""
+
+    def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
+        """left^T G_z right: (batch, a, b) for ``left`` (rows, a) and ``right`` (columns, b)."""
+
+
+class Formed:
+    """Gradients that are given as they are.
+
+    Args:
+        gradient: (batch, rows, columns).
+    """
+
+    def __init__(self, gradient: Tensor) -> None:
+        self.gradient = gradient
+
+    def squared_norms(self) -> Tensor:
+        """See :class:`Gradients`."""
+        return _squares(self.gradient)
+
+    def products(self, other: Gradients) -> Tensor:
+        """See :class:`Gradients`."""
+        return self.gradient.flatten(1) @ other.gradient.flatten(1).T
+
+    def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
+        """See :class:`Gradients`."""
+        two_sided: Tensor = left.T @ (self.gradient @ right)
+        return two_sided
+
 
 class Factors:
-    """Per-example gradients of one layer as sums of outer products over positions.
+    """Per-example gradients as sums of outer products over positions.
 
     G_z = sum_p output_gradients[z, p] activations[z, p]^T, never summed over z. A linear
     layer without positions has one, so G_z has rank one (Pruthi et al. 2020, section 4.4).
@@ -59,38 +109,91 @@ class Factors:
 
     @cached_property
     def gradient(self) -> Tensor:
-        """G: (batch, rows, columns)."""
+        """See :class:`Gradients`."""
         return torch.bmm(self.output_gradients.transpose(1, 2), self.activations)
 
     def squared_norms(self) -> Tensor:
-        """||G_z||^2 exactly: (batch,) float64, by closed form, position Gram or forming, whichever is cheapest."""
-        positions = self.activations.shape[1]
-        rows, columns = self.output_gradients.shape[2], self.activations.shape[2]
-        if positions == 1:
-            left = self.activations[:, 0].double().square().sum(1)
-            return left * self.output_gradients[:, 0].double().square().sum(1)
+        """By closed form, position Gram or forming, whichever is cheapest. See :class:`Gradients`."""
+        if self.rank_one:
+            return _squares(self.activations) * _squares(self.output_gradients)
+        positions, columns = self.activations.shape[1:]
+        rows = self.output_gradients.shape[2]
         if "gradient" not in self.__dict__ and positions * (rows + columns) < rows * columns:
             # ||sum_p d_p x_p^T||^2 = sum_pq (d_p . d_q)(x_p . x_q): the cross terms belong to it.
             grams = torch.bmm(self.activations, self.activations.transpose(1, 2))
             grams *= torch.bmm(self.output_gradients, self.output_gradients.transpose(1, 2))
             return grams.double().sum((1, 2)).clamp_min(0)
-        return self.gradient.double().square().sum((1, 2))
+        return _squares(self.gradient)
 
-    def products(self, other: Factors) -> Tensor:
-        """<G_z, G'_z'> for every pair: (batch, other batch).
-
-        sum over positions of (delta . delta')(x . x'), never the product of the two sums.
-        """
-        if self.rank_one and other.rank_one:
+    def products(self, other: Gradients) -> Tensor:
+        """Sum over positions of (delta . delta')(x . x'), never the product of two sums. See :class:`Gradients`."""
+        if isinstance(other, Factors) and self.rank_one and other.rank_one:
             left = self.output_gradients[:, 0] @ other.output_gradients[:, 0].T
             return left * (self.activations[:, 0] @ other.activations[:, 0].T)
         return self.gradient.flatten(1) @ other.gradient.flatten(1).T
 
-    @staticmethod
-    def concatenated(parts: list[Factors]) -> Factors:
-        """Several calls of one layer in one forward pass: their positions side by side."""
-        if len(parts) == 1:
-            return parts[0]
-        return Factors(
-            torch.cat([part.activations for part in parts], 1), torch.cat([part.output_gradients for part in parts], 1)
-        )
+    def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
+        """Each side on its own, G is not formed. See :class:`Gradients`."""
+        return torch.bmm((self.output_gradients @ left).transpose(1, 2), self.activations @ right)
+
+
+class Lookups:
+    """Per-example gradients of an embedding: column ``indices[z, p]`` of G_z gets ``output_gradients[z, p]``.
+
+    Args:
+        indices: (batch, positions) int64, the columns; a position with a zero gradient counts nothing.
+        output_gradients: (batch, positions, rows).
+        columns: how many there are.
+    """
+
+    def __init__(self, indices: Tensor, output_gradients: Tensor, columns: int) -> None:
+        self.indices = indices
+        self.output_gradients = output_gradients
+        self.columns = columns
+
+    @property
+    def gradient(self) -> Tensor:
+        """See :class:`Gradients`."""
+        batch, _, rows = self.output_gradients.shape
+        formed = self.output_gradients.new_zeros(batch, self.columns, rows)
+        formed.scatter_add_(1, self.indices[:, :, None].expand_as(self.output_gradients), self.output_gradients)
+        return formed.transpose(1, 2)
+
+    def squared_norms(self) -> Tensor:
+        """By the Gram matrix of the positions that share a column. See :class:`Gradients`."""
+        grams = torch.bmm(self.output_gradients, self.output_gradients.transpose(1, 2))
+        same = self.indices[:, :, None] == self.indices[:, None, :]
+        return (grams * same).double().sum((1, 2)).clamp_min(0)
+
+    def products(self, other: Gradients) -> Tensor:
+        """Pair by pair of positions that share a column. See :class:`Gradients`."""
+        if not isinstance(other, Lookups):
+            return self.gradient.flatten(1) @ other.gradient.flatten(1).T
+        rows = []
+        for indices, deltas in zip(self.indices, self.output_gradients, strict=True):
+            same = indices[None, :, None] == other.indices[:, None, :]  # (other batch, positions, other positions)
+            rows.append(((deltas @ other.output_gradients.transpose(1, 2)) * same).sum((1, 2)))
+        return torch.stack(rows)
+
+    def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
+        """See :class:`Gradients`."""
+        return torch.bmm((self.output_gradients @ left).transpose(1, 2), right[self.indices])
+
+
+def concatenated(parts: Sequence[Gradients]) -> Gradients:
+    """The sum over several calls of one layer in one forward pass."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Formed):
+        return Formed(torch.stack([part.gradient for part in parts]).sum(0))
+    deltas = torch.cat([part.output_gradients for part in parts], 1)  # type: ignore[attr-defined]  # Factors or Lookups
+    if isinstance(first, Lookups):
+        return Lookups(torch.cat([part.indices for part in parts], 1), deltas, first.columns)  # type: ignore[attr-defined]  # the same layer's form
+    return Factors(torch.cat([part.activations for part in parts], 1), deltas)  # type: ignore[attr-defined]  # the same layer's form
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    """Sum of squares of each example: (batch,) float64."""
+    norms: Tensor = torch.linalg.vector_norm(tensor.flatten(1), dim=1)
+    return norms.double().square()

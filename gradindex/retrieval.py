@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from .errors import ArgumentError, MismatchError, NonFiniteGradientError, check_k
-from .factors import Factors
+from .factors import Gradients
 from .gradients import Engine, Precision
 from .hits import Hits
 from .index import SearchIndex
@@ -84,9 +84,9 @@ def _exact_part(
     engine: Engine, items: list[Any], ids: NDArray[np.int64], role: str, batch_size: int, advance: Any
 ) -> NDArray[Any]:
     scores = torch.zeros(len(items), len(ids), dtype=engine.dtype, device=engine.device)
-    queries: list[dict[int, Factors]] = []
+    queries: list[dict[int, Gradients]] = []
     for checkpoint in range(engine.n_checkpoints):
-        found: dict[int, Factors] = {}
+        found: dict[int, Gradients] = {}
         engine.run(checkpoint, items, found.__setitem__, role)
         queries.append(found)
     for start in range(0, len(ids), batch_size):
@@ -95,9 +95,9 @@ def _exact_part(
         target = scores[:, start : start + len(part)]
         for checkpoint, found in enumerate(queries):
 
-            def consume(number: int, factors: Factors, q: Any = found, t: Any = target) -> None:
+            def consume(number: int, gradients: Gradients, q: Any = found, t: Any = target) -> None:
                 if number in q:
-                    t += q[number].products(factors)
+                    t += q[number].products(gradients)
 
             engine.run(checkpoint, batch, consume)
         advance(len(part))

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from .errors import NonFiniteGradientError
-from .factors import Factors
+from .factors import Gradients
 from .gradients import Engine
 from .projection import Projection
 
@@ -41,9 +41,11 @@ class RowMaker:
             block = torch.zeros(len(items), self._block_dim, dtype=self._engine.dtype, device=self._engine.device)
             squared = torch.zeros(len(items), dtype=torch.float64, device=self._engine.device)
 
-            def consume(number: int, factors: Factors, m: Any = block_map, b: Any = block, s: Any = squared) -> None:
-                m.add(b, number, factors)
-                s += factors.squared_norms()
+            def consume(
+                number: int, gradients: Gradients, m: Any = block_map, b: Any = block, s: Any = squared
+            ) -> None:
+                m.add(b, number, gradients)
+                s += gradients.squared_norms()
 
             losses.append(self._engine.run(checkpoint, items, consume, role).double())
             bad = ~(squared.isfinite() & block.isfinite().all(1))

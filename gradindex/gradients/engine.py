@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from ..errors import ArgumentError, LossError, TaskError
-from ..factors import Factors, Layer
+from ..factors import Formed, Gradients, Layer, concatenated
 from ..task import Loss, Task
 from ..tree import map_tensors, preserved_random_state, tensors
-from .layers import general_layer, layer_factors, plan_layers, select_parameters
+from .layers import general_layer, plan_layers, select_parameters
+from .rules import RULES
 
 Precision = Literal["float32", "float64"]
-Consume = Callable[[int, Factors], None]
+Consume = Callable[[int, Gradients], None]
 
 # How far a fast route may be from autograd on one example alone, relative to the norms.
 _TOLERANCE = {"float32": 2e-3, "float64": 1e-8}
@@ -101,9 +102,10 @@ class Engine:
         self._training: list[tuple[nn.Module, bool]] = []
         self._stack = contextlib.ExitStack()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._calls: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        self._calls: dict[int, list[tuple[Any, Tensor | None]]] = {}
         self._leaves: list[Tensor] = []
         self._on_gradient: Callable[[int, int, Tensor], None] | None = None
+        self._checking = False
 
     @property
     def n_checkpoints(self) -> int:
@@ -129,18 +131,22 @@ class Engine:
 
     def _install(self) -> None:
         for number, layer in enumerate(self.layers):
-            if layer.route in ("linear", "conv2d"):
-                module = self.model.get_submodule(layer.name)
-                hook = module.register_forward_hook(self._forward_hook(number))
+            if layer.hooked:
+                hook = self._module_of(layer).register_forward_hook(self._forward_hook(number), with_kwargs=True)
                 self._hooks.append(hook)
+
+    def _module_of(self, layer: Layer) -> nn.Module:
+        return self.model.get_submodule(layer.parameters[0].rpartition(".")[0])
 
     def _uninstall(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
-    def _forward_hook(self, number: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def _forward_hook(self, number: int) -> Callable[..., Tensor | None]:
+        rule = RULES[self.layers[number].route]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if self._on_gradient is None:
                 return None
             changed = None
@@ -152,7 +158,7 @@ class Engine:
                 output = changed = leaf.clone()
             calls = self._calls.setdefault(number, [])
             position = len(calls)
-            calls.append((args[0].detach(), None))
+            calls.append((rule.saved(module, args[0] if args else next(iter(kwargs.values()))), None))
             receive = functools.partial(self._received, number, position)
             output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch leaves it untyped
             return changed
@@ -196,8 +202,7 @@ class Engine:
                 compute = self._vmap_gradients if route == "vmap" else self._loop_gradients
                 gradients = compute(wrapper, state, names, batch, items)
                 for (number, layer), gradient in zip(chosen.items(), gradients, strict=True):
-                    scaled = gradient.reshape(len(items), 1, -1) * scales[layer.parameters[0]]
-                    consume(number, Factors(scaled, scaled.new_ones(len(items), 1, 1)))
+                    consume(number, Formed(gradient.reshape(len(items), 1, -1) * scales[layer.parameters[0]]))
         return losses
 
     def losses(self, checkpoint: int, items: list[Any], role: str = "train") -> NDArray[np.float64]:
@@ -225,10 +230,16 @@ class Engine:
 
         def finish(number: int) -> None:
             layer = self.layers[number]
-            module = self.model.get_submodule(layer.name)
+            module, rule = self._module_of(layer), RULES[layer.route]
+            own = {name.rpartition(".")[2]: scales[name] for name in layer.parameters}
             calls = self._calls.pop(number)
-            parts = [layer_factors(layer, module, scales, x, delta) for x, delta in calls if delta is not None]
-            consume(number, Factors.concatenated(parts))
+            try:
+                parts = [rule.gradients(module, x, d, own) for x, d in calls if d is not None]
+            except Exception:  # a shape that the rule does not know; the check moves such a layer
+                if not self._checking:
+                    raise
+            else:
+                consume(number, concatenated(parts))
 
         self._on_gradient = on_gradient
         try:
@@ -300,6 +311,10 @@ class Engine:
         wrapper = _LossModule(self.model, self.task.loss_for(role))
         state, tolerance = self._states[-1], _TOLERANCE[self.precision]
         found: dict[int, Tensor] = {}
+
+        def keep(number: int, gradients: Gradients) -> None:
+            found[number] = gradients.gradient.flatten(1)
+
         with preserved_random_state():
             truth = self._loop_gradients(wrapper, state, self.parameters, None, items)
             with torch.no_grad():
@@ -317,15 +332,16 @@ class Engine:
             self._pick_general_route(wrapper, state, items)
             # Unscaled, so that a layer whose eta is 0 at this checkpoint is checked as well.
             unscaled = dict.fromkeys(self.parameters, 1.0)
-            self._run(
-                state, unscaled, items, lambda n, factors: found.__setitem__(n, factors.gradient.flatten(1)), role
-            )
+            self._checking = True
+            try:
+                self._run(state, unscaled, items, keep, role)
+            finally:
+                self._checking = False
         by_name = dict(zip(self.parameters, truth, strict=True))
         total = sum(float(gradient.double().square().sum()) for gradient in truth) ** 0.5
         planned: list[Layer] = []
         for number, layer in enumerate(self.layers):
-            pieces = [by_name[p].reshape(len(items), layer.rows, -1) for p in layer.parameters]
-            expected = torch.cat(pieces, 2).flatten(1)
+            expected = torch.cat([self._as_matrix(layer, p, by_name[p]) for p in layer.parameters], 2).flatten(1)
             got = found.get(number, torch.zeros_like(expected))
             allowed = tolerance * float(expected.norm()) + 1e-3 * tolerance * total
             agrees = got.shape == expected.shape and float((got - expected).norm()) <= allowed
@@ -341,6 +357,12 @@ class Engine:
                 self._uninstall()
                 self._install()
             self._check_routes(items, role)
+
+    def _as_matrix(self, layer: Layer, parameter: str, gradient: Tensor) -> Tensor:
+        """A parameter's gradient (batch, *its shape) as its columns of the layer's matrix."""
+        if layer.hooked:
+            return RULES[layer.route].as_matrix(parameter.rpartition(".")[2], gradient)
+        return gradient.reshape(len(gradient), 1, -1)
 
     def _pick_general_route(self, wrapper: nn.Module, state: Mapping[str, Tensor], items: list[Any]) -> None:
         names = [layer.parameters[0] for layer in self.layers if layer.route == "vmap"]

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..errors import ArgumentError
-from ..factors import Factors, Layer
+from ..factors import Factors, Gradients, Layer, Lookups
 from .hashing import buckets_and_signs, key
 
 Kind = Literal["tensorsketch", "none"]
@@ -51,7 +53,7 @@ class Projection:
 class BlockMap(Protocol):
     """Adds a layer's share to the blocks of a batch."""
 
-    def add(self, block: Tensor, number: int, factors: Factors) -> None:
+    def add(self, block: Tensor, number: int, gradients: Gradients) -> None:
         """Add layer ``number``'s projected gradients to ``block`` (batch, block_dim), in place."""
 
 
@@ -62,18 +64,18 @@ class Whole:
         ends = torch.tensor([layer.size for layer in layers]).cumsum(0).tolist()
         self._spans = list(zip([0, *ends[:-1]], ends, strict=True))
 
-    def add(self, block: Tensor, number: int, factors: Factors) -> None:
+    def add(self, block: Tensor, number: int, gradients: Gradients) -> None:
         """See :class:`BlockMap`."""
         start, end = self._spans[number]
-        block[:, start:end] += factors.gradient.flatten(1)
+        block[:, start:end] += gradients.gradient.flatten(1)
 
 
 class TensorSketch:
     """Count sketch of delta x^T with the hash h(i, j) = h1(i) + h2(j) mod dim, all layers summed.
 
-    E[<S g, S g'>] = <g, g'>. For rank one the sketch of the outer product is the circular
-    convolution of two small count sketches, taken by FFT; with positions the gradient is
-    formed and sketched with the same hash, which gives the same numbers.
+    E[<S g, S g'>] = <g, g'>. The sketch of an outer product is the circular convolution of two
+    small count sketches, taken by FFT; with many positions the gradient is formed and sketched
+    with the same hash instead, which gives the same numbers.
 
     Source: Pham and Pagh 2013, "Fast and scalable polynomial kernels via explicit feature
     maps", section 3; projected TracIn: Pruthi et al. 2020, section 3.4. One independent map
@@ -87,30 +89,70 @@ class TensorSketch:
 
     def __init__(self, dim: int, streams: Sequence[tuple[Layer, int]], like: Tensor) -> None:
         self.dim = dim
-        self._sides = []
-        for layer, stream in streams:
-            sides = []
-            for side, size in (("activations", layer.columns), ("output_gradients", layer.rows)):
-                buckets, signs = buckets_and_signs(key(stream, side), size, dim)
-                sides.append((torch.from_numpy(buckets).to(like.device), torch.from_numpy(signs).to(like)))
-            self._sides.append(sides)
+        self._sides = [
+            (
+                CountSketch(layer.columns, dim, key(stream, "activations"), like),
+                CountSketch(layer.rows, dim, key(stream, "output_gradients"), like),
+            )
+            for layer, stream in streams
+        ]
 
-    def add(self, block: Tensor, number: int, factors: Factors) -> None:
+    def add(self, block: Tensor, number: int, gradients: Gradients) -> None:
         """See :class:`BlockMap`."""
-        (column_buckets, column_signs), (row_buckets, row_signs) = self._sides[number]
-        if factors.rank_one:
-            left = self._count_sketch(factors.activations[:, 0] * column_signs, column_buckets)
-            right = self._count_sketch(factors.output_gradients[:, 0] * row_signs, row_buckets)
-            block += torch.fft.irfft(torch.fft.rfft(left) * torch.fft.rfft(right), self.dim)
-            return
-        # Row by row of G, so that the signed copy stays as small as one output feature.
-        for row in range(len(row_buckets)):
-            signed = factors.gradient[:, row] * (column_signs * row_signs[row])
-            buckets = (column_buckets + row_buckets[row]) % self.dim
-            block += self._count_sketch(signed, buckets)
+        columns, rows = self._sides[number]
+        if isinstance(gradients, Lookups):
+            # A column with a single one in it: the sketch of the other side, moved by its bucket.
+            deltas, indices = rows(gradients.output_gradients), gradients.indices[:, :, None]
+            places = (columns.buckets[indices] + torch.arange(self.dim, device=block.device)) % self.dim
+            block.scatter_add_(1, places.flatten(1), (deltas * columns.signs[indices]).flatten(1))
+        elif isinstance(gradients, Factors) and self._convolves(gradients, len(columns.buckets) * len(rows.buckets)):
+            spectra = torch.fft.rfft(columns(gradients.activations)), torch.fft.rfft(rows(gradients.output_gradients))
+            block += torch.fft.irfft(torch.einsum("bpf,bpf->bf", *spectra), self.dim)
+        else:
+            self._add_formed(block, columns, rows, gradients.gradient)
 
-    def _count_sketch(self, signed: Tensor, buckets: Tensor) -> Tensor:
-        """(batch, n) to (batch, dim): sums of the entries that share a bucket."""
-        sketch = signed.new_zeros(self.dim, len(signed))
-        sketch.index_add_(0, buckets, signed.T)  # transposed: whole contiguous rows are added
-        return sketch.T
+    def _convolves(self, gradients: Factors, size: int) -> bool:
+        """Whether an FFT for each position costs less than forming the gradient and adding up its elements."""
+        return gradients.rank_one or 2 * gradients.activations.shape[1] * self.dim < size
+
+    def _add_formed(self, block: Tensor, columns: CountSketch, rows: CountSketch, gradient: Tensor) -> None:
+        # Row by row, so that the signed copy stays as small as one output feature.
+        for row, (bucket, sign) in enumerate(zip(rows.buckets, rows.signs, strict=True)):
+            sketch = block.new_zeros(self.dim, len(block))
+            signed = gradient[:, row] * (columns.signs * sign)
+            sketch.index_add_(0, (columns.buckets + bucket) % self.dim, signed.T)
+            block += sketch.T
+
+
+class CountSketch:
+    """Adds each coordinate, with its random sign, to its random bucket (Charikar et al. 2002).
+
+    Args:
+        n: how many coordinates.
+        dim: how many buckets.
+        stream: the 64-bit key of the hash.
+        like: gives dtype and device.
+    """
+
+    def __init__(self, n: int, dim: int, stream: int, like: Tensor) -> None:
+        buckets, signs = buckets_and_signs(stream, n, dim)
+        self.dim = dim
+        self.buckets = torch.from_numpy(buckets).to(like.device)
+        self.signs = torch.from_numpy(signs).to(like)
+        order = np.argsort(buckets, kind="stable")
+        self._order = torch.from_numpy(order).to(like.device)
+        self._starts = torch.from_numpy(np.searchsorted(buckets[order], np.arange(dim))).to(like.device)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """(batch, positions, n) to (batch, positions, dim)."""
+        batch, positions, n = values.shape
+        # embedding_bag sums the coordinates of each bucket, for all positions at once.
+        first = torch.arange(batch, device=values.device)[:, None]
+        sums = functional.embedding_bag(
+            (first * n + self._order).flatten(),
+            values.transpose(1, 2).reshape(batch * n, positions),
+            (first * n + self._starts).flatten(),
+            mode="sum",
+            per_sample_weights=self.signs[self._order].repeat(batch),
+        )
+        return sums.reshape(batch, self.dim, positions).transpose(1, 2).contiguous()

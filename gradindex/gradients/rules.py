@@ -1,0 +1,283 @@
+"""What a hook can know about a module: the per-example gradients of its parameters from its input and output gradient.
+
+Each rule knows one kind of module. Nothing here is trusted: the engine compares every layer
+with autograd on two examples before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..factors import Factors, Formed, Gradients, Lookups
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class Rule(Protocol):
+    """How one kind of module is handled.
+
+    ``names`` and ``scales`` go by the parameter's own name, such as ``"bias"``.
+    """
+
+    def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
+        """Rows and columns of the gradient of these parameters together, or ``None``: not by this rule."""
+
+    def saved(self, module: nn.Module, inputs: Tensor) -> Any:
+        """What to keep of the forward pass, while a checkpoint's tensors are in the module."""
+
+    def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
+        """Gradients of the tracked parameters, each times its scale; ``delta`` is the output's gradient."""
+
+    def as_matrix(self, name: str, gradient: Tensor) -> Tensor:
+        """A parameter's gradient (batch, *its shape) as its columns of the layer's matrix (batch, rows, -1)."""
+
+
+class _Plain:
+    """What most rules share."""
+
+    def saved(self, module: nn.Module, inputs: Tensor) -> Any:
+        return inputs.detach()
+
+    def as_matrix(self, name: str, gradient: Tensor) -> Tensor:
+        return gradient.flatten(2) if gradient.ndim > 2 else gradient[:, :, None]
+
+
+def _with_bias(activations: Tensor, scales: Mapping[str, float]) -> Tensor:
+    """(batch, positions, columns) scaled, and a column for the bias: its activation is 1 at every position."""
+    parts = []
+    if "weight" in scales:
+        parts.append(activations if scales["weight"] == 1 else activations * scales["weight"])
+    if "bias" in scales:
+        parts.append(activations.new_full((*activations.shape[:2], 1), scales["bias"]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _columns(inputs: int, names: tuple[str, ...]) -> int:
+    return inputs * ("weight" in names) + ("bias" in names)
+
+
+class Linear(_Plain):
+    """y = x W^T + b: G = sum over positions of delta [x, 1]^T."""
+
+    def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
+        """See :class:`Rule`."""
+        return (module.out_features, _columns(module.in_features, names)) if type(module) is nn.Linear else None
+
+    def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
+        """See :class:`Rule`."""
+        activations = saved.reshape(len(saved), -1, saved.shape[-1])
+        return Factors(_with_bias(activations, scales), delta.reshape(len(delta), -1, delta.shape[-1]))
+
+
+class TransposedLinear(Linear):
+    """y = x W + b, as the ``Conv1D`` of transformers has it."""
+
+    def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
+        """See :class:`Rule`."""
+        weight = getattr(module, "weight", None)
+        if type(module).__name__ != "Conv1D" or not hasattr(module, "nf") or not isinstance(weight, Tensor):
+            return None
+        return weight.shape[1], _columns(weight.shape[0], names)
+
+    def as_matrix(self, name: str, gradient: Tensor) -> Tensor:
+        """See :class:`Rule`."""
+        return gradient.transpose(1, 2) if name == "weight" else gradient[:, :, None]
+
+
+class Convolution(_Plain):
+    """1 to 3 dimensions, any stride, padding, dilation and groups: a linear layer at every position of the output."""
+
+    def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
+        """See :class:`Rule`."""
+        if not isinstance(module, CONVOLUTIONS) or type(module) not in CONVOLUTIONS:
+            return None
+        return module.out_channels, _columns(prod(module.weight.shape[1:]), names)
+
+    def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
+        """See :class:`Rule`."""
+        assert isinstance(module, CONVOLUTIONS)
+        delta = delta.flatten(2)
+        if "weight" not in scales:
+            return Formed(delta.sum(2, keepdim=True) * scales["bias"])
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded = functional.pad(saved, module._reversed_padding_repeated_twice, mode=mode)
+        patches = _patches(padded, module.kernel_size, module.stride, module.dilation)
+        if module.groups == 1:
+            return Factors(_with_bias(patches.transpose(1, 2), scales), delta.transpose(1, 2))
+        # Each output channel sees its group's inputs alone, so that a common x does not exist.
+        split = patches.reshape(len(patches), module.groups, -1, patches.shape[2])
+        weight = delta.reshape(len(delta), module.groups, -1, delta.shape[2]) @ split.transpose(2, 3)
+        parts = [weight.flatten(1, 2) * scales["weight"]]
+        parts += [delta.sum(2, keepdim=True) * scales["bias"]] if "bias" in scales else []
+        return Formed(torch.cat(parts, 2))
+
+
+class TransposedConvolution(_Plain):
+    """The roles change: the gradient of the weight takes patches of delta and the plain input."""
+
+    def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
+        """See :class:`Rule`."""
+        if not isinstance(module, TRANSPOSED) or type(module) not in TRANSPOSED or names != ("weight",):
+            return None
+        return (module.in_channels, prod(module.weight.shape[1:])) if module.groups == 1 else None
+
+    def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
+        """See :class:`Rule`."""
+        assert isinstance(module, TRANSPOSED)
+        around = [int(size) for size in module.padding for _ in (0, 1)][::-1]  # str is for plain convolutions alone
+        patches = _patches(functional.pad(delta, around), module.kernel_size, module.stride, module.dilation)
+        return Factors(patches.transpose(1, 2) * scales["weight"], saved.flatten(2).transpose(1, 2))
+
+
+class ChannelBias(_Plain):
+    """The bias of a transposed convolution."""
+
+    def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
+        """See :class:`Rule`."""
+        if not isinstance(module, TRANSPOSED) or type(module) not in TRANSPOSED or names != ("bias",):
+            return None
+        return module.out_channels, 1
+
+    def saved(self, module: nn.Module, inputs: Tensor) -> Any:
+        """Nothing. See :class:`Rule`."""
+        return None
+
+    def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
+        """See :class:`Rule`."""
+        return Formed(delta.flatten(2).sum(2, keepdim=True) * scales["bias"])
+
+
+class Normalisation:
+    """y = weight * n(x) + bias, element by element: G = sum over positions of delta * [n(x), 1]."""
+
+    _KINDS = (
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    )
+
+    def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
+        """See :class:`Rule`."""
+        if type(module) not in self._KINDS:
+            return None
+        return module.get_parameter(names[0]).numel(), len(names)
+
+    def saved(self, module: nn.Module, inputs: Tensor) -> Any:
+        """The input, and the running statistics of this checkpoint. See :class:`Rule`."""
+        return inputs.detach(), getattr(module, "running_mean", None), getattr(module, "running_var", None)
+
+    def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
+        """See :class:`Rule`."""
+        parts = []
+        for name, scale in scales.items():
+            product = delta * self._normalised(module, *saved) if name == "weight" else delta
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                # (batch, positions..., *normalized_shape): each element of the shape has its own parameter.
+                summed = product.reshape(len(product), -1, prod(module.normalized_shape)).sum(1)
+            else:
+                summed = product.reshape(*product.shape[:2], -1).sum(2)
+            parts.append(summed * scale)
+        return Formed(torch.stack(parts, 2))
+
+    def as_matrix(self, name: str, gradient: Tensor) -> Tensor:
+        """See :class:`Rule`."""
+        return gradient.flatten(1)[:, :, None]
+
+    @staticmethod
+    def _normalised(module: nn.Module, inputs: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor:
+        if isinstance(module, nn.LayerNorm):
+            return functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
+        if isinstance(module, nn.RMSNorm):
+            return functional.rms_norm(inputs, module.normalized_shape, eps=module.eps)
+        if isinstance(module, nn.GroupNorm):
+            return functional.group_norm(inputs, module.num_groups, eps=module.eps)
+        eps: float = module.eps  # type: ignore[assignment]  # the batch and instance norms have a number
+        if mean is None or variance is None:
+            return functional.instance_norm(inputs, eps=eps)
+        return functional.batch_norm(inputs, mean, variance, eps=eps)
+
+
+class Embedding:
+    """G has delta in the column of each index; the padding index has no gradient."""
+
+    def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
+        """See :class:`Rule`."""
+        if type(module) is not nn.Embedding or module.max_norm is not None or module.scale_grad_by_freq:
+            return None
+        return module.embedding_dim, module.num_embeddings
+
+    def saved(self, module: nn.Module, inputs: Tensor) -> Any:
+        """See :class:`Rule`."""
+        return inputs
+
+    def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
+        """See :class:`Rule`."""
+        assert isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        indices = saved.reshape(len(saved), -1).long()
+        delta = delta.reshape(*indices.shape, -1) * scales["weight"]
+        if module.padding_idx is not None:
+            delta = delta * (indices != module.padding_idx)[:, :, None]
+        return Lookups(indices, delta, module.num_embeddings)
+
+    def as_matrix(self, name: str, gradient: Tensor) -> Tensor:
+        """See :class:`Rule`."""
+        return gradient.transpose(1, 2)
+
+
+class EmbeddingBag(Embedding):
+    """Sums and means of bags of equal length, one bag an example; bags given by offsets take the general route."""
+
+    def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
+        """See :class:`Rule`."""
+        if type(module) is not nn.EmbeddingBag or module.max_norm is not None or module.scale_grad_by_freq:
+            return None
+        return (module.embedding_dim, module.num_embeddings) if module.mode in ("sum", "mean") else None
+
+    def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
+        """See :class:`Rule`."""
+        assert isinstance(module, nn.EmbeddingBag)
+        saved = saved if saved.ndim == 2 else saved.reshape(len(delta), -1)
+        if module.mode == "mean":
+            counted = saved != (-1 if module.padding_idx is None else module.padding_idx)
+            delta = delta / counted.sum(1, keepdim=True).clamp_min(1)
+        return super().gradients(module, saved, delta[:, None].expand(-1, saved.shape[1], -1), scales)
+
+
+RULES: Mapping[str, Rule] = {
+    "linear": Linear(),
+    "linear^T": TransposedLinear(),
+    "convolution": Convolution(),
+    "convolution^T": TransposedConvolution(),
+    "channel bias": ChannelBias(),
+    "normalisation": Normalisation(),
+    "embedding": Embedding(),
+    "embedding bag": EmbeddingBag(),
+}
+
+# Rules for one parameter of a module whose others have another layer.
+SINGLE = (TransposedConvolution, ChannelBias)
+
+
+def _patches(padded: Tensor, kernel: Any, stride: Any, dilation: Any) -> Tensor:
+    """(batch, channels * kernel, positions): what each position of the output of a convolution sees."""
+    batch, channels, *sizes = padded.shape
+    if len(sizes) == 2:
+        return functional.unfold(padded, kernel, dilation=dilation, stride=stride)
+    steps = padded.stride()[2:]
+    seen = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)]
+    view = padded.as_strided(
+        (batch, channels, *kernel, *seen),
+        (
+            *padded.stride()[:2],
+            *(step * d for step, d in zip(steps, dilation, strict=True)),
+            *(step * s for step, s in zip(steps, stride, strict=True)),
+        ),
+        padded.storage_offset(),
+    )
+    return view.reshape(batch, channels * prod(kernel), prod(seen))

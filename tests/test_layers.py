@@ -1,0 +1,94 @@
+"""Every kind of layer against autograd in float64, and the route that it takes."""
+
+import pytest
+import torch
+import toys
+from test_traps import check_against_autograd
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+def after(*layers, features):
+    """The layers, then everything flattened into a small classifier."""
+    return nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.Linear(features, 3))
+
+
+IMAGE = (2, 6, 6)
+LAYERS = {
+    "conv1d": (after(nn.Conv1d(2, 4, 3, stride=2, padding=2, dilation=2), features=12), (2, 5), "convolution"),
+    "conv2d strides": (after(nn.Conv2d(2, 3, (3, 2), (2, 1), (1, 0)), features=45), IMAGE, "convolution"),
+    "conv2d same": (after(nn.Conv2d(2, 3, 5, padding="same"), features=108), IMAGE, "convolution"),
+    "conv2d circular": (
+        after(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), features=108), IMAGE, "convolution",
+    ),
+    "conv2d dilated": (after(nn.Conv2d(2, 3, 3, dilation=2, bias=False), features=12), IMAGE, "convolution"),
+    "conv2d groups": (after(nn.Conv2d(2, 4, 3, groups=2), features=64), IMAGE, "convolution"),
+    "conv2d depthwise": (after(nn.Conv2d(2, 2, 3, groups=2, bias=False), features=32), IMAGE, "convolution"),
+    "conv3d": (
+        after(nn.Conv3d(1, 2, 2, stride=(1, 2, 1), dilation=(1, 1, 2)), features=16), (1, 3, 4, 4), "convolution",
+    ),
+    "transposed 1d": (after(nn.ConvTranspose1d(2, 3, 3, 2, 1, output_padding=1), features=24), (2, 4), "convolution^T"),
+    "transposed 2d": (after(nn.ConvTranspose2d(2, 3, 3, 2, dilation=2), features=675), IMAGE, "convolution^T"),
+    "transposed groups": (after(nn.ConvTranspose2d(2, 4, 2, groups=2), features=196), IMAGE, "vmap"),
+    "batch norm 1d": (after(nn.Linear(6, 4), nn.BatchNorm1d(4), features=4), (6,), "linear"),
+    "batch norm": (after(nn.BatchNorm2d(2), features=72), IMAGE, "normalisation"),
+    "batch norm 3d": (after(nn.BatchNorm3d(2), features=16), (2, 2, 2, 2), "normalisation"),
+    "group norm": (after(nn.GroupNorm(2, 4), features=36), (4, 3, 3), "normalisation"),
+    "instance norm": (after(nn.InstanceNorm2d(2, affine=True), features=72), IMAGE, "normalisation"),
+    "instance norm, running": (
+        after(nn.InstanceNorm2d(2, affine=True, track_running_stats=True), features=72), IMAGE, "normalisation",
+    ),
+    "layer norm": (after(nn.LayerNorm(6), features=6), (6,), "normalisation"),
+    "layer norm, positions": (after(nn.LayerNorm([3, 6]), features=36), (2, 3, 6), "normalisation"),
+    "layer norm, no bias": (after(nn.LayerNorm(6, bias=False), features=12), (2, 6), "normalisation"),
+    "rms norm": (after(nn.RMSNorm(6), features=12), (2, 6), "normalisation"),
+    "prelu": (after(nn.PReLU(2), features=72), IMAGE, "vmap"),
+    "bilinear form": (after(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), features=4), (6,), "vmap"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_layers_equal_autograd(tmp_path, case):
+    model, shape, route = LAYERS[case]
+    routes = check_against_autograd(toys.make_task(tmp_path, model, shape=shape))
+    assert next(iter(routes.values())) == route
+
+
+class Bag(nn.Module):
+    """Words to a class."""
+
+    def __init__(self, first, features=5):
+        super().__init__()
+        self.words, self.head = first, nn.Linear(features, 3)
+
+    def forward(self, words):
+        hidden = self.words(words)
+        return self.head(torch.tanh(hidden if hidden.ndim == 2 else hidden.mean(1)))
+
+
+class Offsets(Bag):
+    """The bags of all examples in one list of words."""
+
+    def forward(self, words):
+        lengths = (words != 0).sum(1)
+        hidden = self.words(words[words != 0], lengths.cumsum(0) - lengths)
+        return self.head(torch.tanh(hidden))
+
+
+EMBEDDINGS = {
+    "embedding": (Bag(nn.Embedding(9, 5)), "embedding"),
+    "padding": (Bag(nn.Embedding(9, 5, padding_idx=0)), "embedding"),
+    "bag of means": (Bag(nn.EmbeddingBag(9, 5, padding_idx=0)), "embedding bag"),
+    "bag of sums": (Bag(nn.EmbeddingBag(9, 5, mode="sum")), "embedding bag"),
+    "bag of maxima": (Bag(nn.EmbeddingBag(9, 5, mode="max")), "loop"),
+    "bags by offsets": (Offsets(nn.EmbeddingBag(9, 5, mode="sum")), "loop"),
+}
+
+
+@pytest.mark.parametrize("case", EMBEDDINGS)
+def test_embeddings_equal_autograd(tmp_path, case):
+    model, route = EMBEDDINGS[case]
+    torch.manual_seed(1)
+    data = [TensorDataset(torch.randint(9, (n, 6)), torch.randint(3, (n,))) for n in (12, 4)]  # words come twice
+    routes = check_against_autograd(toys.make_task(tmp_path, model, train=data[0], query=data[1]))
+    assert next(iter(routes.values())) == route
