@@ -266,7 +266,7 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         text = str(error)
-        if "weights_only" in text or "Unsupported" in text:
+        if "Unsupported global" in text or "Unsupported class" in text:
             raise CheckpointError(
                 f"{path} holds Python objects besides tensors and plain values, which gradindex never executes. "
                 "Save model.state_dict() instead of the model."

@@ -140,7 +140,11 @@ def picture(shown: Any) -> str:
 
 
 def _is_picture(shown: Any) -> bool:
-    return not isinstance(shown, (str, Mapping, list, tuple)) and hasattr(shown, "__array__") and np.ndim(shown) >= 2
+    return (
+        not isinstance(shown, (str, Mapping, list, tuple))
+        and (hasattr(shown, "__array__") or hasattr(shown, "__array_interface__"))
+        and np.ndim(shown) >= 2
+    )
 
 
 def _number(value: Any) -> str:

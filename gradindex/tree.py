@@ -58,7 +58,7 @@ def _feed(state: hashlib._Hash, tree: Any) -> None:
         if tensor.dtype == torch.bfloat16:
             tensor = tensor.view(torch.int16)
         tree = tensor.numpy()
-    elif not isinstance(tree, (str, bytes, Mapping, list, tuple)) and hasattr(tree, "__array__"):
+    elif hasattr(tree, "__array_interface__") or (hasattr(tree, "__array__") and not isinstance(tree, Mapping)):
         tree = np.asarray(tree)  # NumPy scalars and PIL images
     if isinstance(tree, np.ndarray) and tree.dtype != object:
         state.update(f"{tree.dtype.str}{tree.shape}".encode())
@@ -72,6 +72,8 @@ def _feed(state: hashlib._Hash, tree: Any) -> None:
         state.update(f"seq{len(tree)}".encode())
         for value in tree:
             _feed(state, value)
+    elif isinstance(tree, (set, frozenset)):
+        _feed(state, ("set", sorted(digest(value) for value in tree)))  # their own order changes between processes
     elif tree is None or isinstance(tree, (str, bytes, bool, int, float, complex)):
         state.update(repr(tree).encode())
     else:
