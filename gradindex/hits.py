@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -22,6 +23,7 @@ SIGN = (
 
 # What a notebook shows of a large answer; ids and scores hold the rest.
 _NOTEBOOK_QUERIES, _NOTEBOOK_HITS = 5, 10
+_SHOWN_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
@@ -113,19 +115,30 @@ class Hits:
 def as_text(answers: Sequence[Hits]) -> str:
     """Answers to the same queries as text: query by query a table for each answer, and what the sign means."""
     blocks = []
-    for row, query in enumerate(answers[0].queries):
-        about = ", ".join(f"{name} {values[row]}" for name, values in answers[0].query_columns.items())
+    first = answers[0]
+    for row, query in enumerate(first.queries):
+        about = [f"{name} {values[row]}" for name, values in first.query_columns.items()]
+        about += [f'"{text}"' for text in [_in_words(first.show_query, row)] if text]
         for answer in answers:
-            one = replace(
-                answer,
-                ids=answer.ids[[row]],
-                scores=answer.scores[[row]],
-                queries=(query,),
-                columns={name: values[[row]] for name, values in answer.columns.items()},
-            )
-            records = [{n: v for n, v in record.items() if n not in ("query", "kind")} for record in one.records()]
-            blocks.append(f"{query}{f' ({about})' if about else ''}: {answer.kind}\n{table(records)}")
-    return "\n\n".join([*blocks, answers[0].note])
+            records = [
+                {"rank": rank + 1, "id": i, "score": float(score)}
+                | {name: values[row, rank].item() for name, values in answer.columns.items()}
+                for rank, (i, score) in enumerate(zip(answer.ids[row].tolist(), answer.scores[row], strict=True))
+            ]
+            words = [_in_words(answer.show_train, record["id"]) for record in records]
+            if all(words):
+                records = [record | {"shown": text} for record, text in zip(records, words, strict=True)]
+            heading = f"{query} ({', '.join(about)})" if about else query
+            blocks.append(f"{heading}: {answer.kind}\n{table(records)}")
+    return "\n\n".join([*blocks, first.note])
+
+
+def _in_words(show: Callable[[int], Any] | None, which: int) -> str | None:
+    """What a task shows of an example, in one short line; ``None`` where that is a picture or nothing."""
+    shown = None if show is None else show(which)
+    if isinstance(shown, Mapping):
+        shown = ", ".join(f"{name} {value}" for name, value in shown.items())
+    return textwrap.shorten(shown, _SHOWN_CHARACTERS, placeholder=" ...") if isinstance(shown, str) else None
 
 
 def make_cards(answers: Sequence[Hits]) -> list[Card]:

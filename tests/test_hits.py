@@ -78,6 +78,14 @@ def test_hits_print_as_tables_with_the_sign_explained():
     )
 
 
+def test_texts_and_rows_stand_beside_the_hits_in_short():
+    words = shown(UP, lambda i: {"age": i, "rate": 0.5} if i == 12 else f"{i} " + "word " * 20)
+    lines = str(words).splitlines()
+    assert lines[0] == f'query 4 (label dog, "0 {"word " * 11}..."): proponents'
+    assert lines[2].endswith(f"True  3 {'word ' * 11}...")
+    assert lines[3].endswith("False  age 12, rate 0.5")
+
+
 def test_several_answers_stand_together_query_by_query():
     down = Hits(**(vars(UP) | {"kind": "opponents"}))
     headings = [line for line in as_text([UP, down]).splitlines() if line.startswith("query")]
