@@ -49,6 +49,7 @@ def build(
     if batch_size < 1 or shard_rows < 1:
         raise ArgumentError(f"batch_size is {batch_size} and shard_rows {shard_rows}, but both must be at least 1.")
     projection = projection or Projection()
+    SearchIndex.require()
     task.check_reads_repeat()
     started = time.perf_counter()
     shard_rows = -(-shard_rows // batch_size) * batch_size

@@ -7,7 +7,9 @@ import sys
 import faiss
 import numpy as np
 import pytest
+import toys
 
+import gradindex
 from gradindex.errors import ArgumentError, DependencyError, DimensionMismatchError, IndexFileError
 from gradindex.index import SearchIndex
 
@@ -127,6 +129,13 @@ def test_missing_faiss_names_both_extras(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(DependencyError, match=r"pip install 'gradindex\[cpu\]' or 'gradindex\[gpu\]'"):
         make()
+
+
+def test_a_build_without_faiss_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(DependencyError, match="FAISS cannot be imported"):
+        gradindex.build(toys.make_task(tmp_path), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
 
 
 def test_faiss_gpu_without_its_cuda_wheels_is_explained(monkeypatch):

@@ -27,6 +27,15 @@ class SearchIndex:
     def __init__(self, index: Any) -> None:
         self._index = index
 
+    @staticmethod
+    def require() -> None:
+        """Check that FAISS can be used, before hours of other work.
+
+        Raises:
+            DependencyError: it is missing, broken, or installed twice.
+        """
+        _faiss()
+
     @classmethod
     def build(cls, dim: int, blocks: Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]]) -> SearchIndex:
         """Index rows that come in the order of their ids, from 0 on."""
