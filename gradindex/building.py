@@ -13,8 +13,8 @@ from .gradients import Engine, Precision
 from .index import SearchIndex
 from .index.flat import damage
 from .progress import progress
-from .projection import Projection
-from .rows import RowMaker, describe
+from .projection import Bases, Projection
+from .rows import RowMaker, describe, fit_bases
 from .store import GradientStore, ShardRows
 from .task import Task
 from .tree import preserved_random_state
@@ -55,14 +55,13 @@ def build(
     shard_rows = -(-shard_rows // batch_size) * batch_size
     with preserved_random_state(), Engine(task, precision) as engine:
         engine.check_routes()
-        maker = RowMaker(engine, projection)
         columns = task.column_arrays("train")
         starts = range(0, task.n_train, shard_rows)
         store = GradientStore.create(
             out,
             {
                 **describe(engine, projection),
-                "dim": maker.dim,
+                "dim": projection.block_dim(engine.layers) * engine.n_checkpoints,
                 "columns": {name: values.dtype.kind for name, values in columns.items()},
                 "batch_size": batch_size,
                 "task": task.name,
@@ -71,6 +70,7 @@ def build(
         )
         shards, batch_size = store.manifest["shards"], store.manifest["batch_size"]
         finished = set(range(len(shards))) if store.manifest["sealed"] else store.finished()
+        maker = RowMaker(engine, projection, _bases(store, engine, projection))
         done = sum(shards[number]["rows"] for number in finished)
         with progress("gradients", task.n_train, "rows", done) as advance:
             for number, shard in enumerate(shards):
@@ -93,3 +93,15 @@ def build(
     if damage(store.folder / "index", store.manifest["fingerprint"]):
         SearchIndex.build(store.dim, store.blocks()).save(store.folder / "index", store.manifest["fingerprint"])
     return store
+
+
+def _bases(store: GradientStore, engine: Engine, projection: Projection) -> Bases | None:
+    """What a fitted projection needs: the store's own, or fitted now and kept there."""
+    if not projection.fitted:
+        return None
+    bases = store.bases()
+    if bases is not None:
+        return bases
+    fitted = fit_bases(engine, projection, store.manifest["batch_size"])
+    store.write_bases(fitted)
+    return fitted

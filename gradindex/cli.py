@@ -34,6 +34,8 @@ def main(traceback: bool) -> None:
     """Which training examples made my model do this? Answered by TracIn, as a search engine."""
 
 
+# As gradindex.projection.Kind, which would import torch for --help.
+KINDS = ["tensorsketch", "fitted", "kronecker", "gaussian", "rademacher", "none"]
 _PATH = click.Path(path_type=Path)
 _FOLDER = click.argument("folder", metavar="DIR", type=_PATH)
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
@@ -71,8 +73,8 @@ def demo(out: Path) -> None:
 @main.command()
 @click.argument("task")
 @click.option("--out", required=True, type=_PATH, metavar="DIR", help="Folder of the store.")
-@click.option("--projection", type=click.Choice(["tensorsketch", "none"]), default="tensorsketch", show_default=True)
-@click.option("--dim", default=1024, show_default=True, help="Numbers per checkpoint (tensorsketch).")
+@click.option("--projection", type=click.Choice(KINDS), default="tensorsketch", show_default=True)
+@click.option("--dim", default=1024, show_default=True, help="Numbers per checkpoint, at most.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random map.")
 @click.option("--precision", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
 @click.option("--batch-size", default=256, show_default=True, help="Examples per pass.")

@@ -62,6 +62,9 @@ class Gradients(Protocol):
     def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
         """left^T G_z right: (batch, a, b) for ``left`` (rows, a) and ``right`` (columns, b)."""
 
+    def sided(self, start: Tensor, side: int, weights: Tensor) -> Tensor:
+        """sum_z weights_z G_z G_z^T start for side 0, G_z^T G_z start for side 1: of the shape of ``start``."""
+
 
 class Formed:
     """Gradients that are given as they are.
@@ -85,6 +88,10 @@ class Formed:
         """See :class:`Gradients`."""
         two_sided: Tensor = left.T @ (self.gradient @ right)
         return two_sided
+
+    def sided(self, start: Tensor, side: int, weights: Tensor) -> Tensor:
+        """See :class:`Gradients`."""
+        return _sided(self.gradient, start, side, weights)
 
 
 class Factors:
@@ -136,6 +143,13 @@ class Factors:
         """Each side on its own, G is not formed. See :class:`Gradients`."""
         return torch.bmm((self.output_gradients @ left).transpose(1, 2), self.activations @ right)
 
+    def sided(self, start: Tensor, side: int, weights: Tensor) -> Tensor:
+        """See :class:`Gradients`."""
+        ours, other = (self.output_gradients, self.activations)[:: 1 if side == 0 else -1]
+        # G^T start, then G times that, each through the positions.
+        inner = torch.bmm(other.transpose(1, 2), ours @ start) * weights[:, None, None]
+        return torch.einsum("bpn,bpk->nk", ours, torch.bmm(other, inner))
+
 
 class Lookups:
     """Per-example gradients of an embedding: column ``indices[z, p]`` of G_z gets ``output_gradients[z, p]``.
@@ -179,6 +193,10 @@ class Lookups:
         """See :class:`Gradients`."""
         return torch.bmm((self.output_gradients @ left).transpose(1, 2), right[self.indices])
 
+    def sided(self, start: Tensor, side: int, weights: Tensor) -> Tensor:
+        """See :class:`Gradients`."""
+        return _sided(self.gradient, start, side, weights)
+
 
 def concatenated(parts: Sequence[Gradients]) -> Gradients:
     """The sum over several calls of one layer in one forward pass."""
@@ -191,6 +209,12 @@ def concatenated(parts: Sequence[Gradients]) -> Gradients:
     if isinstance(first, Lookups):
         return Lookups(torch.cat([part.indices for part in parts], 1), deltas, first.columns)  # type: ignore[attr-defined]  # the same layer's form
     return Factors(torch.cat([part.activations for part in parts], 1), deltas)  # type: ignore[attr-defined]  # the same layer's form
+
+
+def _sided(gradient: Tensor, start: Tensor, side: int, weights: Tensor) -> Tensor:
+    gradient = gradient if side == 0 else gradient.transpose(1, 2)
+    inner = (gradient.transpose(1, 2) @ start) * weights[:, None, None]
+    return (gradient @ inner).sum(0)
 
 
 def _squares(tensor: Tensor) -> Tensor:

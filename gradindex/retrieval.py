@@ -137,6 +137,7 @@ class Retriever:
                 f"The task does not match {store.folder}: {'; '.join(differing)} differ. "
                 "Use the task that the store was built from, or build a new store."
             )
+        self._bases = store.bases()
         self._index = SearchIndex.load(store.folder / "index", store.manifest["fingerprint"])
 
     def _losses_agree(self, engine: Engine) -> bool:
@@ -195,7 +196,7 @@ class Retriever:
         wanted = k if rerank == "none" else min(n, 10 * k if candidates is None else candidates)
         sign = -1.0 if opponents else 1.0
         with preserved_random_state(), self._engine as engine:
-            rows = RowMaker(engine, self._projection).rows(items, names, "query")[0]
+            rows = RowMaker(engine, self._projection, self._bases).rows(items, names, "query")[0]
             scores: NDArray[Any]
             scores, ids = self._index.search(np.asarray(sign * rows, dtype=np.float32), wanted)
             if rerank == "exact":

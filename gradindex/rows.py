@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,25 @@ from numpy.typing import NDArray
 from .errors import NonFiniteGradientError
 from .factors import Gradients
 from .gradients import Engine
-from .projection import Projection
+from .progress import progress
+from .projection import Bases, Projection, SubspaceFit, hash64, key
+
+_FITTED_TO = 2000
 
 
 class RowMaker:
-    """Makes rows with one map per checkpoint; the engine must be entered and its routes checked."""
+    """Makes rows with one map per checkpoint; the engine must be entered and its routes checked.
 
-    def __init__(self, engine: Engine, projection: Projection) -> None:
+    Args:
+        engine: computes the gradients.
+        projection: which maps.
+        bases: of a fitted projection.
+    """
+
+    def __init__(self, engine: Engine, projection: Projection, bases: Bases | None = None) -> None:
         self._engine = engine
         like = torch.zeros((), dtype=engine.dtype, device=engine.device)
-        self._maps = [projection.for_checkpoint(c, engine.layers, like) for c in range(engine.n_checkpoints)]
+        self._maps = [projection.for_checkpoint(c, engine.layers, like, bases) for c in range(engine.n_checkpoints)]
         self._block_dim = projection.block_dim(engine.layers)
 
     @property
@@ -59,6 +69,31 @@ class RowMaker:
             norms.append(squared)
         stacked = [torch.stack(part, 1).cpu().numpy() for part in (norms, losses)]
         return torch.cat(rows, 1).float().cpu().numpy(), stacked[0], stacked[1]
+
+
+def fit_bases(engine: Engine, projection: Projection, batch_size: int) -> Bases:
+    """Fit a projection to up to 2,000 training examples, chosen by its seed, at every checkpoint.
+
+    Returns:
+        The bases by (checkpoint, layer), for :class:`RowMaker`.
+    """
+    task = engine.task
+    order = np.argsort(hash64(key(projection.seed, "sample"), task.n_train), kind="stable")
+    ids = np.sort(order[:_FITTED_TO])
+    like = torch.zeros((), dtype=engine.dtype, device=engine.device)
+    bases: dict[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+    with progress("fitting the projection", 2 * len(ids) * engine.n_checkpoints, "rows") as advance:
+        for checkpoint in range(engine.n_checkpoints):
+
+            def sample(consume: Callable[[int, Gradients], None], c: int = checkpoint) -> None:
+                for start in range(0, len(ids), batch_size):
+                    items = [task.train[int(i)] for i in ids[start : start + batch_size]]
+                    engine.run(c, items, consume)
+                    advance(len(items))
+
+            fit = SubspaceFit(engine.layers, projection.dim, key(projection.seed, checkpoint), like)
+            bases |= {(checkpoint, number): sides for number, sides in enumerate(fit.sides(sample))}
+    return bases
 
 
 def describe(engine: Engine, projection: Projection) -> dict[str, Any]:

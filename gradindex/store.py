@@ -23,6 +23,7 @@ from .progress import progress
 
 FORMAT, FORMAT_VERSION = "gradindex-store", 0
 _MANIFEST = "manifest.json"
+_BASES, _SIDES = "bases.h5", ("output_gradients", "activations")
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,55 @@ class GradientStore:
         self.manifest["sealed"] = True
         write_json(self.folder / _MANIFEST, self.manifest)
 
+    def write_bases(self, bases: Mapping[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]]) -> None:
+        """Keep what a fitted projection was fitted to, before the first shard.
+
+        Args:
+            bases: by (checkpoint, layer), (rows, a) and (columns, b).
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        path = self.folder / _BASES
+        try:
+            with replacing(path) as temporary:
+                with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
+                    file.attrs["fingerprint"] = self.manifest["fingerprint"]
+                    for (checkpoint, layer), sides in bases.items():
+                        for name, side in zip(_SIDES, sides, strict=True):
+                            file.create_dataset(f"{checkpoint}/{layer}/{name}", data=side)
+                seal = {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
+            write_json(path.with_suffix(".json"), seal)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be written: {error.strerror or error}.") from None
+
+    def bases(self) -> dict[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]] | None:
+        """What :meth:`write_bases` kept, or ``None`` where nothing was fitted yet.
+
+        Raises:
+            StoreError: it is damaged, or missing beside finished shards.
+        """
+        if self.manifest["map"]["projection"]["kind"] != "fitted":
+            return None
+        problem = self._bases_damage()
+        if problem and not self.finished():
+            return None
+        if problem:
+            raise StoreError(f"{problem}, and its rows mean nothing without. Restore it from a copy, or build again.")
+        with h5py.File(self.folder / _BASES, "r") as file:
+            return {
+                (int(checkpoint), int(layer)): (sides[_SIDES[0]][:], sides[_SIDES[1]][:])
+                for checkpoint, layers in file.items()
+                for layer, sides in layers.items()
+            }
+
+    def _bases_damage(self) -> str | None:
+        path = self.folder / _BASES
+        try:
+            return _damage(path, json.loads(path.with_suffix(".json").read_text()))
+        except (OSError, ValueError, KeyError):
+            return f"{path} or its seal is missing"
+
     def blocks(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Ids (m,) and rows (m, dim), shard by shard in the order of ids."""
         for number in range(len(self.manifest["shards"])):
@@ -177,6 +227,9 @@ class GradientStore:
             One sentence for each problem; empty when the store is sound.
         """
         problems = []
+        if self.manifest["map"]["projection"]["kind"] == "fitted":
+            damage = self._bases_damage()
+            problems += [damage] if damage else []
         with progress("verifying", self.n_train, "rows") as advance:
             for number, shard in enumerate(self.manifest["shards"]):
                 path = self._shard_path(number)

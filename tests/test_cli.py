@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from click.testing import CliRunner
 
 import gradindex
-from gradindex.cli import main
+from gradindex.cli import KINDS, main
+from gradindex.projection import Kind
 
 TASK_FILE = """
 import os, sys
@@ -315,6 +317,10 @@ def test_looking_at_a_store_runs_no_code_of_the_task_and_no_torch(built, command
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=built, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_kinds_of_projection_are_those_of_the_package():
+    assert list(get_args(Kind)) == KINDS
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["build", "--help"]])

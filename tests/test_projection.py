@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import toys
 
-from gradindex.errors import ArgumentError
-from gradindex.factors import Factors, Layer
-from gradindex.projection import Projection
-from gradindex.projection.hashing import buckets_and_signs, hash64, key
+import gradindex
+from gradindex.errors import ArgumentError, StoreError
+from gradindex.factors import Factors, Formed, Layer, Lookups
+from gradindex.projection import Projection, SubspaceFit
+from gradindex.projection.hashing import buckets_and_signs, gaussians, hash64, key, rademachers
+from gradindex.projection.sides import sizes
 
 GOLDEN_BUCKETS = [1, 5, 2, 12, 9, 4]
 GOLDEN_SIGNS = [-1.0, -1.0, -1.0, -1.0, 1.0, 1.0]
@@ -15,9 +18,10 @@ GOLDEN_SKETCH = [1.0, 1.0, -12.0, -0.5, 0.0, 11.0, -1.0, -1.0]
 LAYER = Layer("l", ("l.weight",), 4, 6, "linear")
 
 
-def sketch(factors, seed=0, dim=16, checkpoint=0, layer=LAYER):
-    block = torch.zeros(len(factors.activations), dim, dtype=torch.float64)
-    Projection("tensorsketch", dim, seed).for_checkpoint(checkpoint, [layer], block).add(block, 0, factors)
+def project(factors, kind="tensorsketch", seed=0, dim=16, checkpoint=0, layer=LAYER):
+    projection = Projection(kind, dim, seed)
+    block = torch.zeros(2 if len(factors.gradient) == 2 else 1, projection.block_dim([layer]), dtype=torch.float64)
+    projection.for_checkpoint(checkpoint, [layer], block).add(block, 0, factors)
     return block
 
 
@@ -36,28 +40,134 @@ def test_hashes_are_the_published_generator_and_never_change():
 def test_sketch_of_a_known_gradient_never_changes():
     activations = torch.arange(1.0, 7.0).double()[None, None]
     deltas = torch.tensor([1.0, -1.0, 2.0, 0.5]).double()[None, None]
-    np.testing.assert_allclose(sketch(Factors(activations, deltas), dim=8)[0].numpy(), GOLDEN_SKETCH, atol=1e-12)
+    np.testing.assert_allclose(project(Factors(activations, deltas), dim=8)[0].numpy(), GOLDEN_SKETCH, atol=1e-12)
 
 
-@pytest.mark.parametrize("positions", [1, 3])
-def test_sketch_is_unbiased(positions):
+@pytest.mark.parametrize("kind", ["tensorsketch", "kronecker", "gaussian", "rademacher"])
+@pytest.mark.parametrize("positions", [1, 3, 40])
+def test_random_maps_are_unbiased(kind, positions):
     factors = random_factors(positions)
-    products = [float(block[0] @ block[1]) for block in (sketch(factors, seed) for seed in range(400))]
+    products = [float(block[0] @ block[1]) for block in (project(factors, kind, seed) for seed in range(400))]
     truth = float(factors.products(factors)[0, 1])
     assert abs(np.mean(products) - truth) < 3 * np.std(products) / 20
+    assert np.std(products) > 0
 
 
-def test_the_two_ways_of_sketching_agree():
-    factors = random_factors()
-    halves = Factors(factors.activations.repeat(1, 2, 1), factors.output_gradients.repeat(1, 2, 1) / 2)
-    torch.testing.assert_close(sketch(factors), sketch(halves))
+@pytest.mark.parametrize("kind", ["tensorsketch", "kronecker", "gaussian", "rademacher", "none"])
+def test_factors_and_formed_gradients_give_the_same_block(kind):
+    for positions in (1, 40):  # the sketch convolves the first and adds up the second
+        factors = random_factors(positions)
+        torch.testing.assert_close(project(factors, kind), project(Formed(factors.gradient), kind))
 
 
-def test_maps_differ_between_checkpoints_layers_and_seeds():
+@pytest.mark.parametrize("kind", ["tensorsketch", "kronecker", "gaussian", "rademacher", "none"])
+def test_looked_up_columns_give_the_same_block(kind):
+    torch.manual_seed(0)
+    lookups = Lookups(torch.tensor([[0, 5, 5], [5, 1, 0]]), torch.randn(2, 3, 4).double(), 6)
+    torch.testing.assert_close(project(lookups, kind), project(Formed(lookups.gradient), kind))
+    formed = Formed(lookups.gradient)
+    torch.testing.assert_close(lookups.squared_norms(), formed.squared_norms())
+    torch.testing.assert_close(lookups.products(lookups), formed.products(formed))
+    weights = torch.tensor([0.5, 2.0]).double()
+    for side, n in ((0, 4), (1, 6)):
+        start = torch.randn(n, 3).double()
+        torch.testing.assert_close(lookups.sided(start, side, weights), formed.sided(start, side, weights))
+
+
+@pytest.mark.parametrize("kind", ["tensorsketch", "kronecker", "gaussian", "rademacher"])
+def test_maps_differ_between_checkpoints_layers_and_seeds(kind):
     factors, other = random_factors(), Layer("m", ("m.weight",), 4, 6, "linear")
-    blocks = [sketch(factors), sketch(factors, checkpoint=1), sketch(factors, layer=other), sketch(factors, seed=1)]
+    changes = ({}, {"checkpoint": 1}, {"layer": other}, {"seed": 1})
+    blocks = [project(factors, kind, **change) for change in changes]
     for number, block in enumerate(blocks):
         assert not any(torch.allclose(block, later) for later in blocks[number + 1 :])
+    torch.testing.assert_close(project(factors, kind), blocks[0])
+
+
+def test_a_side_that_keeps_its_size_is_not_randomised():
+    factors = random_factors()
+    torch.testing.assert_close(project(factors, "kronecker", dim=24), project(factors, "none"))
+
+
+@pytest.mark.parametrize(
+    ("dim", "expected"), [(24, [(4, 6)]), (16, [(4, 4)]), (5, [(2, 2)]), (1, [(1, 1)]), (999, [(4, 6)])]
+)
+def test_sides_take_what_the_dimension_allows(dim, expected):
+    assert sizes([LAYER], dim) == expected
+
+
+def test_layers_share_the_dimension_and_long_ones_use_it():
+    bias = Layer("bias", ("bias",), 1, 500, "vmap")
+    assert sizes([LAYER, bias], 40) == [(4, 5), (1, 20)]
+
+
+def test_gaussians_are_standard_normal_and_start_anywhere():
+    numbers = gaussians(7, 100_000)
+    assert abs(numbers.mean()) < 0.01
+    assert abs(numbers.std() - 1) < 0.01
+    assert abs((numbers**4).mean() - 3) < 0.1
+    np.testing.assert_array_equal(gaussians(7, 10, 90), numbers[90:100])
+    np.testing.assert_array_equal(rademachers(7, 10, 90), rademachers(7, 100)[90:])
+
+
+def low_rank(n, noise):
+    """Gradients of rank two in common subspaces, a tenth of them a hundred times as heavy and elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    left, right, core = draw(12, 2), draw(20, 2), draw(n, 2, 2)
+    gradients = left @ core @ right.T + noise * draw(n, 12, 20)
+    gradients[: n // 10] = 100 * draw(n // 10, 12, 20)
+    return gradients, torch.linalg.qr(left)[0], torch.linalg.qr(right)[0]
+
+
+def test_fitted_sides_find_the_common_subspace_despite_heavy_examples():
+    gradients, left, right = low_rank(400, 0.01)
+    fit = SubspaceFit([Layer("l", ("l.weight",), 12, 20, "linear")], 4, 5, torch.zeros((), dtype=torch.float64))
+    ((found_left, found_right),) = fit.sides(lambda consume: consume(0, Formed(gradients)))
+    assert (found_left.shape, found_right.shape) == ((12, 2), (20, 2))
+    for found, true in ((found_left, left), (found_right, right)):
+        found = torch.from_numpy(found).double()
+        torch.testing.assert_close(found.T @ found, torch.eye(2).double(), atol=1e-5, rtol=0)
+        assert float((true.T @ found).square().sum()) > 1.99  # of 2, for the same subspace
+
+
+def test_a_fitted_estimate_is_never_too_large(tmp_path):
+    task = toys.make_task(tmp_path)
+    exact = gradindex.build(task, tmp_path / "exact", projection=Projection("none"))
+    norms = np.square(exact.rows(np.arange(12))).sum(1)
+    previous = np.zeros(12)
+    for dim in (2, 8, 20, 53):
+        store = gradindex.build(task, tmp_path / f"fitted{dim}", projection=Projection("fitted", dim))
+        found = np.square(store.rows(np.arange(12))).sum(1)
+        assert np.all(found <= norms * (1 + 1e-4))
+        assert found.sum() > previous.sum()
+        previous = found
+    assert previous.sum() > 0.9 * norms.sum()
+
+
+def test_fitted_bases_stay_with_the_store(tmp_path):
+    task = toys.make_task(tmp_path)
+    options = {"projection": Projection("fitted", 20), "batch_size": 4, "shard_rows": 4}
+    store = gradindex.build(task, tmp_path / "store", **options)
+    assert store.verify() == []
+    hits = gradindex.load(store.folder, task).proponents(range(12), k=12, source="train", rerank="none")
+    rows = store.rows(np.arange(12))
+    np.testing.assert_allclose(hits.scores, -np.sort(-rows @ rows.T, 1), rtol=1e-3, atol=1e-5)
+    path = store.folder / "bases.h5"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "bases.h5 has" in store.verify()[0]
+    for action in (lambda: gradindex.load(store.folder, task), lambda: gradindex.build(task, store.folder, **options)):
+        with pytest.raises(StoreError, match=r"bases\.h5 .*its rows mean nothing without"):
+            action()
+
+
+def test_fitting_is_repeatable(tmp_path):
+    task = toys.make_task(tmp_path)
+    stores = [gradindex.build(task, tmp_path / name, projection=Projection("fitted", 20)) for name in "ab"]
+    np.testing.assert_array_equal(*[store.rows(np.arange(12)) for store in stores])
 
 
 def test_squared_norms_and_products_equal_the_formed_gradients():
@@ -69,7 +179,8 @@ def test_squared_norms_and_products_equal_the_formed_gradients():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"kind": "gauss"}, "projection is 'gauss'"), ({"dim": 0}, "dim is 0")]
+    ("options", "message"),
+    [({"kind": "gauss"}, "projection is 'gauss', but must be one of: tensorsketch, fitted"), ({"dim": 0}, "dim is 0")],
 )
 def test_impossible_projections_are_refused(options, message):
     with pytest.raises(ArgumentError, match=message):

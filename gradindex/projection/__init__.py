@@ -1,5 +1,10 @@
 """Projection: factors in, blocks of rows out; seeded, without global random state."""
 
+from .hashing import hash64 as hash64
+from .hashing import key as key
 from .maps import DEFAULT_DIM as DEFAULT_DIM
+from .maps import Bases as Bases
 from .maps import BlockMap as BlockMap
+from .maps import Kind as Kind
 from .maps import Projection as Projection
+from .sides import SubspaceFit as SubspaceFit

@@ -92,6 +92,7 @@ def data() -> dict[str, np.ndarray[Any, Any]]:
         "flipped": flipped,
         "query_images": archive["test_images"][queries],
         "query_labels": np.asarray(archive["test_labels"][queries]),
+        "classes": np.asarray(archive["classes"]),
     }
 
 
@@ -152,8 +153,8 @@ def task() -> Task:
         query=Images(arrays["query_images"][:N_QUERY], query_labels),
         checkpoints=find_checkpoints(checkpoints / "*.pt"),
         layers="8",
-        columns={"label": arrays["labels"], "flipped": arrays["flipped"]},
-        query_columns={"label": query_labels},
+        columns={"label": arrays["classes"][arrays["labels"]], "flipped": arrays["flipped"]},
+        query_columns={"label": arrays["classes"][query_labels]},
         show=lambda item: (
             ((item[0].movedim(0, -1) * torch.tensor(STD) + torch.tensor(MEAN)).clamp(0, 1) * 255).byte().numpy()
         ),

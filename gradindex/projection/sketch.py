@@ -1,0 +1,101 @@
+"""TensorSketch: a random, unbiased map that never forms a gradient unless that is cheaper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..factors import Factors, Gradients, Layer, Lookups
+from .hashing import buckets_and_signs, key
+
+
+class TensorSketch:
+    """Count sketch of delta x^T with the hash h(i, j) = h1(i) + h2(j) mod dim, all layers summed.
+
+    E[<S g, S g'>] = <g, g'>. The sketch of an outer product is the circular convolution of two
+    small count sketches, taken by FFT; with many positions the gradient is formed and sketched
+    with the same hash instead, which gives the same numbers.
+
+    Source: Pham and Pagh 2013, "Fast and scalable polynomial kernels via explicit feature
+    maps", section 3; projected TracIn: Pruthi et al. 2020, section 3.4. One independent map
+    per (checkpoint, layer): layers share one sketch, so shared maps would add cross terms.
+
+    Args:
+        dim: length of the sketch.
+        streams: each layer with its 64-bit key.
+        like: gives dtype and device.
+    """
+
+    def __init__(self, dim: int, streams: Sequence[tuple[Layer, int]], like: Tensor) -> None:
+        self.dim = dim
+        self._sides = [
+            (
+                CountSketch(layer.columns, dim, key(stream, "activations"), like),
+                CountSketch(layer.rows, dim, key(stream, "output_gradients"), like),
+            )
+            for layer, stream in streams
+        ]
+
+    def add(self, block: Tensor, number: int, gradients: Gradients) -> None:
+        """See :class:`BlockMap`."""
+        columns, rows = self._sides[number]
+        if isinstance(gradients, Lookups):
+            # A column with a single one in it: the sketch of the other side, moved by its bucket.
+            deltas, indices = rows(gradients.output_gradients), gradients.indices[:, :, None]
+            places = (columns.buckets[indices] + torch.arange(self.dim, device=block.device)) % self.dim
+            block.scatter_add_(1, places.flatten(1), (deltas * columns.signs[indices]).flatten(1))
+        elif isinstance(gradients, Factors) and self._convolves(gradients, len(columns.buckets) * len(rows.buckets)):
+            spectra = torch.fft.rfft(columns(gradients.activations)), torch.fft.rfft(rows(gradients.output_gradients))
+            block += torch.fft.irfft(torch.einsum("bpf,bpf->bf", *spectra), self.dim)
+        else:
+            self._add_formed(block, columns, rows, gradients.gradient)
+
+    def _convolves(self, gradients: Factors, size: int) -> bool:
+        """Whether an FFT for each position costs less than forming the gradient and adding up its elements."""
+        return gradients.rank_one or 2 * gradients.activations.shape[1] * self.dim < size
+
+    def _add_formed(self, block: Tensor, columns: CountSketch, rows: CountSketch, gradient: Tensor) -> None:
+        # Row by row, so that the signed copy stays as small as one output feature.
+        for row, (bucket, sign) in enumerate(zip(rows.buckets, rows.signs, strict=True)):
+            sketch = block.new_zeros(self.dim, len(block))
+            signed = gradient[:, row] * (columns.signs * sign)
+            sketch.index_add_(0, (columns.buckets + bucket) % self.dim, signed.T)
+            block += sketch.T
+
+
+class CountSketch:
+    """Adds each coordinate, with its random sign, to its random bucket (Charikar et al. 2002).
+
+    Args:
+        n: how many coordinates.
+        dim: how many buckets.
+        stream: the 64-bit key of the hash.
+        like: gives dtype and device.
+    """
+
+    def __init__(self, n: int, dim: int, stream: int, like: Tensor) -> None:
+        buckets, signs = buckets_and_signs(stream, n, dim)
+        self.dim = dim
+        self.buckets = torch.from_numpy(buckets).to(like.device)
+        self.signs = torch.from_numpy(signs).to(like)
+        order = np.argsort(buckets, kind="stable")
+        self._order = torch.from_numpy(order).to(like.device)
+        self._starts = torch.from_numpy(np.searchsorted(buckets[order], np.arange(dim))).to(like.device)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """(batch, positions, n) to (batch, positions, dim)."""
+        batch, positions, n = values.shape
+        # embedding_bag sums the coordinates of each bucket, for all positions at once.
+        first = torch.arange(batch, device=values.device)[:, None]
+        sums = functional.embedding_bag(
+            (first * n + self._order).flatten(),
+            values.transpose(1, 2).reshape(batch * n, positions),
+            (first * n + self._starts).flatten(),
+            mode="sum",
+            per_sample_weights=self.signs[self._order].repeat(batch),
+        )
+        return sums.reshape(batch, self.dim, positions).transpose(1, 2).contiguous()
