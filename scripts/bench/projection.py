@@ -16,7 +16,7 @@ import gradindex
 from gradindex.evaluation import recall_at_k
 from gradindex.projection import Projection
 
-# Kind, numbers per checkpoint (there are five), and the shares of the true top-100 asked for among the best 500 and 1,000.
+# Kind, numbers per checkpoint (of five), and the bars for the true top-100 among the best 500 and 1,000.
 CASES = (
     ("fitted", 672, 0.99, 0.999),
     ("tensorsketch", 1024, 0.99, 0.999),
