@@ -106,9 +106,7 @@ class Convolution(_Plain):
         delta = delta.flatten(2)
         if "weight" not in scales:
             return Formed(delta.sum(2, keepdim=True) * scales["bias"])
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        padded = functional.pad(saved, module._reversed_padding_repeated_twice, mode=mode)
-        patches = _patches(padded, module.kernel_size, module.stride, module.dilation)
+        patches = self._patches(module, saved)
         if module.groups == 1:
             return Factors(_with_bias(patches.transpose(1, 2), scales), delta.transpose(1, 2))
         # Each output channel sees its group's inputs alone, so that a common x does not exist.
@@ -117,6 +115,16 @@ class Convolution(_Plain):
         parts = [weight.flatten(1, 2) * scales["weight"]]
         parts += [delta.sum(2, keepdim=True) * scales["bias"]] if "bias" in scales else []
         return Formed(torch.cat(parts, 2))
+
+    @staticmethod
+    def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
+        kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+        if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+            return functional.unfold(inputs, kernel, dilation, module.padding, stride)  # pads without a copy
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return _patches(
+            functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode), kernel, stride, dilation
+        )
 
 
 class TransposedConvolution(_Plain):

@@ -59,12 +59,15 @@ class TensorSketch:
         return gradients.rank_one or 2 * gradients.activations.shape[1] * self.dim < size
 
     def _add_formed(self, block: Tensor, columns: CountSketch, rows: CountSketch, gradient: Tensor) -> None:
-        # Row by row, so that the signed copy stays as small as one output feature.
-        for row, (bucket, sign) in enumerate(zip(rows.buckets, rows.signs, strict=True)):
-            sketch = block.new_zeros(self.dim, len(block))
+        if len(columns.buckets) < len(rows.buckets):
+            columns, rows, gradient = rows, columns, gradient.transpose(1, 2)
+        # One feature of the shorter side at a time, so that the signed copy stays small. Buckets
+        # come first in memory: whole contiguous rows of examples are added.
+        sketch = block.new_zeros(self.dim, len(block))
+        for row, (bucket, sign) in enumerate(zip(rows.buckets.tolist(), rows.signs.tolist(), strict=True)):
             signed = gradient[:, row] * (columns.signs * sign)
             sketch.index_add_(0, (columns.buckets + bucket) % self.dim, signed.T)
-            block += sketch.T
+        block += sketch.T
 
 
 class CountSketch:
