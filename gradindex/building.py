@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from .index import SearchIndex
 from .index.flat import damage
 from .progress import progress
 from .projection import Bases, Projection
-from .rows import RowMaker, describe, fit_bases
+from .rows import Norms, RowMaker, describe, fit_bases
 from .store import GradientStore, ShardRows
 from .task import Task
 from .tree import preserved_random_state
@@ -26,6 +26,7 @@ def build(
     *,
     projection: Projection | None = None,
     precision: Precision = "float32",
+    self_influence: Norms = "exact",
     batch_size: int = 256,
     shard_rows: int = 8192,
 ) -> GradientStore:
@@ -37,6 +38,8 @@ def build(
         projection: the map from gradients to rows; by default a TensorSketch of 1,024
             numbers per checkpoint.
         precision: of the gradients.
+        self_influence: ``"exact"``, or ``"projected"``: the squared norm of the row, which costs
+            nothing and is an estimate (with a fitted projection: too low).
         batch_size: examples per pass; fixed for a store once it is begun.
         shard_rows: rows per file, rounded up to whole batches.
 
@@ -48,6 +51,8 @@ def build(
     """
     if batch_size < 1 or shard_rows < 1:
         raise ArgumentError(f"batch_size is {batch_size} and shard_rows {shard_rows}, but both must be at least 1.")
+    if self_influence not in get_args(Norms):
+        raise ArgumentError(f"self_influence is {self_influence!r}, but must be 'exact' or 'projected'.")
     projection = projection or Projection()
     SearchIndex.require()
     task.check_reads_repeat()
@@ -61,6 +66,7 @@ def build(
             out,
             {
                 **describe(engine, projection),
+                "self_influence": self_influence,
                 "dim": projection.block_dim(engine.layers) * engine.n_checkpoints,
                 "columns": {name: values.dtype.kind for name, values in columns.items()},
                 "batch_size": batch_size,
@@ -70,7 +76,7 @@ def build(
         )
         shards, batch_size = store.manifest["shards"], store.manifest["batch_size"]
         finished = set(range(len(shards))) if store.manifest["sealed"] else store.finished()
-        maker = RowMaker(engine, projection, _bases(store, engine, projection))
+        maker = RowMaker(engine, projection, _bases(store, engine, projection), self_influence)
         done = sum(shards[number]["rows"] for number in finished)
         with progress("gradients", task.n_train, "rows", done) as advance:
             for number, shard in enumerate(shards):

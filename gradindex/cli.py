@@ -77,8 +77,15 @@ def demo(out: Path) -> None:
 @click.option("--dim", default=1024, show_default=True, help="Numbers per checkpoint, at most.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random map.")
 @click.option("--precision", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
+@click.option(
+    "--self-influence",
+    type=click.Choice(["exact", "projected"]),
+    default="exact",
+    show_default=True,
+    help="Exact, or the squared norm of the row: faster, an estimate.",
+)
 @click.option("--batch-size", default=256, show_default=True, help="Examples per pass.")
-def build(task: str, out: Path, projection: Any, dim: int, seed: int, precision: Any, batch_size: int) -> None:
+def build(task: str, out: Path, projection: Any, dim: int, seed: int, **options: Any) -> None:
     """Build the store and index of TASK (path/to/file.py:name or package.module:name).
 
     Run it again to go on after an interruption: finished shards are kept.
@@ -89,8 +96,7 @@ def build(task: str, out: Path, projection: Any, dim: int, seed: int, precision:
     from .projection import Projection
     from .task import load_task
 
-    chosen = Projection(projection, dim, seed)
-    store = run(load_task(task), out, projection=chosen, precision=precision, batch_size=batch_size)
+    store = run(load_task(task), out, projection=Projection(projection, dim, seed), **options)
     click.echo(f"{out}: {store.n_train:,} rows of {store.dim:,} numbers, from {store.n_checkpoints} checkpoints")
 
 
@@ -167,7 +173,8 @@ def self_influence(folder: Path, k: int, as_json: bool, as_csv: bool) -> None:
         | {name: values[rank].item() for name, values in columns.items()}
         for rank, i in enumerate(top)
     ]
-    note = "exact TracInCP of an example with itself, never negative; high for mislabelled, rare and ambiguous examples"
+    note = f"{store.manifest['self_influence']} TracInCP of an example with itself, never negative; "
+    note += "high for mislabelled, rare and ambiguous examples"
     _show(records, f"{table(records)}\n{note}", note, as_json, as_csv)
 
 

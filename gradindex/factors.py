@@ -6,7 +6,7 @@ that is cheaper), :class:`Lookups` (rows of an embedding) and :class:`Formed` (t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -49,6 +49,9 @@ class Layer:
 class Gradients(Protocol):
     """Per-example gradients G_z (rows, columns) of one layer for a batch."""
 
+    def parts(self) -> Iterator[tuple[slice, Gradients]]:
+        """The batch in parts that fit the processor's cache, each with its place in the batch."""
+
     @property
     def gradient(self) -> Tensor:
         """G: (batch, rows, columns), formed."""
@@ -66,7 +69,15 @@ class Gradients(Protocol):
         """sum_z weights_z G_z G_z^T start for side 0, G_z^T G_z start for side 1: of the shape of ``start``."""
 
 
-class Formed:
+class _Whole:
+    """Forms that are small enough to be used at once."""
+
+    def parts(self: Gradients) -> Iterator[tuple[slice, Gradients]]:
+        """See :class:`Gradients`."""
+        yield slice(None), self
+
+
+class Formed(_Whole):
     """Gradients that are given as they are.
 
     Args:
@@ -94,7 +105,7 @@ class Formed:
         return _sided(self.gradient, start, side, weights)
 
 
-class Factors:
+class Factors(_Whole):
     """Per-example gradients as sums of outer products over positions.
 
     G_z = sum_p output_gradients[z, p] activations[z, p]^T, never summed over z. A linear
@@ -151,7 +162,7 @@ class Factors:
         return torch.einsum("bpn,bpk->nk", ours, torch.bmm(other, inner))
 
 
-class Lookups:
+class Lookups(_Whole):
     """Per-example gradients of an embedding: column ``indices[z, p]`` of G_z gets ``output_gradients[z, p]``.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from .errors import ArgumentError, MismatchError, NonFiniteGradientError, check_k
-from .factors import Gradients
+from .factors import Factors, Formed, Gradients
 from .gradients import Engine, Precision
 from .hits import Hits
 from .index import SearchIndex
@@ -87,7 +88,7 @@ def _exact_part(
     queries: list[dict[int, Gradients]] = []
     for checkpoint in range(engine.n_checkpoints):
         found: dict[int, Gradients] = {}
-        engine.run(checkpoint, items, found.__setitem__, role)
+        engine.run(checkpoint, items, functools.partial(_keep, found), role)
         queries.append(found)
     for start in range(0, len(ids), batch_size):
         part = ids[start : start + batch_size]
@@ -97,7 +98,8 @@ def _exact_part(
 
             def consume(number: int, gradients: Gradients, q: Any = found, t: Any = target) -> None:
                 if number in q:
-                    t += q[number].products(gradients)
+                    for part, some in gradients.parts():
+                        t[:, part] += some.products(q[number]).T
 
             engine.run(checkpoint, batch, consume)
         advance(len(part))
@@ -107,6 +109,16 @@ def _exact_part(
         who = f"Query {query} of {len(items)}" if bool(bad[query].all()) else f"Training example {ids[column]}"
         raise NonFiniteGradientError(f"{who} has a NaN or infinite gradient. Check the example.")
     return scores.cpu().numpy()
+
+
+def _keep(found: dict[int, Gradients], number: int, gradients: Gradients) -> None:
+    """Keep a query's gradients in the smaller of the two forms."""
+    if isinstance(gradients, Factors) and not gradients.rank_one:
+        positions, columns = gradients.activations.shape[1:]
+        rows = gradients.output_gradients.shape[2]
+        if positions * (rows + columns) > rows * columns:
+            gradients = Formed(torch.cat([some.gradient for _, some in gradients.parts()]))
+    found[number] = gradients
 
 
 class Retriever:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from .gradients import Engine
 from .progress import progress
 from .projection import Bases, Projection, SubspaceFit, hash64, key
 
+Norms = Literal["exact", "projected"]
 _FITTED_TO = 2000
 
 
@@ -25,9 +26,13 @@ class RowMaker:
         engine: computes the gradients.
         projection: which maps.
         bases: of a fitted projection.
+        norms: whether self-influence is ``"exact"`` or the squared norm of the row (``"projected"``).
     """
 
-    def __init__(self, engine: Engine, projection: Projection, bases: Bases | None = None) -> None:
+    def __init__(
+        self, engine: Engine, projection: Projection, bases: Bases | None = None, norms: Norms = "exact"
+    ) -> None:
+        self._exact_norms = norms == "exact"
         self._engine = engine
         like = torch.zeros((), dtype=engine.dtype, device=engine.device)
         self._maps = [projection.for_checkpoint(c, engine.layers, like, bases) for c in range(engine.n_checkpoints)]
@@ -54,10 +59,14 @@ class RowMaker:
             def consume(
                 number: int, gradients: Gradients, m: Any = block_map, b: Any = block, s: Any = squared
             ) -> None:
-                m.add(b, number, gradients)
-                s += gradients.squared_norms()
+                for part, some in gradients.parts():
+                    m.add(b[part], number, some)
+                    if self._exact_norms:
+                        s[part] += some.squared_norms()
 
             losses.append(self._engine.run(checkpoint, items, consume, role).double())
+            if not self._exact_norms:
+                squared = block.double().square().sum(1)
             bad = ~(squared.isfinite() & block.isfinite().all(1))
             if bool(bad.any()):
                 path = self._engine.task.checkpoints[checkpoint].path

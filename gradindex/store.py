@@ -194,7 +194,10 @@ class GradientStore:
         return self._gather("rows", ids)
 
     def self_influence(self) -> NDArray[np.float64]:
-        """(n_train, C) float64: eta_c ||grad l(w_c; z)||^2, exact; the sum over C is TracInCP(z, z)."""
+        """(n_train, C) float64: eta_c ||grad l(w_c; z)||^2; the sum over C is TracInCP(z, z).
+
+        Exact or projected, as the manifest's ``self_influence`` says.
+        """
         return self._whole("self_influence")
 
     def losses(self, ids: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
@@ -308,8 +311,7 @@ def differences(stored: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
         found.append(f"data length ({stored['data']['n_train']} stored, {other['data']['n_train']} now)")
     elif stored["data"] != other["data"]:
         found.append("data")
-    if "columns" in other and stored["columns"] != other["columns"]:
-        found.append("columns")
+    found += [name for name in ("columns", "self_influence") if name in other and stored[name] != other[name]]
     return found
 
 
@@ -324,7 +326,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise ValueError("another format")
         version = int(manifest["version"])
-        for name in ("map", "data", "dim", "shards", "columns", "sealed", "fingerprint"):
+        for name in ("map", "data", "dim", "shards", "columns", "self_influence", "sealed", "fingerprint"):
             manifest[name]
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path} is damaged ({error}). Restore it from a copy, or build again elsewhere.") from None

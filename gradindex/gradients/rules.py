@@ -6,7 +6,8 @@ with autograd on two examples before it is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from math import prod
 from typing import Any, Protocol
 
@@ -16,8 +17,12 @@ from torch.nn import functional
 
 from ..factors import Factors, Formed, Gradients, Lookups
 
+Convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+# Windows of a part of a batch stay in the processor's cache; up to so many products are cheaper without them.
+_PART_BYTES, _FEW = 16 << 20, 3
 
 
 class Rule(Protocol):
@@ -103,12 +108,12 @@ class Convolution(_Plain):
     def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
         """See :class:`Rule`."""
         assert isinstance(module, CONVOLUTIONS)
+        if "weight" in scales and module.groups == 1:
+            return Windows(module, saved, delta, scales)
         delta = delta.flatten(2)
         if "weight" not in scales:
             return Formed(delta.sum(2, keepdim=True) * scales["bias"])
-        patches = self._patches(module, saved)
-        if module.groups == 1:
-            return Factors(_with_bias(patches.transpose(1, 2), scales), delta.transpose(1, 2))
+        patches = _windows(module, saved)
         # Each output channel sees its group's inputs alone, so that a common x does not exist.
         split = patches.reshape(len(patches), module.groups, -1, patches.shape[2])
         weight = delta.reshape(len(delta), module.groups, -1, delta.shape[2]) @ split.transpose(2, 3)
@@ -116,15 +121,66 @@ class Convolution(_Plain):
         parts += [delta.sum(2, keepdim=True) * scales["bias"]] if "bias" in scales else []
         return Formed(torch.cat(parts, 2))
 
-    @staticmethod
-    def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
-        kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
-        if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            return functional.unfold(inputs, kernel, dilation, module.padding, stride)  # pads without a copy
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        return _patches(
-            functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode), kernel, stride, dilation
+
+class Windows(Factors):
+    """Factors of a convolution, whose activations (what each output position sees) are laid out only when asked for.
+
+    Args:
+        module: without groups.
+        inputs: (batch, channels, *sizes).
+        delta: (batch, rows, *output sizes).
+        scales: of the weight and, where it is tracked, the bias.
+    """
+
+    def __init__(self, module: Convolutions, inputs: Tensor, delta: Tensor, scales: Mapping[str, float]) -> None:
+        self._module, self._inputs, self._delta, self._scales = module, inputs, delta, scales
+        self.output_gradients = delta.flatten(2).transpose(1, 2)
+
+    @cached_property
+    def activations(self) -> Tensor:  # type: ignore[override]  # laid out on first use
+        """(batch, positions, columns)."""
+        return _with_bias(_windows(self._module, self._inputs).transpose(1, 2), self._scales)
+
+    def parts(self) -> Iterator[tuple[slice, Gradients]]:
+        """See ``Gradients``."""
+        per_example = prod(self._module.weight.shape[1:]) * self._delta[0, 0].numel() * self._delta.itemsize
+        at_once = max(1, _PART_BYTES // per_example)
+        for start in range(0, len(self._delta), at_once):
+            part = slice(start, start + at_once)
+            yield part, Windows(self._module, self._inputs[part], self._delta[part], self._scales)
+
+    def products(self, other: Gradients) -> Tensor:
+        """With a few formed gradients: the convolution itself, with these in the weight's place. See ``Gradients``.
+
+        sum_p delta_p . (V x_p) is what the forward-mode derivative along V computes for this layer.
+        """
+        if not isinstance(other, Formed) or len(other.gradient) > _FEW:
+            return super().products(other)
+        outputs = self._seen_through(other.gradient)
+        return torch.einsum("bqrp,brp->bq", outputs, self._delta.flatten(2))
+
+    def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
+        """The right side is a convolution as well. See ``Gradients``."""
+        seen = self._seen_through(right.T[None])[:, 0]  # (batch, b, positions)
+        return torch.bmm(left.T @ self._delta.flatten(2), seen.transpose(1, 2))
+
+    def _seen_through(self, matrices: Tensor) -> Tensor:
+        """V x_p for each V (rows, columns) of (n, rows, columns): (batch, n, rows, positions)."""
+        count, rows, _ = matrices.shape
+        module, weight_columns = self._module, prod(self._module.weight.shape[1:])
+        weights = (
+            matrices[:, :, :weight_columns].reshape(count * rows, *module.weight.shape[1:]) * self._scales["weight"]
         )
+        inputs, padding = self._inputs, module.padding
+        if module.padding_mode != "zeros":
+            inputs = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+            padding = (0,) * len(module.kernel_size)
+        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(module.kernel_size) - 1]
+        outputs = convolve(inputs, weights, None, module.stride, padding, module.dilation)
+        outputs = outputs.reshape(len(inputs), count, rows, -1)
+        if "bias" in self._scales:
+            outputs = outputs + matrices[None, :, :, -1:] * self._scales["bias"]
+        return outputs
 
 
 class TransposedConvolution(_Plain):
@@ -272,8 +328,19 @@ RULES: Mapping[str, Rule] = {
 SINGLE = (TransposedConvolution, ChannelBias)
 
 
+def _windows(module: Convolutions, inputs: Tensor) -> Tensor:
+    """(batch, channels * kernel, positions): what each position of the output sees."""
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        return functional.unfold(inputs, kernel, dilation, module.padding, stride)  # pads without a copy
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return _patches(
+        functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode), kernel, stride, dilation
+    )
+
+
 def _patches(padded: Tensor, kernel: Any, stride: Any, dilation: Any) -> Tensor:
-    """(batch, channels * kernel, positions): what each position of the output of a convolution sees."""
+    """The same of inputs that are padded already."""
     batch, channels, *sizes = padded.shape
     if len(sizes) == 2:
         return functional.unfold(padded, kernel, dilation=dilation, stride=stride)
