@@ -27,6 +27,7 @@ def build(
     projection: Projection | None = None,
     precision: Precision = "float32",
     self_influence: Norms = "exact",
+    device: str | None = None,
     batch_size: int = 256,
     shard_rows: int = 8192,
 ) -> GradientStore:
@@ -40,6 +41,7 @@ def build(
         precision: of the gradients.
         self_influence: ``"exact"``, or ``"projected"``: the squared norm of the row, which costs
             nothing and is an estimate (with a fitted projection: too low).
+        device: where to compute, such as ``"cuda"``, by default where the model is.
         batch_size: examples per pass; fixed for a store once it is begun.
         shard_rows: rows per file, rounded up to whole batches.
 
@@ -58,7 +60,7 @@ def build(
     task.check_reads_repeat()
     started = time.perf_counter()
     shard_rows = -(-shard_rows // batch_size) * batch_size
-    with preserved_random_state(), Engine(task, precision) as engine:
+    with preserved_random_state(), Engine(task, precision, device) as engine:
         engine.check_routes()
         columns = task.column_arrays("train")
         starts = range(0, task.n_train, shard_rows)

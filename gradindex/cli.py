@@ -34,10 +34,12 @@ def main(traceback: bool) -> None:
     """Which training examples made my model do this? Answered by TracIn, as a search engine."""
 
 
-# As gradindex.projection.Kind, which would import torch for --help.
+# As gradindex.projection.Kind and gradindex.gradients.Precision, which would import torch for --help.
 KINDS = ["tensorsketch", "fitted", "kronecker", "gaussian", "rademacher", "none"]
+PRECISIONS = ["float32", "bfloat16", "float64"]
 _PATH = click.Path(path_type=Path)
 _FOLDER = click.argument("folder", metavar="DIR", type=_PATH)
+_DEVICE = click.option("--device", help="Where to compute, such as cuda; by default where the task's model is.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 _CSV = click.option("--csv", "as_csv", is_flag=True, help="CSV instead of a table.")
 
@@ -76,7 +78,9 @@ def demo(out: Path) -> None:
 @click.option("--projection", type=click.Choice(KINDS), default="tensorsketch", show_default=True)
 @click.option("--dim", default=1024, show_default=True, help="Numbers per checkpoint, at most.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random map.")
-@click.option("--precision", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
+@click.option(
+    "--precision", type=click.Choice(["float32", "bfloat16", "float64"]), default="float32", show_default=True
+)
 @click.option(
     "--self-influence",
     type=click.Choice(["exact", "projected"]),
@@ -84,6 +88,7 @@ def demo(out: Path) -> None:
     show_default=True,
     help="Exact, or the squared norm of the row: faster, an estimate.",
 )
+@_DEVICE
 @click.option("--batch-size", default=256, show_default=True, help="Examples per pass.")
 def build(task: str, out: Path, projection: Any, dim: int, seed: int, **options: Any) -> None:
     """Build the store and index of TASK (path/to/file.py:name or package.module:name).
@@ -116,12 +121,13 @@ def build(task: str, out: Path, projection: Any, dim: int, seed: int, **options:
     help="Settle the order by exact scores, or show the index's estimates.",
 )
 @click.option("--candidates", type=int, help="Candidates to settle by exact scores, by default 10 k.")
+@_DEVICE
 @click.option("--html", type=_PATH, help="Also write a page with pictures here (extra \"demo\").")  # fmt: skip
 @_JSON
 @_CSV
 def query(
     folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None,
-    kind: str, html: Path | None, as_json: bool, as_csv: bool, **options: Any,
+    kind: str, device: str | None, html: Path | None, as_json: bool, as_csv: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Show the top training examples behind queries: proponents, opponents or both.
 
@@ -135,7 +141,7 @@ def query(
 
     loaded = load_task(task)
     queries = loaded.read_queries(path) if path else list(position or train_id)
-    retriever = load(folder, loaded)
+    retriever = load(folder, loaded, device=device)
     answers = [
         retriever.search(queries, opponents=name == "opponents", source="train" if train_id else "query", **options)
         for name in ("proponents", "opponents")
@@ -173,7 +179,8 @@ def self_influence(folder: Path, k: int, as_json: bool, as_csv: bool) -> None:
         | {name: values[rank].item() for name, values in columns.items()}
         for rank, i in enumerate(top)
     ]
-    note = f"{store.manifest['self_influence']} TracInCP of an example with itself, never negative; "
+    rough = " (bfloat16)" if store.manifest["map"]["precision"] == "bfloat16" else ""
+    note = f"{store.manifest['self_influence']}{rough} TracInCP of an example with itself, never negative; "
     note += "high for mislabelled, rare and ambiguous examples"
     _show(records, f"{table(records)}\n{note}", note, as_json, as_csv)
 

@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 import gradindex
-from gradindex.cli import KINDS, main
+from gradindex.cli import KINDS, PRECISIONS, main
+from gradindex.gradients import Precision
 from gradindex.projection import Kind
 
 TASK_FILE = """
@@ -321,6 +322,7 @@ def test_looking_at_a_store_runs_no_code_of_the_task_and_no_torch(built, command
 
 def test_the_kinds_of_projection_are_those_of_the_package():
     assert list(get_args(Kind)) == KINDS
+    assert list(get_args(Precision)) == PRECISIONS
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["build", "--help"]])

@@ -7,6 +7,9 @@ from test_traps import check_against_autograd
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from gradindex.factors import Formed
+from gradindex.gradients import Engine, rules
+
 
 def after(*layers, features):
     """The layers, then everything flattened into a small classifier."""
@@ -52,6 +55,33 @@ def test_layers_equal_autograd(tmp_path, case):
     model, shape, route = LAYERS[case]
     routes = check_against_autograd(toys.make_task(tmp_path, model, shape=shape))
     assert next(iter(routes.values())) == route
+
+
+WINDOWS = [case for case, (_, _, route) in LAYERS.items() if route == "convolution"]
+
+
+@pytest.mark.parametrize("case", [case for case in WINDOWS if case not in ("conv2d groups", "conv2d depthwise")])
+def test_windows_that_are_never_laid_out_give_the_same_numbers(tmp_path, monkeypatch, case):
+    model, shape, _ = LAYERS[case]
+    task = toys.make_task(tmp_path, model, shape=shape, rates=[{"*.weight": 0.3, "*.bias": 0.7}])
+    kept = {}
+    with Engine(task, "float64") as engine:
+        engine.run(0, list(task.train), kept.__setitem__)
+    windows = kept[0]
+    formed = Formed(windows.gradient)
+    rows, columns = windows.gradient.shape[1:]
+    left, right = torch.randn(rows, 2).double(), torch.randn(columns, 3).double()
+    torch.testing.assert_close(windows.two_sided(left, right), formed.two_sided(left, right))
+    for count in (1, 3, 4):
+        some = Formed(formed.gradient[:count])
+        torch.testing.assert_close(windows.products(some), formed.products(some))
+    for side, n in ((0, rows), (1, columns)):
+        start, weights = torch.randn(n, 2).double(), torch.rand(12).double()
+        torch.testing.assert_close(windows.sided(start, side, weights), formed.sided(start, side, weights))
+    monkeypatch.setattr(rules, "_PART_BYTES", 1)
+    parts = [(part, some.gradient) for part, some in windows.parts()]
+    assert len(parts) > 1
+    torch.testing.assert_close(torch.cat([gradient for _, gradient in parts]), formed.gradient)
 
 
 class Bag(nn.Module):

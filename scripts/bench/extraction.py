@@ -1,0 +1,184 @@
+"""ResNet-9 on CIFAR-10 shapes: rows and exact products against a forward pass and a training step's gradient.
+
+Every round times each contestant once, in turn; a figure is the median over rounds of the ratio within a round.
+Weights are random: nothing here depends on their values.
+
+    python scripts/bench/extraction.py [--quick] [--json] [--data DIR] [--save FILE]
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import Bench
+
+import gradindex
+from gradindex.factors import Formed, Gradients
+from gradindex.gradients import Engine
+from gradindex.projection import Projection
+from gradindex.projection.sides import sizes
+from gradindex.rows import RowMaker
+
+BATCH = 64
+
+
+def make_task(folder: Path, layers: str) -> gradindex.Task:
+    """One batch of random pictures and one checkpoint."""
+    import cifar10
+
+    torch.manual_seed(0)
+    model = cifar10.make_model()
+    torch.save(model.state_dict(), folder / "step_1.pt")
+    data = torch.utils.data.TensorDataset(torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,)))
+    checkpoints = gradindex.find_checkpoints(folder, learning_rate=0.1)
+    return gradindex.Task(model, cifar10.loss, data, checkpoints, layers=layers)
+
+
+class Contestants:
+    """What is timed, each on the same batch."""
+
+    def __init__(self, folder: Path, precision: str) -> None:
+        self.precision = precision
+        self.whole, self.last = (make_task(folder, layers) for layers in ("*", "8"))
+        self.items = [self.whole.train[i] for i in range(BATCH)]
+        self.batch = self.whole.collate(self.items)
+
+    def _loss(self) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.whole.loss(self.whole.model, self.batch).mean()
+
+    def forward(self) -> None:
+        """A bare forward pass."""
+        self.whole.model.eval()
+        with torch.no_grad():
+            self._loss()
+
+    def step(self) -> None:
+        """Forward and backward, as training does."""
+        self.whole.model.train().zero_grad()
+        self._loss().backward()
+
+    def rows(self, task: gradindex.Task, projection: Projection, norms: Any) -> Callable[[], Any]:
+        """Rows of the batch; a fitted projection gets random orthonormal bases."""
+        engine = Engine(task, self.precision)
+        engine.__enter__().check_routes()
+        generator = np.random.default_rng(0)
+        bases = {
+            (0, number): tuple(
+                np.linalg.qr(generator.standard_normal((n, k)))[0].astype(np.float32)
+                for n, k in ((layer.rows, size[0]), (layer.columns, size[1]))
+            )
+            for number, (layer, size) in enumerate(
+                zip(engine.layers, sizes(engine.layers, projection.dim), strict=True)
+            )
+        }
+        maker = RowMaker(engine, projection, bases, norms)
+        return lambda: maker.rows(self.items, [""] * BATCH, "train")
+
+    def products(self) -> Callable[[], Any]:
+        """Exact scores of the batch against one query whose gradients are there."""
+        engine = Engine(self.whole, self.precision)
+        engine.__enter__().check_routes()
+        query = [Formed(torch.randn(1, layer.rows, layer.columns)) for layer in engine.layers]
+
+        def run() -> torch.Tensor:
+            scores = torch.zeros(BATCH)
+
+            def consume(number: int, gradients: Gradients) -> None:
+                for part, some in gradients.parts():
+                    scores[part] += some.products(query[number])[:, 0]
+
+            engine.run(0, self.items, consume)
+            return scores
+
+        return run
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def measure(precision: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contestant in each round."""
+    with tempfile.TemporaryDirectory() as folder:
+        contestants = Contestants(Path(folder), precision)
+        fitted = Projection("fitted", 256 * 17)
+        actions = {
+            "forward": contestants.forward,
+            "step": contestants.step,
+            "last layer rows": contestants.rows(contestants.last, Projection(), "exact"),
+            "fitted rows": contestants.rows(contestants.whole, fitted, "projected"),
+            "fitted rows, exact norms": contestants.rows(contestants.whole, fitted, "exact"),
+            "sketch rows": contestants.rows(contestants.whole, Projection(), "exact"),
+            "sketch rows, projected norms": contestants.rows(contestants.whole, Projection(), "projected"),
+            "exact products": contestants.products(),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in actions}
+        for number in range(rounds + 1):
+            for name, action in actions.items():
+                taken = timed(action)
+                if number:  # the first round warms up
+                    seconds[name].append(taken)
+    return seconds
+
+
+def peak_bytes(what: str, into: Any) -> None:
+    """Peak memory of a process that does one thing, above what it had before."""
+    with tempfile.TemporaryDirectory() as folder:
+        contestants = Contestants(Path(folder), "float32")
+        action = contestants.step if what == "step" else contestants.rows(contestants.whole, Projection(), "exact")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        action()
+        into.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def main() -> None:
+    """Measure and print."""
+    bench = Bench("Extraction: ResNet-9, batches of 64", __doc__)
+    rounds = 5 if bench.quick else 15
+    for precision in ("float32", "bfloat16"):
+        seconds = measure(precision, rounds)
+
+        def ratio(name: str, base: str, seconds: dict[str, list[float]] = seconds) -> float:
+            return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+        for name in ("forward", "step"):
+            bench.figure(f"{precision}: {name}", statistics.median(seconds[name]) / BATCH * 1e3, "ms an example")
+        bench.bar(
+            f"{precision}: last layer rows / forward", ratio("last layer rows", "forward"), "x", 1.10, at_most=True
+        )
+        bench.bar(f"{precision}: fitted rows / step", ratio("fitted rows", "step"), "x", 0.95, at_most=True)
+        bench.figure(f"{precision}: fitted rows, exact norms / step", ratio("fitted rows, exact norms", "step"), "x")
+        if precision == "float32":
+            bench.bar("float32: sketch rows / step", ratio("sketch rows", "step"), "x", 2.0, at_most=True)
+        else:
+            bench.figure("bfloat16: sketch rows / step", ratio("sketch rows", "step"), "x")
+        name = "sketch rows, projected norms"
+        bench.figure(f"{precision}: {name} / step", ratio(name, "step"), "x")
+        bench.bar(f"{precision}: exact products / step", ratio("exact products", "step"), "x", 1.3, at_most=True)
+    peaks = {}
+    for what in ("step", "rows"):
+        queue = multiprocessing.get_context("spawn").Queue()
+        process = multiprocessing.get_context("spawn").Process(target=peak_bytes, args=(what, queue))
+        process.start()
+        peaks[what] = queue.get()
+        process.join()
+    bench.figure("peak memory of a step", peaks["step"] / 2**20, "MiB")
+    bench.bar("peak memory, sketch rows of all layers / step", peaks["rows"] / peaks["step"], "x", 1.3, at_most=True)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Precision, device, and norms by projection: what they change, and what they leave."""
+
+import numpy as np
+import pytest
+import torch
+import toys
+from click.testing import CliRunner
+from torch import nn
+
+import gradindex
+from gradindex.cli import main
+from gradindex.errors import ArgumentError, MismatchError
+from gradindex.projection import Projection
+
+WHOLE = Projection("none")
+IMAGE = {"shape": (2, 8, 8), "n_train": 40}
+
+
+@pytest.fixture
+def task(tmp_path):
+    return toys.make_task(tmp_path, toys.convolutional(), **IMAGE)
+
+
+def test_bfloat16_rows_point_where_float32_rows_do(task, tmp_path):
+    stores = {p: gradindex.build(task, tmp_path / p, projection=WHOLE, precision=p) for p in ("float32", "bfloat16")}
+    exact, rough = (store.rows(np.arange(40)) for store in stores.values())
+    cosines = (exact * rough).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rough, axis=1)
+    assert cosines.min() > 0.98
+    assert np.abs(exact - rough).max() > 1e-4  # it was used
+    np.testing.assert_allclose(stores["bfloat16"].losses(), stores["float32"].losses(), rtol=0.1, atol=0.05)
+
+
+def test_a_bfloat16_store_is_settled_by_exact_scores_and_says_what_it_holds(task, tmp_path):
+    gradindex.build(task, tmp_path / "store", projection=WHOLE, precision="bfloat16")
+    hits = gradindex.load(tmp_path / "store", task).proponents(range(4), k=5, candidates=40)
+    truth = gradindex.exact_scores(task, list(task.query))
+    np.testing.assert_allclose(hits.scores, -np.sort(-truth, 1)[:, :5], rtol=1e-4)
+    printed = CliRunner().invoke(main, ["self-influence", str(tmp_path / "store"), "-k", "1"]).stdout
+    assert "exact (bfloat16) TracInCP of an example with itself" in printed
+
+
+def test_projected_self_influence_is_the_squared_norm_of_the_row(task, tmp_path):
+    store = gradindex.build(task, tmp_path / "store", projection=Projection(dim=16), self_influence="projected")
+    blocks = store.rows(np.arange(40)).reshape(40, 3, 16)
+    np.testing.assert_allclose(store.self_influence(), np.square(blocks).sum(2), rtol=1e-4)
+    printed = CliRunner().invoke(main, ["self-influence", str(tmp_path / "store"), "-k", "1"]).stdout
+    assert "projected TracInCP of an example with itself" in printed
+    with pytest.raises(MismatchError, match="self_influence differ"):
+        gradindex.build(task, tmp_path / "store", projection=Projection(dim=16))
+    with pytest.raises(ArgumentError, match="self_influence is 'none', but must be 'exact' or 'projected'"):
+        gradindex.build(task, tmp_path / "other", self_influence="none")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(task, tmp_path, device):
+    with pytest.raises(ArgumentError, match=f"device is '{device}', but it cannot be used here"):
+        gradindex.build(task, tmp_path / "store", device=device)
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_unknown_precision_is_refused(task, tmp_path):
+    with pytest.raises(ArgumentError, match="precision is 'float8', but must be one of: float32, bfloat16, float64"):
+        gradindex.build(task, tmp_path / "store", precision="float8")
+
+
+class Shifted(nn.Module):
+    """A buffer that no checkpoint holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.tensor([1.0, -2.0, 0.5]), persistent=False)
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.linear(x) * self.shift
+
+
+def test_buffers_that_checkpoints_leave_out_keep_their_values(tmp_path):
+    task = toys.make_task(tmp_path, Shifted())
+    task.model.load_state_dict(task.checkpoints[2].load(task.model))
+    x, y = task.train.tensors
+    with torch.no_grad():
+        expected = toys.cross_entropy(task.model, (x.float(), y))
+    np.testing.assert_allclose(gradindex.build(task, tmp_path / "store").losses()[:, 2], expected, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_device_is_used_without_moving_the_model(task, tmp_path):
+    expected = gradindex.exact_scores(task, list(task.query))
+    found = gradindex.exact_scores(task, list(task.query), device="cuda")
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    assert next(task.model.parameters()).device.type == "cpu"
