@@ -237,7 +237,9 @@ class Engine:
             calls = self._calls[number]
             calls[position] = (calls[position][0], delta)
             if all(gradient is not None for _, gradient in calls):
-                finish(number)
+                # Autocast is for the model; factors and maps choose their precision themselves.
+                with torch.autocast(self.device.type, enabled=False):
+                    finish(number)
 
         def finish(number: int) -> None:
             layer = self.layers[number]
@@ -245,8 +247,9 @@ class Engine:
             own = {name.rpartition(".")[2]: scales[name] for name in layer.parameters}
             calls = self._calls.pop(number)
             try:
-                # Autocast hands on bfloat16; what follows keeps more digits.
-                pairs = [(map_tensors(x, self._widen), self._widen(d)) for x, d in calls if d is not None]
+                pairs = [(x, d) for x, d in calls if d is not None]
+                if not rule.takes_half:  # autocast hands on bfloat16; what follows keeps more digits
+                    pairs = [(map_tensors(x, self._widen), self._widen(d)) for x, d in pairs]
                 parts = [rule.gradients(module, x, d, own) for x, d in pairs]
             except Exception:  # a shape that the rule does not know; the check moves such a layer
                 if not self._checking:

@@ -29,7 +29,10 @@ class Rule(Protocol):
     """How one kind of module is handled.
 
     ``names`` and ``scales`` go by the parameter's own name, such as ``"bias"``.
+    ``takes_half`` says whether bfloat16 comes as it is; else it is widened to float32.
     """
+
+    takes_half: bool
 
     def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
         """Rows and columns of the gradient of these parameters together, or ``None``: not by this rule."""
@@ -47,6 +50,8 @@ class Rule(Protocol):
 class _Plain:
     """What most rules share."""
 
+    takes_half = False
+
     def saved(self, module: nn.Module, inputs: Tensor) -> Any:
         return inputs.detach()
 
@@ -62,6 +67,10 @@ def _with_bias(activations: Tensor, scales: Mapping[str, float]) -> Tensor:
     if "bias" in scales:
         parts.append(activations.new_full((*activations.shape[:2], 1), scales["bias"]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 def _columns(inputs: int, names: tuple[str, ...]) -> int:
@@ -99,6 +108,8 @@ class TransposedLinear(Linear):
 class Convolution(_Plain):
     """1 to 3 dimensions, any stride, padding, dilation and groups: a linear layer at every position of the output."""
 
+    takes_half = True
+
     def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
         """See :class:`Rule`."""
         if not isinstance(module, CONVOLUTIONS) or type(module) not in CONVOLUTIONS:
@@ -110,10 +121,10 @@ class Convolution(_Plain):
         assert isinstance(module, CONVOLUTIONS)
         if "weight" in scales and module.groups == 1:
             return Windows(module, saved, delta, scales)
-        delta = delta.flatten(2)
+        delta = _wide(delta).flatten(2)
         if "weight" not in scales:
             return Formed(delta.sum(2, keepdim=True) * scales["bias"])
-        patches = _windows(module, saved)
+        patches = _wide(_windows(module, saved))
         # Each output channel sees its group's inputs alone, so that a common x does not exist.
         split = patches.reshape(len(patches), module.groups, -1, patches.shape[2])
         weight = delta.reshape(len(delta), module.groups, -1, delta.shape[2]) @ split.transpose(2, 3)
@@ -134,12 +145,16 @@ class Windows(Factors):
 
     def __init__(self, module: Convolutions, inputs: Tensor, delta: Tensor, scales: Mapping[str, float]) -> None:
         self._module, self._inputs, self._delta, self._scales = module, inputs, delta, scales
-        self.output_gradients = delta.flatten(2).transpose(1, 2)
+
+    @cached_property
+    def output_gradients(self) -> Tensor:  # type: ignore[override]  # widened on first use
+        """(batch, positions, rows)."""
+        return _wide(self._delta).flatten(2).transpose(1, 2)
 
     @cached_property
     def activations(self) -> Tensor:  # type: ignore[override]  # laid out on first use
         """(batch, positions, columns)."""
-        return _with_bias(_windows(self._module, self._inputs).transpose(1, 2), self._scales)
+        return _with_bias(_wide(_windows(self._module, self._inputs)).transpose(1, 2), self._scales)
 
     def parts(self) -> Iterator[tuple[slice, Gradients]]:
         """See ``Gradients``."""
@@ -157,12 +172,13 @@ class Windows(Factors):
         if not isinstance(other, Formed) or len(other.gradient) > _FEW:
             return super().products(other)
         outputs = self._seen_through(other.gradient)
-        return torch.einsum("bqrp,brp->bq", outputs, self._delta.flatten(2))
+        return _wide(torch.einsum("bqrp,brp->bq", outputs, self._delta.flatten(2).to(outputs)))
 
     def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
         """The right side is a convolution as well. See ``Gradients``."""
         seen = self._seen_through(right.T[None])[:, 0]  # (batch, b, positions)
-        return torch.bmm(left.T @ self._delta.flatten(2), seen.transpose(1, 2))
+        projected = left.T.to(seen) @ self._delta.flatten(2).to(seen)
+        return _wide(torch.bmm(projected, seen.transpose(1, 2)))
 
     def _seen_through(self, matrices: Tensor) -> Tensor:
         """V x_p for each V (rows, columns) of (n, rows, columns): (batch, n, rows, positions)."""
@@ -176,10 +192,10 @@ class Windows(Factors):
             inputs = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=module.padding_mode)
             padding = (0,) * len(module.kernel_size)
         convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(module.kernel_size) - 1]
-        outputs = convolve(inputs, weights, None, module.stride, padding, module.dilation)
+        outputs = convolve(inputs, weights.to(inputs), None, module.stride, padding, module.dilation)
         outputs = outputs.reshape(len(inputs), count, rows, -1)
         if "bias" in self._scales:
-            outputs = outputs + matrices[None, :, :, -1:] * self._scales["bias"]
+            outputs = outputs + (matrices[None, :, :, -1:] * self._scales["bias"]).to(outputs)
         return outputs
 
 
@@ -221,6 +237,7 @@ class ChannelBias(_Plain):
 class Normalisation:
     """y = weight * n(x) + bias, element by element: G = sum over positions of delta * [n(x), 1]."""
 
+    takes_half = True
     _KINDS = (
         *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
         *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
@@ -238,20 +255,37 @@ class Normalisation:
 
     def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
         """See :class:`Rule`."""
+        inputs, mean, variance = saved
+        by_channel = not isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+        if by_channel:
+            delta, inputs = (tensor.reshape(*tensor.shape[:2], -1) for tensor in (delta, inputs))
         parts = []
         for name, scale in scales.items():
-            product = delta * self._normalised(module, *saved) if name == "weight" else delta
+            if name == "weight" and isinstance(module, nn.modules.batchnorm._BatchNorm) and mean is not None:
+                parts.append(self._batch_norm_weight(module, delta, inputs, mean, variance) * scale)
+                continue
+            product = _wide(delta)
+            if name == "weight":
+                product = product * self._normalised(module, _wide(saved[0]), mean, variance).reshape(product.shape)
             if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 # (batch, positions..., *normalized_shape): each element of the shape has its own parameter.
-                summed = product.reshape(len(product), -1, prod(module.normalized_shape)).sum(1)
-            else:
-                summed = product.reshape(*product.shape[:2], -1).sum(2)
-            parts.append(summed * scale)
+                product = product.reshape(len(product), -1, prod(module.normalized_shape)).transpose(1, 2)
+            parts.append(product.sum(2) * scale)
         return Formed(torch.stack(parts, 2))
 
     def as_matrix(self, name: str, gradient: Tensor) -> Tensor:
         """See :class:`Rule`."""
         return gradient.flatten(1)[:, :, None]
+
+    @staticmethod
+    def _batch_norm_weight(module: nn.Module, delta: Tensor, inputs: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """sum_p delta (x - mean) / std without a normalised copy of x: (batch, channels)."""
+        if delta.dtype == torch.bfloat16:
+            products, sums = ((x.sum(2, dtype=torch.float32)) for x in (delta * inputs, delta))
+        else:
+            products, sums = torch.einsum("bcp,bcp->bc", delta, inputs), delta.sum(2)
+        products = products - sums * mean
+        return products * torch.rsqrt(variance + module.eps)  # type: ignore[operator]  # a number in batch norms
 
     @staticmethod
     def _normalised(module: nn.Module, inputs: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor:
@@ -269,6 +303,8 @@ class Normalisation:
 
 class Embedding:
     """G has delta in the column of each index; the padding index has no gradient."""
+
+    takes_half = False
 
     def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
         """See :class:`Rule`."""
