@@ -2,6 +2,8 @@
 
 import torch
 
+from gradindex.tree import map_tensors
+
 
 def gradients(task, items, role="train", prefixes=("",)):
     """(n, checkpoints, parameters) gradients of the parameters whose names start with a prefix, unscaled."""
@@ -37,4 +39,4 @@ def scores(task, queries, train, rates):
 
 
 def double(batch):
-    return [x.double() if x.is_floating_point() else x for x in batch]
+    return map_tensors(batch, lambda x: x.double() if x.is_floating_point() else x)
