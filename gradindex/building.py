@@ -7,6 +7,7 @@ import time
 from typing import Any, get_args
 
 import numpy as np
+from torch.utils.data import DataLoader, Subset
 
 from .errors import ArgumentError
 from .gradients import Engine, Precision
@@ -28,6 +29,7 @@ def build(
     precision: Precision = "float32",
     self_influence: Norms = "exact",
     device: str | None = None,
+    workers: int = 0,
     batch_size: int = 256,
     shard_rows: int = 8192,
 ) -> GradientStore:
@@ -42,7 +44,9 @@ def build(
         self_influence: ``"exact"``, or ``"projected"``: the squared norm of the row, which costs
             nothing and is an estimate (with a fitted projection: too low).
         device: where to compute, such as ``"cuda"``, by default where the model is.
-        batch_size: examples per pass; fixed for a store once it is begun.
+        workers: processes that read examples beside the computation.
+        batch_size: examples per pass, halved where memory runs out; fixed for a store once it
+            is begun.
         shard_rows: rows per file, rounded up to whole batches.
 
     Returns:
@@ -51,8 +55,11 @@ def build(
     Raises:
         GradIndexError: the task, its data or the folder cannot be used; finished shards stay.
     """
-    if batch_size < 1 or shard_rows < 1:
-        raise ArgumentError(f"batch_size is {batch_size} and shard_rows {shard_rows}, but both must be at least 1.")
+    if batch_size < 1 or shard_rows < 1 or workers < 0:
+        raise ArgumentError(
+            f"batch_size is {batch_size}, shard_rows {shard_rows} and workers {workers}, "
+            "but the first two must be at least 1 and workers at least 0."
+        )
     if self_influence not in get_args(Norms):
         raise ArgumentError(f"self_influence is {self_influence!r}, but must be 'exact' or 'projected'.")
     projection = projection or Projection()
@@ -86,11 +93,13 @@ def build(
                     continue
                 parts: list[tuple[Any, ...]] = []
                 end = shard["start"] + shard["rows"]
-                for first in range(shard["start"], end, batch_size):
-                    ids = range(first, min(first + batch_size, end))
-                    names = [f"Training example {i}" for i in ids]
-                    parts.append(maker.rows([task.train[i] for i in ids], names, "train"))
-                    advance(len(ids))
+                subset: Subset[Any] = Subset(task.train, range(shard["start"], end))  # type: ignore[arg-type]  # or any sequence
+                first = shard["start"]
+                for items in DataLoader(subset, batch_size, collate_fn=list, num_workers=workers):
+                    names = [f"Training example {first + i}" for i in range(len(items))]
+                    parts.append(maker.rows(items, names, "train"))
+                    first += len(items)
+                    advance(len(items))
                 rows, norms, losses = (np.concatenate(part) for part in zip(*parts, strict=True))
                 chosen = {name: values[shard["start"] : end] for name, values in columns.items()}
                 store.write_shard(

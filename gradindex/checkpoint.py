@@ -129,6 +129,23 @@ class Checkpoint:
             found[name] = float(matches[0])
         return found
 
+    def second_moments(self) -> dict[str, Tensor]:
+        """Adam's bias-corrected second moments v by parameter name, as ``Recorder`` saved them.
+
+        Raises:
+            CheckpointError: they were not recorded.
+        """
+        record = read_record(Path(self.path)) or {}
+        if "second_moments" not in record:
+            raise CheckpointError(
+                f"{self.path} has no recorded second moments. Train with gradindex.Recorder(..., second_moments=True), "
+                "or leave preconditioner out of the task."
+            )
+        found: dict[str, Tensor] = dict(record["second_moments"])
+        for prefix in _USUAL_PREFIXES:
+            found = {name.removeprefix(prefix): moments for name, moments in found.items()} | found
+        return found
+
     @property
     def weight_source(self) -> str:
         """Where eta comes from, in words: the weighting, or ``"given"``."""

@@ -89,6 +89,7 @@ def demo(out: Path) -> None:
     help="Exact, or the squared norm of the row: faster, an estimate.",
 )
 @_DEVICE
+@click.option("--workers", default=0, show_default=True, help="Processes that read examples.")
 @click.option("--batch-size", default=256, show_default=True, help="Examples per pass.")
 def build(task: str, out: Path, projection: Any, dim: int, seed: int, **options: Any) -> None:
     """Build the store and index of TASK (path/to/file.py:name or package.module:name).

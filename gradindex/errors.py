@@ -31,6 +31,10 @@ class NonFiniteGradientError(GradIndexError, ArithmeticError):
     """An example has a NaN or infinite gradient."""
 
 
+class OutOfMemoryError(GradIndexError, MemoryError):
+    """A single example needs more memory than there is."""
+
+
 class StoreError(GradIndexError, RuntimeError):
     """A store is missing, incomplete, damaged, or not a store."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .errors import NonFiniteGradientError
+from .errors import NonFiniteGradientError, OutOfMemoryError
 from .factors import Gradients
 from .gradients import Engine
 from .progress import progress
@@ -48,9 +48,34 @@ class RowMaker:
     ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
         """Rows (batch, dim), self-influence (batch, C) and losses (batch, C) of a batch.
 
+        A batch that does not fit the memory is halved until it does.
+
         Raises:
             NonFiniteGradientError: names the example and the checkpoint.
+            OutOfMemoryError: one example alone does not fit.
         """
+        try:
+            return self._rows(items, names, role)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+                raise
+            if len(items) == 1:
+                reason = str(error).splitlines()[0][:160]
+                raise OutOfMemoryError(
+                    f"{names[0]} alone needs more memory than there is ({reason}). Track fewer layers, or use a "
+                    "machine with more memory."
+                ) from None
+        half = len(items) // 2
+        first, second = self.rows(items[:half], names[:half], role), self.rows(items[half:], names[half:], role)
+        return (
+            np.concatenate([first[0], second[0]]),
+            np.concatenate([first[1], second[1]]),
+            np.concatenate([first[2], second[2]]),
+        )
+
+    def _rows(
+        self, items: list[Any], names: list[str], role: str
+    ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
         rows, norms, losses = [], [], []
         for checkpoint, block_map in enumerate(self._maps):
             block = torch.zeros(len(items), self._block_dim, dtype=self._engine.dtype, device=self._engine.device)
@@ -131,5 +156,6 @@ def describe(engine: Engine, projection: Projection) -> dict[str, Any]:
         ],
         "projection": {"kind": projection.kind, "dim": projection.dim, "seed": projection.seed},
         "precision": engine.precision,
+        "preconditioner": task.preconditioner,
     }
     return {"map": described, "data": {"n_train": task.n_train, "fingerprint": task.data_fingerprint()}}

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,6 +45,9 @@ class Task:
         query_loss: the function of a query whose change is explained; by default ``loss``.
         layers: which parameters are tracked: names or patterns of modules (all parameters at
             or below) or of parameters. ``"*"`` is every parameter.
+        preconditioner: ``"adam"`` weighs each parameter by D = 1 / (sqrt(v) + 1e-8), with v the second
+            moments that ``Recorder(second_moments=True)`` saved: D^(1/2) on both sides (remark 3.4
+            of Pruthi et al. 2020). By default none, as for plain gradient descent.
         columns: by name, one value for each training example (numbers or strings), such as
             ``{"label": labels}``; stored with the rows and shown with the answers.
         query_columns: the same for ``query``.
@@ -63,6 +66,7 @@ class Task:
     query: Dataset[Any] | Sequence[Any] | None = None
     query_loss: Loss | None = None
     layers: str | Sequence[str] = "*"
+    preconditioner: Literal["adam"] | None = None
     columns: Mapping[str, Column] = field(default_factory=dict)
     query_columns: Mapping[str, Column] = field(default_factory=dict)
     show: Callable[[Any], Any] | None = None
@@ -76,6 +80,8 @@ class Task:
         for role, data in (("train", self.train), ("query", self.query)):
             if data is not None:
                 _check_data_set(role, data)
+        if self.preconditioner not in (None, "adam"):
+            raise TaskError(f"preconditioner is {self.preconditioner!r}, but must be 'adam' or None.")
         if len(self.checkpoints) == 0:
             raise TaskError(
                 "checkpoints is empty. Give at least one, for example find_checkpoints('checkpoints/*.pt')."

@@ -9,7 +9,8 @@ from torch import nn
 
 import gradindex
 from gradindex.cli import main
-from gradindex.errors import ArgumentError, MismatchError
+from gradindex.errors import ArgumentError, MismatchError, OutOfMemoryError
+from gradindex.gradients import Engine
 from gradindex.projection import Projection
 
 WHOLE = Projection("none")
@@ -61,6 +62,32 @@ def test_a_device_that_is_not_there_is_refused(task, tmp_path, device):
 def test_an_unknown_precision_is_refused(task, tmp_path):
     with pytest.raises(ArgumentError, match="precision is 'float8', but must be one of: float32, bfloat16, float64"):
         gradindex.build(task, tmp_path / "store", precision="float8")
+
+
+def short_of_memory(monkeypatch, largest):
+    run = Engine.run
+
+    def limited(self, checkpoint, items, *rest):
+        if len(items) > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.")
+        return run(self, checkpoint, items, *rest)
+
+    monkeypatch.setattr(Engine, "run", limited)
+
+
+def test_a_batch_that_does_not_fit_is_halved(task, tmp_path, monkeypatch):
+    whole = gradindex.build(task, tmp_path / "whole")
+    short_of_memory(monkeypatch, 6)
+    parts = gradindex.build(task, tmp_path / "parts")
+    np.testing.assert_allclose(parts.rows(np.arange(40)), whole.rows(np.arange(40)), atol=1e-4)
+    np.testing.assert_allclose(parts.self_influence(), whole.self_influence(), rtol=1e-4)
+
+
+def test_an_example_that_does_not_fit_alone_is_named(task, tmp_path, monkeypatch):
+    short_of_memory(monkeypatch, 0)
+    message = r"Training example 0 alone needs more memory than there is \(CUDA out of memory. Tried to allocate 8 GiB"
+    with pytest.raises(OutOfMemoryError, match=message):
+        gradindex.build(task, tmp_path / "store")
 
 
 class Shifted(nn.Module):

@@ -303,7 +303,12 @@ def test_a_full_disk_leaves_finished_shards_and_no_rubbish(task, tmp_path, monke
     assert gradindex.build(task, tmp_path / "store", **OPTIONS).verify() == []
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"shard_rows": 0}])
+def test_workers_read_the_same_examples(task, built, tmp_path):
+    other = gradindex.build(task, tmp_path / "other", **OPTIONS, workers=2)
+    np.testing.assert_array_equal(other.rows(np.arange(12)), built.rows(np.arange(12)))
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"shard_rows": 0}, {"workers": -1}])
 def test_impossible_sizes_are_refused(task, tmp_path, options):
-    with pytest.raises(ArgumentError, match="must be at least 1"):
+    with pytest.raises(ArgumentError, match="must be at least"):
         gradindex.build(task, tmp_path / "store", **options)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from ..errors import ArgumentError, LossError, TaskError
+from ..errors import ArgumentError, CheckpointError, LossError, TaskError
 from ..factors import Formed, Gradients, Layer, concatenated
 from ..task import Loss, Task
 from ..tree import map_tensors, preserved_random_state, tensors
@@ -24,6 +24,8 @@ from .rules import RULES
 
 Precision = Literal["float32", "bfloat16", "float64"]
 Consume = Callable[[int, Gradients], None]
+
+_ADAM_EPSILON = 1e-8
 
 # How far a fast route may be from autograd on one example alone, relative to the norms.
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-8}
@@ -107,6 +109,8 @@ class Engine:
             }
             for checkpoint in task.checkpoints
         ]
+        self._moments = self._second_moments() if task.preconditioner == "adam" else []
+        self._weights: dict[tuple[int, int], Tensor] = {}
         self._training: list[tuple[nn.Module, bool]] = []
         self._stack = contextlib.ExitStack()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -114,6 +118,17 @@ class Engine:
         self._leaves: list[Tensor] = []
         self._on_gradient: Callable[[int, int, Tensor], None] | None = None
         self._checking = False
+
+    def _second_moments(self) -> list[dict[str, Tensor]]:
+        found = [checkpoint.second_moments() for checkpoint in self.task.checkpoints]
+        for checkpoint, moments in zip(self.task.checkpoints, found, strict=True):
+            missing = [name for name in self.parameters if name not in moments]
+            if missing:
+                raise CheckpointError(
+                    f"{checkpoint.path} has no second moments for {missing[0]} ({len(missing)} parameters in all). "
+                    "Leave out what was not trained, with layers=."
+                )
+        return found
 
     @property
     def n_checkpoints(self) -> int:
@@ -194,9 +209,21 @@ class Engine:
         Raises:
             LossError: the loss is not one number per example.
         """
+        if self._moments:
+            consume = functools.partial(self._precondition, checkpoint, consume)
         half = self.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext():
             return self._run(self._states[checkpoint], self._scales[checkpoint], items, consume, role)
+
+    def _precondition(self, checkpoint: int, consume: Consume, number: int, gradients: Gradients) -> None:
+        """Hand on D^(1/2) g: every element has a weight of its own, so the gradient must be formed."""
+        layer = self.layers[number]
+        if (checkpoint, number) not in self._weights:
+            roots = [(self._moments[checkpoint][name].sqrt() + _ADAM_EPSILON).rsqrt() for name in layer.parameters]
+            pairs = zip(layer.parameters, roots, strict=True)
+            matrix = torch.cat([self._as_matrix(layer, name, root[None]) for name, root in pairs], 2)
+            self._weights[checkpoint, number] = self._cast(matrix)
+        consume(number, Formed(gradients.gradient * self._weights[checkpoint, number]))
 
     def _run(
         self, state: Mapping[str, Tensor], scales: Mapping[str, float], items: list[Any], consume: Consume, role: str
