@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
 from ..errors import ArgumentError, CheckpointError, LossError, TaskError
 from ..factors import Formed, Gradients, Layer, concatenated
-from ..task import Loss, Task
-from ..tree import map_tensors, preserved_random_state, tensors
+from ..task import Task
+from ..tree import map_tensors, preserved_random_state
+from .functional import LossModule, State, loop_gradients, vmap_gradients
 from .layers import general_layer, plan_layers, select_parameters
 from .rules import RULES
 
@@ -29,37 +29,6 @@ _ADAM_EPSILON = 1e-8
 
 # How far a fast route may be from autograd on one example alone, relative to the norms.
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-8}
-
-
-class _LossModule(nn.Module):
-    """The loss as a module, so that ``functional_call`` can swap the model's weights under it."""
-
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.loss(self.model, batch)
-
-
-def _call(wrapper: nn.Module, state: Mapping[str, Tensor], args: tuple[Any, ...]) -> Tensor:
-    """``functional_call`` that restores modules which stand in the model under two names.
-
-    torch's own tie_weights swaps such a module twice and puts the swapped tensor back; so each
-    module is swapped once, under its first name, and gets the tensor of the first shared name.
-    """
-    first = {id(tensor): name for name, tensor in (*wrapper.named_parameters(), *wrapper.named_buffers())}
-    swapped = {}
-    for prefix, module in wrapper.named_modules():
-        for name, tensor in (
-            *module.named_parameters(prefix, False, False),
-            *module.named_buffers(prefix, False, False),
-        ):
-            if first[id(tensor)] in state:
-                swapped[name] = state[first[id(tensor)]]
-    result: Tensor = functional_call(wrapper, swapped, args, tie_weights=False)
-    return result
 
 
 class Engine:
@@ -225,10 +194,8 @@ class Engine:
             self._weights[checkpoint, number] = self._cast(matrix)
         consume(number, Formed(gradients.gradient * self._weights[checkpoint, number]))
 
-    def _run(
-        self, state: Mapping[str, Tensor], scales: Mapping[str, float], items: list[Any], consume: Consume, role: str
-    ) -> Tensor:
-        wrapper = _LossModule(self.model, self.task.loss_for(role))
+    def _run(self, state: State, scales: Mapping[str, float], items: list[Any], consume: Consume, role: str) -> Tensor:
+        wrapper = LossModule(self.model, self.task.loss_for(role))
         batch = self._cast(self.task.collate(items))
         losses = self._run_hooks(wrapper, state, scales, batch, len(items), consume)
         general = {n: layer for n, layer in enumerate(self.layers) if layer.route in ("vmap", "loop")}
@@ -236,8 +203,10 @@ class Engine:
             chosen = {number: layer for number, layer in general.items() if layer.route == route}
             if chosen:
                 names = [layer.parameters[0] for layer in chosen.values()]
-                compute = self._vmap_gradients if route == "vmap" else self._loop_gradients
-                gradients = compute(wrapper, state, names, batch, items)
+                if route == "vmap":
+                    gradients = vmap_gradients(wrapper, state, names, batch, len(items))
+                else:
+                    gradients = loop_gradients(wrapper, state, names, self._singles(items))
                 for (number, layer), gradient in zip(chosen.items(), gradients, strict=True):
                     scaled = self._widen(gradient).reshape(len(items), 1, -1) * scales[layer.parameters[0]]
                     consume(number, Formed(scaled))
@@ -245,16 +214,15 @@ class Engine:
 
     def losses(self, checkpoint: int, items: list[Any], role: str = "train") -> NDArray[np.float64]:
         """(batch,) the losses of a batch at a checkpoint, by a forward pass alone."""
-        wrapper = _LossModule(self.model, self.task.loss_for(role))
+        wrapper = LossModule(self.model, self.task.loss_for(role))
         with torch.no_grad():
-            losses = _call(wrapper, self._states[checkpoint], (self._cast(self.task.collate(items)),))
-        self._check_losses(losses, len(items))
+            losses = wrapper.losses(self._states[checkpoint], self._cast(self.task.collate(items)), len(items))
         return losses.double().cpu().numpy()
 
     def _run_hooks(
         self,
-        wrapper: nn.Module,
-        state: Mapping[str, Tensor],
+        wrapper: LossModule,
+        state: State,
         scales: Mapping[str, float],
         batch: Any,
         n: int,
@@ -287,8 +255,7 @@ class Engine:
         self._on_gradient = on_gradient
         try:
             with torch.enable_grad():
-                losses = _call(wrapper, dict(state), (batch,))
-                self._check_losses(losses, n)
+                losses = wrapper.losses(state, batch, n)
                 leaves = list(self._leaves)
                 if leaves and losses.requires_grad:
                     torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
@@ -300,39 +267,6 @@ class Engine:
             self._calls.clear()
             self._leaves.clear()
         return losses.detach()
-
-    def _vmap_gradients(
-        self, wrapper: nn.Module, state: Mapping[str, Tensor], names: list[str], batch: Any, items: list[Any]
-    ) -> list[Tensor]:
-        parts = tensors(batch)
-        if any(part.ndim == 0 or len(part) != len(items) for part in parts):
-            raise RuntimeError("a tensor of the batch has another first axis than the examples")
-
-        def one(tracked: dict[str, Tensor], *slices: Tensor) -> Tensor:
-            remaining = iter(slices)
-            single = map_tensors(batch, lambda _: next(remaining).unsqueeze(0))
-            return _call(wrapper, {**state, **tracked}, (single,)).sum()
-
-        tracked = {f"model.{name}": state[f"model.{name}"] for name in names}
-        found = vmap(grad(one), in_dims=(None, *([0] * len(parts))))(tracked, *parts)
-        return [found[f"model.{name}"].detach() for name in names]
-
-    def _loop_gradients(
-        self, wrapper: nn.Module, state: Mapping[str, Tensor], names: list[str], batch: Any, items: list[Any]
-    ) -> list[Tensor]:
-        """One autograd pass for each example, collated alone: slow, and right for anything."""
-        rows = []
-        for item in items:
-            tracked = {f"model.{name}": state[f"model.{name}"].detach().requires_grad_() for name in names}
-            with torch.enable_grad():
-                losses = _call(wrapper, {**state, **tracked}, (self._cast(self.task.collate([item])),))
-                self._check_losses(losses, 1)
-                if losses.requires_grad:
-                    leaves = list(tracked.values())
-                    rows.append(list(torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)))
-                else:
-                    rows.append([torch.zeros_like(value) for value in tracked.values()])
-        return [torch.stack(column) for column in zip(*rows, strict=True)]
 
     def check_routes(self) -> None:
         """Compare every route with autograd on two examples, each alone; move layers that disagree.
@@ -351,7 +285,7 @@ class Engine:
             self._check_routes(items, "query")
 
     def _check_routes(self, items: list[Any], role: str) -> None:
-        wrapper = _LossModule(self.model, self.task.loss_for(role))
+        wrapper = LossModule(self.model, self.task.loss_for(role))
         state, tolerance = self._states[-1], _TOLERANCE[self.dtype]
         found: dict[int, Tensor] = {}
 
@@ -359,11 +293,11 @@ class Engine:
             found[number] = gradients.gradient.flatten(1)
 
         with preserved_random_state():
-            truth = self._loop_gradients(wrapper, state, self.parameters, None, items)
+            batch, singles = self._cast(self.task.collate(items)), self._singles(items)
+            truth = loop_gradients(wrapper, state, self.parameters, singles)
             with torch.no_grad():
-                alone = torch.cat([_call(wrapper, state, (self._cast(self.task.collate([i])),)) for i in items])
-                together = _call(wrapper, state, (self._cast(self.task.collate(items)),))
-            self._check_losses(together, len(items))
+                alone = torch.cat([wrapper.losses(state, single, 1) for single in singles])
+                together = wrapper.losses(state, batch, len(items))
             if not torch.allclose(
                 alone, together, rtol=tolerance, atol=tolerance * float(alone.abs().max()), equal_nan=True
             ):
@@ -372,7 +306,7 @@ class Engine:
                     f"{float(together[0]):.6g} in a batch of {len(items)}), so it has no gradient of its own. "
                     "Use a per-example loss and normalisation with running statistics."
                 )
-            self._pick_general_route(wrapper, state, items)
+            self._pick_general_route(wrapper, state, batch, len(items))
             # Unscaled, so that a layer whose eta is 0 at this checkpoint is checked as well.
             unscaled = dict.fromkeys(self.parameters, 1.0)
             self._checking = True
@@ -407,23 +341,18 @@ class Engine:
             return RULES[layer.route].as_matrix(parameter.rpartition(".")[2], gradient)
         return gradient.reshape(len(gradient), 1, -1)
 
-    def _pick_general_route(self, wrapper: nn.Module, state: Mapping[str, Tensor], items: list[Any]) -> None:
+    def _pick_general_route(self, wrapper: LossModule, state: State, batch: Any, n: int) -> None:
         names = [layer.parameters[0] for layer in self.layers if layer.route == "vmap"]
         if not names:
             return
         try:
-            self._vmap_gradients(wrapper, state, names, self._cast(self.task.collate(items)), items)
+            vmap_gradients(wrapper, state, names, batch, n)
         except Exception:  # vmap refuses in many types; the loop then raises whatever is really wrong
             self.layers = [replace(layer, route="loop") if layer.route == "vmap" else layer for layer in self.layers]
 
-    def _check_losses(self, losses: Any, n: int) -> None:
-        if not isinstance(losses, Tensor):
-            raise LossError(f"The loss returned a {type(losses).__name__}, but must return a tensor of shape ({n},).")
-        if losses.shape != (n,):
-            raise LossError(
-                f"The loss has shape {tuple(losses.shape)}, but must be per example, of shape ({n},) "
-                f"for a batch of {n}. Use reduction='none' and no mean over the batch."
-            )
+    def _singles(self, items: list[Any]) -> list[Any]:
+        """Each example as a batch of its own."""
+        return [self._cast(self.task.collate([item])) for item in items]
 
     def _widen(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor

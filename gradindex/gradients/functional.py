@@ -1,0 +1,86 @@
+"""The loss as a function of weights, and the general routes to per-example gradients of any parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from ..errors import LossError
+from ..task import Loss
+from ..tree import map_tensors, tensors
+
+# Tensors by name, each name with "model." in front.
+State = Mapping[str, Tensor]
+
+
+class LossModule(nn.Module):
+    """The loss as a module, so that ``functional_call`` can swap the model's weights under it."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        """(batch,) the losses with the weights that are in the model now."""
+        return self.loss(self.model, batch)
+
+    def losses(self, state: State, batch: Any, n: int) -> Tensor:
+        """(n,) the losses with other weights in the model, for the time of the call.
+
+        torch's own tie_weights swaps a module that stands in the model under two names twice and
+        puts the swapped tensor back; so each module is swapped once, under its first name, and
+        gets the tensor of the first shared name.
+
+        Raises:
+            LossError: the loss is not one number per example.
+        """
+        first = {id(tensor): name for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+        swapped = {}
+        for prefix, module in self.named_modules():
+            own = (*module.named_parameters(prefix, False, False), *module.named_buffers(prefix, False, False))
+            swapped.update({name: state[first[id(tensor)]] for name, tensor in own if first[id(tensor)] in state})
+        losses: Any = functional_call(self, swapped, (batch,), tie_weights=False)
+        if not isinstance(losses, Tensor):
+            raise LossError(f"The loss returned a {type(losses).__name__}, but must return a tensor of shape ({n},).")
+        if losses.shape != (n,):
+            raise LossError(
+                f"The loss has shape {tuple(losses.shape)}, but must be per example, of shape ({n},) "
+                f"for a batch of {n}. Use reduction='none' and no mean over the batch."
+            )
+        return losses
+
+
+def vmap_gradients(wrapper: LossModule, state: State, names: Sequence[str], batch: Any, n: int) -> list[Tensor]:
+    """(n, *shape) for each name, in one pass vectorised over the first axis of every tensor of the batch."""
+    parts = tensors(batch)
+    if any(part.ndim == 0 or len(part) != n for part in parts):
+        raise RuntimeError("a tensor of the batch has another first axis than the examples")
+
+    def one(tracked: dict[str, Tensor], *slices: Tensor) -> Tensor:
+        remaining = iter(slices)
+        single = map_tensors(batch, lambda _: next(remaining).unsqueeze(0))
+        return wrapper.losses({**state, **tracked}, single, 1).sum()
+
+    tracked = {f"model.{name}": state[f"model.{name}"] for name in names}
+    found = vmap(grad(one), in_dims=(None, *([0] * len(parts))))(tracked, *parts)
+    return [found[f"model.{name}"].detach() for name in names]
+
+
+def loop_gradients(wrapper: LossModule, state: State, names: Sequence[str], singles: Iterable[Any]) -> list[Tensor]:
+    """(n, *shape) for each name, by one autograd pass for each of n batches of one: slow, and right for anything."""
+    rows = []
+    for single in singles:
+        tracked = {f"model.{name}": state[f"model.{name}"].detach().requires_grad_() for name in names}
+        with torch.enable_grad():
+            losses = wrapper.losses({**state, **tracked}, single, 1)
+            if losses.requires_grad:
+                leaves = list(tracked.values())
+                rows.append(list(torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)))
+            else:
+                rows.append([torch.zeros_like(value) for value in tracked.values()])
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
