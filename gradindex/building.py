@@ -28,6 +28,7 @@ def build(
     projection: Projection | None = None,
     precision: Precision = "float32",
     self_influence: Norms = "exact",
+    unit_norm: bool = False,
     device: str | None = None,
     workers: int = 0,
     batch_size: int = 256,
@@ -43,6 +44,8 @@ def build(
         precision: of the gradients.
         self_influence: ``"exact"``, or ``"projected"``: the squared norm of the row, which costs
             nothing and is an estimate (with a fitted projection: too low).
+        unit_norm: divide each row by its norm: answers are ranked by the cosine of the gradients,
+            which takes away the advantage of heavy examples.
         device: where to compute, such as ``"cuda"``, by default where the model is.
         workers: processes that read examples beside the computation.
         batch_size: examples per pass, halved where memory runs out; fixed for a store once it
@@ -62,6 +65,8 @@ def build(
         )
     if self_influence not in get_args(Norms):
         raise ArgumentError(f"self_influence is {self_influence!r}, but must be 'exact' or 'projected'.")
+    if unit_norm and self_influence != "exact":
+        raise ArgumentError("unit_norm needs exact norms. Leave out self_influence='projected', or unit_norm.")
     projection = projection or Projection()
     SearchIndex.require()
     task.check_reads_repeat()
@@ -74,7 +79,7 @@ def build(
         store = GradientStore.create(
             out,
             {
-                **describe(engine, projection),
+                **describe(engine, projection, unit_norm),
                 "self_influence": self_influence,
                 "dim": projection.block_dim(engine.layers) * engine.n_checkpoints,
                 "columns": {name: values.dtype.kind for name, values in columns.items()},
@@ -85,7 +90,7 @@ def build(
         )
         shards, batch_size = store.manifest["shards"], store.manifest["batch_size"]
         finished = set(range(len(shards))) if store.manifest["sealed"] else store.finished()
-        maker = RowMaker(engine, projection, _bases(store, engine, projection), self_influence)
+        maker = RowMaker(engine, projection, _bases(store, engine, projection), self_influence, unit_norm)
         done = sum(shards[number]["rows"] for number in finished)
         with progress("gradients", task.n_train, "rows", done) as advance:
             for number, shard in enumerate(shards):

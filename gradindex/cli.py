@@ -88,6 +88,7 @@ def demo(out: Path) -> None:
     show_default=True,
     help="Exact, or the squared norm of the row: faster, an estimate.",
 )
+@click.option("--unit-norm", is_flag=True, help="Rank by the cosine of the gradients instead of TracInCP.")
 @_DEVICE
 @click.option("--workers", default=0, show_default=True, help="Processes that read examples.")
 @click.option("--batch-size", default=256, show_default=True, help="Examples per pass.")
@@ -219,9 +220,10 @@ def info(folder: Path, as_json: bool) -> None:
         {"layer": x["name"] or "(model)", "rows": x["shape"][0], "columns": x["shape"][1], "route": x["route"]}
         for x in described["layers"]
     ]
+    unit = ", rows of unit norm" if described["unit_norm"] else ""
     click.echo(
         f"{store.manifest['task']}: {store.n_train:,} rows of {store.dim:,} numbers ({state})\n"
-        f"projection {projection['kind']}{sketch}; gradients in {described['precision']}\n"
+        f"projection {projection['kind']}{sketch}; gradients in {described['precision']}{unit}\n"
         f"columns: {', '.join(store.columns) or 'none'}; index: {index['kind'] if index else 'none'}\n\n"
         f"{table(checkpoints)}\n\n{table(layers)}"
     )

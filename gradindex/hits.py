@@ -34,7 +34,8 @@ class Hits:
         ids: (n_query, k) int64.
         scores: (n_query, k), signed; positive = proponent.
         kind: ``"proponents"`` or ``"opponents"``.
-        scored: ``"exact"`` TracInCP, or ``"projected"``, its unbiased estimate.
+        scored: ``"exact"``, or ``"projected"``: the rows' own estimate.
+        measure: what the scores are, ``"TracInCP scores"`` or cosines of the gradients behind them.
         queries: what to call each query.
         columns: by name (n_query, k), of the training examples.
         query_columns: by name (n_query,), of the queries.
@@ -49,6 +50,7 @@ class Hits:
     queries: tuple[str, ...]
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     query_columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    measure: str = "TracInCP scores"
     show_train: Callable[[int], Any] | None = field(default=None, repr=False)
     show_query: Callable[[int], Any] | None = field(default=None, repr=False)
 
@@ -81,7 +83,7 @@ class Hits:
     @property
     def note(self) -> str:
         """One sentence: how the scores were computed and what their sign means."""
-        return f"{self.scored} TracInCP scores; {SIGN}"
+        return f"{self.scored} {self.measure}; {SIGN}"
 
     def __str__(self) -> str:
         return as_text([self])

@@ -141,13 +141,14 @@ class Retriever:
         self.task = task
         stored = store.manifest["map"]
         self._projection = Projection(**stored["projection"])
+        self._unit_norm: bool = stored["unit_norm"]
         # Queries and exact scores take full precision, even where rows were made from bfloat16 gradients.
         rough = stored["precision"] == "bfloat16"
         self._engine = Engine(task, "float32" if rough else stored["precision"], device)
         with preserved_random_state(), self._engine as engine:
             engine.check_routes()
             now = describe(engine, self._projection)
-            now["map"]["precision"] = stored["precision"]
+            now["map"] |= {"precision": stored["precision"], "unit_norm": stored["unit_norm"]}
             differing = differences(store.manifest, now)
             if not differing and not self._losses_agree(engine, rough):
                 differing = ["the losses of training examples (so the model's code or the loss)"]
@@ -215,12 +216,17 @@ class Retriever:
         wanted = k if rerank == "none" else min(n, 10 * k if candidates is None else candidates)
         sign = -1.0 if opponents else 1.0
         with preserved_random_state(), self._engine as engine:
-            rows = RowMaker(engine, self._projection, self._bases).rows(items, names, "query")[0]
+            maker = RowMaker(engine, self._projection, self._bases, unit_norm=self._unit_norm)
+            rows, squares, _ = maker.rows(items, names, "query")
             scores: NDArray[Any]
             scores, ids = self._index.search(np.asarray(sign * rows, dtype=np.float32), wanted)
             if rerank == "exact":
                 union = np.unique(ids)
                 exact = sign * _exact(engine, items, union, "query", self.store.manifest["batch_size"])
+                if self._unit_norm:
+                    # The norm of a zero gradient is taken as 1: its cosine with anything is 0.
+                    norms = np.sqrt(np.outer(squares.sum(1), self.store.self_influence(union).sum(1)))
+                    exact = exact / np.where(norms > 0, norms, 1.0)
                 found = np.take_along_axis(exact, np.searchsorted(union, ids), 1)
                 order = np.lexsort((ids, -found), axis=1)[:, :k]
                 scores, ids = np.take_along_axis(found, order, 1), np.take_along_axis(ids, order, 1)
@@ -231,6 +237,7 @@ class Retriever:
             kind="opponents" if opponents else "proponents",
             scored="exact" if rerank == "exact" else "projected",
             queries=tuple(names),
+            measure="cosines of the gradients behind TracInCP" if self._unit_norm else "TracInCP scores",
             columns={name: self.store.column(name, ids) for name in self.store.columns},
             query_columns=query_columns,
             show_train=None if show is None else lambda i: show(self.task.train[i]),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .errors import NonFiniteGradientError, OutOfMemoryError
 from .factors import Gradients
@@ -27,12 +28,20 @@ class RowMaker:
         projection: which maps.
         bases: of a fitted projection.
         norms: whether self-influence is ``"exact"`` or the squared norm of the row (``"projected"``).
+        unit_norm: divide each row by the norm of its whole gradients, so that inner products
+            estimate cosines.
     """
 
     def __init__(
-        self, engine: Engine, projection: Projection, bases: Bases | None = None, norms: Norms = "exact"
+        self,
+        engine: Engine,
+        projection: Projection,
+        bases: Bases | None = None,
+        norms: Norms = "exact",
+        unit_norm: bool = False,
     ) -> None:
         self._exact_norms = norms == "exact"
+        self._unit_norm = unit_norm
         self._engine = engine
         like = torch.zeros((), dtype=engine.dtype, device=engine.device)
         self._maps = [projection.for_checkpoint(c, engine.layers, like, bases) for c in range(engine.n_checkpoints)]
@@ -101,8 +110,15 @@ class RowMaker:
                 )
             rows.append(block)
             norms.append(squared)
-        stacked = [torch.stack(part, 1).cpu().numpy() for part in (norms, losses)]
-        return torch.cat(rows, 1).float().cpu().numpy(), stacked[0], stacked[1]
+        squares, stacked = torch.stack(norms, 1), torch.cat(rows, 1)
+        if self._unit_norm:
+            stacked = stacked / _safe(squares.sum(1).sqrt())[:, None]
+        return stacked.float().cpu().numpy(), squares.cpu().numpy(), torch.stack(losses, 1).cpu().numpy()
+
+
+def _safe(norms: Tensor) -> Tensor:
+    """Norms to divide by: a zero gradient has no direction and keeps its zeros."""
+    return norms.where(norms > 0, 1.0)
 
 
 def fit_bases(engine: Engine, projection: Projection, batch_size: int) -> Bases:
@@ -130,7 +146,7 @@ def fit_bases(engine: Engine, projection: Projection, batch_size: int) -> Bases:
     return bases
 
 
-def describe(engine: Engine, projection: Projection) -> dict[str, Any]:
+def describe(engine: Engine, projection: Projection, unit_norm: bool = False) -> dict[str, Any]:
     """Everything that rows depend on, as JSON: two rows compare only when these agree.
 
     Returns:
@@ -157,5 +173,6 @@ def describe(engine: Engine, projection: Projection) -> dict[str, Any]:
         "projection": {"kind": projection.kind, "dim": projection.dim, "seed": projection.seed},
         "precision": engine.precision,
         "preconditioner": task.preconditioner,
+        "unit_norm": unit_norm,
     }
     return {"map": described, "data": {"n_train": task.n_train, "fingerprint": task.data_fingerprint()}}

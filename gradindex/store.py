@@ -193,12 +193,12 @@ class GradientStore:
         """(len(ids), dim) float32 rows in the order of ``ids``."""
         return self._gather("rows", ids)
 
-    def self_influence(self) -> NDArray[np.float64]:
-        """(n_train, C) float64: eta_c ||grad l(w_c; z)||^2; the sum over C is TracInCP(z, z).
+    def self_influence(self, ids: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+        """(n_train, C) or (len(ids), C) float64: eta_c ||grad l(w_c; z)||^2; the sum over C is TracInCP(z, z).
 
         Exact or projected, as the manifest's ``self_influence`` says.
         """
-        return self._whole("self_influence")
+        return self._whole("self_influence") if ids is None else self._gather("self_influence", ids)
 
     def losses(self, ids: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
         """(n_train, C) or (len(ids), C) float64 training losses."""

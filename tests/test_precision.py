@@ -1,11 +1,14 @@
 """Precision, device, and norms by projection: what they change, and what they leave."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import toys
 from click.testing import CliRunner
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import gradindex
 from gradindex.cli import main
@@ -62,6 +65,41 @@ def test_a_device_that_is_not_there_is_refused(task, tmp_path, device):
 def test_an_unknown_precision_is_refused(task, tmp_path):
     with pytest.raises(ArgumentError, match="precision is 'float8', but must be one of: float32, bfloat16, float64"):
         gradindex.build(task, tmp_path / "store", precision="float8")
+
+
+def test_unit_norm_ranks_by_the_cosine(task, tmp_path):
+    store = gradindex.build(task, tmp_path / "store", projection=WHOLE, unit_norm=True)
+    np.testing.assert_allclose(np.square(store.rows(np.arange(40))).sum(1), 1, rtol=1e-4)
+    scores = gradindex.exact_scores(task, list(task.query))
+    norms, own = (
+        np.sqrt(np.diag(gradindex.exact_scores(replace(task, train=data), list(data))))
+        for data in (task.train, task.query)
+    )
+    cosines = scores / np.outer(own, norms)
+    retriever = gradindex.load(store.folder, task)
+    for rerank in ("exact", "none"):
+        for kind, sign in (("proponents", 1), ("opponents", -1)):
+            hits = getattr(retriever, kind)(range(4), k=40, rerank=rerank)
+            np.testing.assert_allclose(hits.scores, sign * -np.sort(-sign * cosines, 1), rtol=1e-3, atol=1e-5)
+            assert hits.note.startswith(f"{hits.scored} cosines of the gradients behind TracInCP; positive score = ")
+    np.testing.assert_allclose(store.self_influence().sum(1), norms**2, rtol=1e-3)  # stays TracInCP
+    assert "rows of unit norm" in CliRunner().invoke(main, ["info", str(store.folder)]).stdout
+
+
+def test_unit_norm_needs_exact_norms(task, tmp_path):
+    with pytest.raises(ArgumentError, match="unit_norm needs exact norms"):
+        gradindex.build(task, tmp_path / "store", unit_norm=True, self_influence="projected")
+
+
+def test_a_zero_gradient_has_no_direction(tmp_path):
+    task = toys.make_task(tmp_path, loss=lambda m, b: toys.cross_entropy(m, b) * (b[0][:, 0] > -100))
+    x, y = (tensor.clone() for tensor in task.train.tensors)
+    x[4] = -1000.0
+    task = replace(task, train=TensorDataset(x, y))
+    store = gradindex.build(task, tmp_path / "store", unit_norm=True)
+    assert not store.rows(np.array([4])).any()
+    hits = gradindex.load(store.folder, task).proponents(0, k=12)
+    assert hits.scores[0, hits.ids[0].tolist().index(4)] == 0
 
 
 def short_of_memory(monkeypatch, largest):
