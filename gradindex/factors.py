@@ -211,15 +211,22 @@ class Lookups(_Whole):
 
 def concatenated(parts: Sequence[Gradients]) -> Gradients:
     """The sum over several calls of one layer in one forward pass."""
-    first = parts[0]
     if len(parts) == 1:
-        return first
-    if isinstance(first, Formed):
-        return Formed(torch.stack([part.gradient for part in parts]).sum(0))
-    deltas = torch.cat([part.output_gradients for part in parts], 1)  # type: ignore[attr-defined]  # Factors or Lookups
-    if isinstance(first, Lookups):
-        return Lookups(torch.cat([part.indices for part in parts], 1), deltas, first.columns)  # type: ignore[attr-defined]  # the same layer's form
-    return Factors(torch.cat([part.activations for part in parts], 1), deltas)  # type: ignore[attr-defined]  # the same layer's form
+        return parts[0]
+    factors = [part for part in parts if isinstance(part, Factors)]
+    if len(factors) == len(parts):
+        return Factors(
+            torch.cat([part.activations for part in factors], 1),
+            torch.cat([part.output_gradients for part in factors], 1),
+        )
+    lookups = [part for part in parts if isinstance(part, Lookups)]
+    if len(lookups) == len(parts):
+        return Lookups(
+            torch.cat([part.indices for part in lookups], 1),
+            torch.cat([part.output_gradients for part in lookups], 1),
+            lookups[0].columns,
+        )
+    return Formed(torch.stack([part.gradient for part in parts]).sum(0))
 
 
 def _sided(gradient: Tensor, start: Tensor, side: int, weights: Tensor) -> Tensor:

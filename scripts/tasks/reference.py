@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import shutil
@@ -100,11 +99,3 @@ def flip_labels(
     flipped[generator.permutation(len(labels))[: round(share * len(labels))]] = True
     shifts = generator.integers(1, classes, size=len(labels))
     return np.where(flipped, (labels + shifts) % classes, labels).astype(np.int64), flipped
-
-
-def version_of(*sources: str) -> str:
-    """A short hash of the files that a cached training depends on."""
-    state = hashlib.sha256()
-    for source in sources:
-        state.update(Path(source).read_bytes())
-    return state.hexdigest()[:10]
