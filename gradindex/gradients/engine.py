@@ -180,9 +180,8 @@ class Engine:
         """
         if self._moments:
             consume = functools.partial(self._precondition, checkpoint, consume)
-        half = self.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext():
-            return self._run(self._states[checkpoint], self._scales[checkpoint], items, consume, role)
+        wrapper = LossModule(self.model, self.task.loss_for(role), half=self.precision == "bfloat16")
+        return self._run(wrapper, self._states[checkpoint], self._scales[checkpoint], items, consume)
 
     def _precondition(self, checkpoint: int, consume: Consume, number: int, gradients: Gradients) -> None:
         """Hand on D^(1/2) g: every element has a weight of its own, so the gradient must be formed."""
@@ -194,8 +193,9 @@ class Engine:
             self._weights[checkpoint, number] = self._cast(matrix)
         consume(number, Formed(gradients.gradient * self._weights[checkpoint, number]))
 
-    def _run(self, state: State, scales: Mapping[str, float], items: list[Any], consume: Consume, role: str) -> Tensor:
-        wrapper = LossModule(self.model, self.task.loss_for(role))
+    def _run(
+        self, wrapper: LossModule, state: State, scales: Mapping[str, float], items: list[Any], consume: Consume
+    ) -> Tensor:
         batch = self._cast(self.task.collate(items))
         losses = self._run_hooks(wrapper, state, scales, batch, len(items), consume)
         general = {n: layer for n, layer in enumerate(self.layers) if layer.route in ("vmap", "loop")}
@@ -232,9 +232,7 @@ class Engine:
             calls = self._calls[number]
             calls[position] = (calls[position][0], delta)
             if all(gradient is not None for _, gradient in calls):
-                # Autocast is for the model; factors and maps choose their precision themselves.
-                with torch.autocast(self.device.type, enabled=False):
-                    finish(number)
+                finish(number)
 
         def finish(number: int) -> None:
             layer = self.layers[number]
@@ -311,7 +309,7 @@ class Engine:
             unscaled = dict.fromkeys(self.parameters, 1.0)
             self._checking = True
             try:
-                self._run(state, unscaled, items, keep, role)
+                self._run(wrapper, state, unscaled, items, keep)
             finally:
                 self._checking = False
         by_name = dict(zip(self.parameters, truth, strict=True))

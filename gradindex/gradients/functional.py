@@ -18,16 +18,28 @@ State = Mapping[str, Tensor]
 
 
 class LossModule(nn.Module):
-    """The loss as a module, so that ``functional_call`` can swap the model's weights under it."""
+    """The loss as a module, so that ``functional_call`` can swap the model's weights under it.
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    Args:
+        model: the model.
+        loss: one number per example.
+        half: run both under autocast to bfloat16. Autocast ends with the forward pass: what
+            becomes of the gradients chooses its precision itself.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, half: bool = False) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
+        self._half = half
 
     def forward(self, batch: Any) -> Tensor:
         """(batch,) the losses with the weights that are in the model now."""
-        return self.loss(self.model, batch)
+        if not self._half:
+            return self.loss(self.model, batch)
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16):
+            return self.loss(self.model, batch)
 
     def losses(self, state: State, batch: Any, n: int) -> Tensor:
         """(n,) the losses with other weights in the model, for the time of the call.
