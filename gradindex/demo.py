@@ -25,7 +25,7 @@ from .evaluation import recall_at_k, share_found
 from .files import write_json
 from .hits import SIGN, as_text, make_cards, table
 from .recorder import Recorder
-from .report import Section, line_chart, write_page
+from .report import Section, line_chart, require, write_page
 from .retrieval import exact_scores, load
 from .store import GradientStore
 from .task import Task
@@ -124,6 +124,7 @@ def run(out: Path) -> Path:
     Raises:
         StoreError: ``out`` holds something that an earlier demo did not write.
     """
+    require()
     _claim(out)
     clock = _Clock()
     with clock("train with Recorder, 6 checkpoints"):

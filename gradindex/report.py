@@ -81,6 +81,16 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -
         raise StoreError(f"{path} cannot be written: {error.strerror}. Choose another place.") from None
 
 
+def require() -> None:
+    """Check that pages can be drawn, before other work.
+
+    Raises:
+        DependencyError: jinja2 or matplotlib is missing.
+    """
+    _need("jinja2")
+    _need("matplotlib")
+
+
 def cards_html(cards: Sequence[Card]) -> str:
     """Cards as a fragment of HTML with its own style, for a notebook.
 

@@ -1,6 +1,7 @@
 """The demo, from training to its report."""
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,13 @@ def test_its_store_can_be_asked_from_the_command_line(ran):
     command = ["query", str(out / "store"), "--task", f"{out / 'task.py'}:task", "--position", "0", "-k", "2"]
     result = CliRunner().invoke(main, command, catch_exceptions=False)
     assert result.output.startswith("query 0 (label 2, predicted 2): proponents\nrank")
+
+
+def test_without_its_extra_it_says_so_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "out")])
+    assert (result.exit_code, (tmp_path / "out").exists()) == (1, False)
+    assert "pip install 'gradindex[demo]'" in result.output
 
 
 def test_it_starts_anew_in_its_own_folder_and_touches_no_other(ran, tmp_path):

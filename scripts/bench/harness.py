@@ -47,13 +47,13 @@ class Bench:
 
     def figure(self, name: str, value: float, unit: str) -> None:
         """A figure without a target."""
-        self.figures.append({"name": name, "value": value, "unit": unit})
+        self.figures.append({"name": name, "value": float(value), "unit": unit})
         print(f"{name}: {value:.4g} {unit}", flush=True)
 
     def bar(self, name: str, value: float, unit: str, target: float, at_most: bool = False) -> None:
         """A figure with a target, which is a floor unless ``at_most``."""
         holds = value <= target if at_most else value >= target
-        self.bars.append({"name": name, "value": value, "unit": unit, "target": target, "holds": bool(holds)})
+        self.bars.append({"name": name, "value": float(value), "unit": unit, "target": target, "holds": bool(holds)})
         sign = "at most" if at_most else "at least"
         print(f"{name}: {value:.4g} {unit} ({sign} {target}) {'holds' if holds else 'MISSED'}", flush=True)
 
