@@ -21,8 +21,9 @@ Convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-# Windows of a part of a batch stay in the processor's cache; up to so many products are cheaper without them.
-_PART_BYTES, _FEW = 16 << 20, 3
+# Windows of a part of a batch stay in the processor's cache, and so does what sums over positions widen;
+# up to so many products are cheaper without windows.
+_PART_BYTES, _SUM_BYTES, _FEW = 16 << 20, 4 << 20, 3
 
 
 class Rule(Protocol):
@@ -172,7 +173,14 @@ class Windows(Factors):
         if not isinstance(other, Formed) or len(other.gradient) > _FEW:
             return super().products(other)
         outputs = self._seen_through(other.gradient)
-        return _wide(torch.einsum("bqrp,brp->bq", outputs, self._delta.flatten(2).to(outputs)))
+        delta = self._delta.flatten(1).to(outputs)[:, None]
+        # Not vecdot in bfloat16: it would sum in bfloat16 as well.
+        products: Tensor = (
+            (outputs.flatten(2) * delta).sum(2, dtype=torch.float32)
+            if outputs.dtype == torch.bfloat16
+            else torch.linalg.vecdot(outputs.flatten(2), delta)
+        )
+        return products
 
     def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
         """The right side is a convolution as well. See ``Gradients``."""
@@ -255,23 +263,31 @@ class Normalisation:
 
     def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
         """See :class:`Rule`."""
-        inputs, mean, variance = saved
+        inputs, *statistics = saved
+        at_once = max(1, _SUM_BYTES // (4 * delta[0].numel()))
+        parts = zip(delta.split(at_once), inputs.split(at_once), strict=True)
+        return Formed(torch.cat([self._sums(module, _wide(d), _wide(x), statistics, scales) for d, x in parts]))
+
+    def _sums(
+        self, module: nn.Module, delta: Tensor, inputs: Tensor, statistics: Any, scales: Mapping[str, float]
+    ) -> Tensor:
+        """(batch, elements, columns)."""
+        columns = []
         by_channel = not isinstance(module, (nn.LayerNorm, nn.RMSNorm))
-        if by_channel:
-            delta, inputs = (tensor.reshape(*tensor.shape[:2], -1) for tensor in (delta, inputs))
-        parts = []
         for name, scale in scales.items():
-            if name == "weight" and isinstance(module, nn.modules.batchnorm._BatchNorm) and mean is not None:
-                parts.append(self._batch_norm_weight(module, delta, inputs, mean, variance) * scale)
-                continue
-            product = _wide(delta)
-            if name == "weight":
-                product = product * self._normalised(module, _wide(saved[0]), mean, variance).reshape(product.shape)
-            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-                # (batch, positions..., *normalized_shape): each element of the shape has its own parameter.
-                product = product.reshape(len(product), -1, prod(module.normalized_shape)).transpose(1, 2)
-            parts.append(product.sum(2) * scale)
-        return Formed(torch.stack(parts, 2))
+            if name == "weight" and isinstance(module, nn.modules.batchnorm._BatchNorm) and statistics[0] is not None:
+                summed = self._batch_norm_weight(module, delta, inputs, *statistics)
+            else:
+                product = delta
+                if name == "weight":
+                    product = delta * self._normalised(module, inputs, *statistics)
+                if by_channel:
+                    product = product.reshape(*product.shape[:2], -1)
+                else:  # (batch, positions..., *normalized_shape): each element of the shape has its own parameter
+                    product = product.reshape(len(product), -1, prod(module.normalized_shape)).transpose(1, 2)
+                summed = product.sum(2)
+            columns.append(summed * scale)
+        return torch.stack(columns, 2)
 
     def as_matrix(self, name: str, gradient: Tensor) -> Tensor:
         """See :class:`Rule`."""
@@ -280,10 +296,8 @@ class Normalisation:
     @staticmethod
     def _batch_norm_weight(module: nn.Module, delta: Tensor, inputs: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """sum_p delta (x - mean) / std without a normalised copy of x: (batch, channels)."""
-        if delta.dtype == torch.bfloat16:
-            products, sums = ((x.sum(2, dtype=torch.float32)) for x in (delta * inputs, delta))
-        else:
-            products, sums = torch.einsum("bcp,bcp->bc", delta, inputs), delta.sum(2)
+        delta, inputs = (tensor.reshape(*tensor.shape[:2], -1) for tensor in (delta, inputs))
+        products, sums = torch.linalg.vecdot(delta, inputs), delta.sum(2)
         products = products - sums * mean
         return products * torch.rsqrt(variance + module.eps)  # type: ignore[operator]  # a number in batch norms
 
