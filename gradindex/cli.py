@@ -36,7 +36,7 @@ def main(traceback: bool) -> None:
 
 # As gradindex.projection.Kind and gradindex.gradients.Precision, which would import torch for --help.
 KINDS = ["tensorsketch", "fitted", "kronecker", "gaussian", "rademacher", "none"]
-PRECISIONS = ["float32", "bfloat16", "float64"]
+PRECISIONS = ["float32", "bfloat16", "float16", "float64"]
 _PATH = click.Path(path_type=Path)
 _FOLDER = click.argument("folder", metavar="DIR", type=_PATH)
 _DEVICE = click.option("--device", help="Where to compute, such as cuda; by default where the task's model is.")
@@ -78,9 +78,7 @@ def demo(out: Path) -> None:
 @click.option("--projection", type=click.Choice(KINDS), default="tensorsketch", show_default=True)
 @click.option("--dim", default=1024, show_default=True, help="Numbers per checkpoint, at most.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random map.")
-@click.option(
-    "--precision", type=click.Choice(["float32", "bfloat16", "float64"]), default="float32", show_default=True
-)
+@click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
 @click.option(
     "--self-influence",
     type=click.Choice(["exact", "projected"]),

@@ -1,14 +1,16 @@
 """What gradients produce and projection consumes: a layer, and its per-example gradients in the form it offers.
 
-Three forms have the same methods: :class:`Factors` (sums of outer products, never formed unless
-that is cheaper), :class:`Lookups` (rows of an embedding) and :class:`Formed` (the gradient itself).
+The forms have the same methods: :class:`Factors` (sums of outer products, never formed unless
+that is cheaper), :class:`Lookups` (columns of an embedding), :class:`Formed` (the gradient itself)
+and :class:`Sum` (of several of these).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import Protocol
 
 import torch
@@ -93,7 +95,7 @@ class Formed(_Whole):
 
     def products(self, other: Gradients) -> Tensor:
         """See :class:`Gradients`."""
-        return self.gradient.flatten(1) @ other.gradient.flatten(1).T
+        return _formed_products(self, other)
 
     def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
         """See :class:`Gradients`."""
@@ -148,7 +150,16 @@ class Factors(_Whole):
         if isinstance(other, Factors) and self.rank_one and other.rank_one:
             left = self.output_gradients[:, 0] @ other.output_gradients[:, 0].T
             return left * (self.activations[:, 0] @ other.activations[:, 0].T)
-        return self.gradient.flatten(1) @ other.gradient.flatten(1).T
+        if isinstance(other, Factors) and self._pairs_are_cheaper(other):
+            return _pairwise(other, lambda x, d: (self.activations @ x.T) * (self.output_gradients @ d.T))
+        return _formed_products(self, other)
+
+    def _pairs_are_cheaper(self, other: Factors) -> bool:
+        """Whether comparing all pairs of positions takes fewer multiplications than forming the gradients."""
+        (batch, positions, columns), rows = self.activations.shape, self.output_gradients.shape[2]
+        count, others = other.activations.shape[:2]
+        formed = (batch * positions + count * others + batch * count) * rows * columns
+        return batch * count * positions * others * (rows + columns) < formed
 
     def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
         """Each side on its own, G is not formed. See :class:`Gradients`."""
@@ -191,18 +202,56 @@ class Lookups(_Whole):
         return (grams * same).double().sum((1, 2)).clamp_min(0)
 
     def products(self, other: Gradients) -> Tensor:
-        """Pair by pair of positions that share a column. See :class:`Gradients`."""
-        if not isinstance(other, Lookups):
-            return self.gradient.flatten(1) @ other.gradient.flatten(1).T
-        rows = []
-        for indices, deltas in zip(self.indices, self.output_gradients, strict=True):
-            same = indices[None, :, None] == other.indices[:, None, :]  # (other batch, positions, other positions)
-            rows.append(((deltas @ other.output_gradients.transpose(1, 2)) * same).sum((1, 2)))
-        return torch.stack(rows)
+        """From what the others have in the columns that were looked up. See :class:`Gradients`."""
+        deltas = self.output_gradients
+        if isinstance(other, Lookups):
+            pairs = zip(other.indices, other.output_gradients, strict=True)
+            return _stacked((self.indices[:, :, None] == i) * (deltas @ d.T) for i, d in pairs)
+        if isinstance(other, Factors):  # its column i is the sum over its positions q of delta'_q x'_q[i]
+            return _pairwise(other, lambda x, d: x.T[self.indices] * (deltas @ d.T))
+        if isinstance(other, Formed):
+            return _stacked(gradient.T[self.indices] * deltas for gradient in other.gradient)
+        return _formed_products(self, other)
 
     def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
         """See :class:`Gradients`."""
         return torch.bmm((self.output_gradients @ left).transpose(1, 2), right[self.indices])
+
+    def sided(self, start: Tensor, side: int, weights: Tensor) -> Tensor:
+        """See :class:`Gradients`."""
+        return _sided(self.gradient, start, side, weights)
+
+
+class Sum(_Whole):
+    """The sum of several forms, such as of an embedding that is also the output layer.
+
+    Args:
+        terms: gradients of the same batch and layer.
+    """
+
+    def __init__(self, terms: Sequence[Gradients]) -> None:
+        self.terms = terms
+
+    @property
+    def gradient(self) -> Tensor:
+        """See :class:`Gradients`."""
+        first, *others = (term.gradient for term in self.terms)
+        return sum(others, first)
+
+    def squared_norms(self) -> Tensor:
+        """With the cross terms. See :class:`Gradients`."""
+        squares = torch.stack([term.squared_norms() for term in self.terms]).sum(0)
+        for one, other in combinations(self.terms, 2):
+            squares = squares + 2 * _inner(one, other)
+        return squares.clamp_min(0)
+
+    def products(self, other: Gradients) -> Tensor:
+        """See :class:`Gradients`."""
+        return torch.stack([term.products(other) for term in self.terms]).sum(0)
+
+    def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
+        """See :class:`Gradients`."""
+        return torch.stack([term.two_sided(left, right) for term in self.terms]).sum(0)
 
     def sided(self, start: Tensor, side: int, weights: Tensor) -> Tensor:
         """See :class:`Gradients`."""
@@ -214,19 +263,51 @@ def concatenated(parts: Sequence[Gradients]) -> Gradients:
     if len(parts) == 1:
         return parts[0]
     factors = [part for part in parts if isinstance(part, Factors)]
-    if len(factors) == len(parts):
-        return Factors(
-            torch.cat([part.activations for part in factors], 1),
-            torch.cat([part.output_gradients for part in factors], 1),
-        )
     lookups = [part for part in parts if isinstance(part, Lookups)]
-    if len(lookups) == len(parts):
-        return Lookups(
-            torch.cat([part.indices for part in lookups], 1),
-            torch.cat([part.output_gradients for part in lookups], 1),
-            lookups[0].columns,
+    others = [part.gradient for part in parts if not isinstance(part, (Factors, Lookups))]
+    terms: list[Gradients] = []
+    if factors:
+        terms.append(
+            Factors(
+                torch.cat([part.activations for part in factors], 1),
+                torch.cat([part.output_gradients for part in factors], 1),
+            )
         )
-    return Formed(torch.stack([part.gradient for part in parts]).sum(0))
+    if lookups:
+        terms.append(
+            Lookups(
+                torch.cat([part.indices for part in lookups], 1),
+                torch.cat([part.output_gradients for part in lookups], 1),
+                lookups[0].columns,
+            )
+        )
+    if others:
+        terms.append(Formed(torch.stack(others).sum(0)))
+    return terms[0] if len(terms) == 1 else Sum(terms)
+
+
+def _pairwise(others: Factors, terms: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Sums of ``terms(activations, output_gradients)`` of each of the others: (batch, other batch)."""
+    return _stacked(terms(x, d) for x, d in zip(others.activations, others.output_gradients, strict=True))
+
+
+def _stacked(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack([term.sum((1, 2)) for term in terms], 1)
+
+
+def _formed_products(one: Gradients, other: Gradients) -> Tensor:
+    if isinstance(other, (Sum, Lookups)):  # know better ways than forming
+        return other.products(one).T
+    return one.gradient.flatten(1) @ other.gradient.flatten(1).T
+
+
+def _inner(one: Gradients, other: Gradients) -> Tensor:
+    """<G_z, G'_z> of each example: (batch,) float64."""
+    if isinstance(one, Factors) and isinstance(other, Lookups):
+        seen = one.activations.gather(2, other.indices[:, None].expand(-1, one.activations.shape[1], -1))
+        deltas = torch.bmm(one.output_gradients, other.output_gradients.transpose(1, 2))
+        return (seen * deltas).double().sum((1, 2))
+    return (one.gradient * other.gradient).double().sum((1, 2))
 
 
 def _sided(gradient: Tensor, start: Tensor, side: int, weights: Tensor) -> Tensor:

@@ -78,8 +78,8 @@ def residual():
 ATTENTION = [f"encoder.self_attn.{n}" for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")]
 NETWORKS = {
     "ResNet": (residual, (2, 8, 8), "*", set()),
-    "ConvNeXt": (ConvNeXt, (2, 8, 8), "*", {"scale"}),
-    "ViT": (ViT, (2, 8, 8), "*", {"token", "positions", *ATTENTION}),
+    "ConvNeXt": (ConvNeXt, (2, 8, 8), "*", set()),
+    "ViT": (ViT, (2, 8, 8), "*", set(ATTENTION)),
     "LoRA": (LoRA, (6,), ["a", "b"], set()),
 }  # fmt: skip
 
@@ -147,10 +147,5 @@ def test_language_models_with_padding_equal_autograd(tmp_path, make):
     model, loss = make(transformers)
     task = toys.make_task(tmp_path, model, loss=loss, train=words(6, 0), query=words(3, 1), collate=padded)
     routes = check_against_autograd(task)
-    general = {name for name, route in routes.items() if route in GENERAL}
-    # Tied to the head, or positions that all examples of a batch share.
-    expected = {
-        gpt2: {"transformer.wte.weight", "transformer.wpe.weight"},
-        bert: {"bert.embeddings.position_embeddings.weight"},
-    }
-    assert general == expected[make]
+    # The output layer of GPT-2 is its embedding, and its positions are looked up once for all examples.
+    assert not {name for name, route in routes.items() if route in GENERAL}

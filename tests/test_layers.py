@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from gradindex.factors import Formed
-from gradindex.gradients import Engine, rules
+from gradindex.gradients import Engine
+from gradindex.gradients.rules import convolutions
 
 
 def after(*layers, features):
@@ -32,7 +33,7 @@ LAYERS = {
     ),
     "transposed 1d": (after(nn.ConvTranspose1d(2, 3, 3, 2, 1, output_padding=1), features=24), (2, 4), "convolution^T"),
     "transposed 2d": (after(nn.ConvTranspose2d(2, 3, 3, 2, dilation=2), features=675), IMAGE, "convolution^T"),
-    "transposed groups": (after(nn.ConvTranspose2d(2, 4, 2, groups=2), features=196), IMAGE, "vmap"),
+    "transposed groups": (after(nn.ConvTranspose2d(2, 4, 2, groups=2), features=196), IMAGE, "convolution^T"),
     "batch norm 1d": (after(nn.Linear(6, 4), nn.BatchNorm1d(4), features=4), (6,), "linear"),
     "batch norm": (after(nn.BatchNorm2d(2), features=72), IMAGE, "normalisation"),
     "batch norm 3d": (after(nn.BatchNorm3d(2), features=16), (2, 2, 2, 2), "normalisation"),
@@ -46,7 +47,9 @@ LAYERS = {
     "layer norm, no bias": (after(nn.LayerNorm(6, bias=False), features=12), (2, 6), "normalisation"),
     "rms norm": (after(nn.RMSNorm(6), features=12), (2, 6), "normalisation"),
     "prelu": (after(nn.PReLU(2), features=72), IMAGE, "vmap"),
-    "bilinear form": (after(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), features=4), (6,), "vmap"),
+    "weight norm": (
+        after(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4, bias=False)), features=4), (6,), "vmap",
+    ),
 }  # fmt: skip
 
 
@@ -78,7 +81,7 @@ def test_windows_that_are_never_laid_out_give_the_same_numbers(tmp_path, monkeyp
     for side, n in ((0, rows), (1, columns)):
         start, weights = torch.randn(n, 2).double(), torch.rand(12).double()
         torch.testing.assert_close(windows.sided(start, side, weights), formed.sided(start, side, weights))
-    monkeypatch.setattr(rules, "_PART_BYTES", 1)
+    monkeypatch.setattr(convolutions, "_PART_BYTES", 1)
     parts = [(part, some.gradient) for part, some in windows.parts()]
     assert len(parts) > 1
     torch.testing.assert_close(torch.cat([gradient for _, gradient in parts]), formed.gradient)

@@ -63,7 +63,7 @@ def test_a_device_that_is_not_there_is_refused(task, tmp_path, device):
 
 
 def test_an_unknown_precision_is_refused(task, tmp_path):
-    with pytest.raises(ArgumentError, match="precision is 'float8', but must be one of: float32, bfloat16, float64"):
+    with pytest.raises(ArgumentError, match="precision is 'float8', but must be one of: float32, bfloat16, float16"):
         gradindex.build(task, tmp_path / "store", precision="float8")
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -14,21 +13,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, CheckpointError, LossError, TaskError
-from ..factors import Formed, Gradients, Layer, concatenated
+from ..errors import ArgumentError, CheckpointError, TaskError
+from ..factors import Formed, Gradients, Layer
 from ..task import Task
-from ..tree import map_tensors, preserved_random_state
+from ..tree import map_tensors
+from . import uses
+from .check import check_routes
 from .functional import LossModule, State, loop_gradients, vmap_gradients
-from .layers import general_layer, plan_layers, select_parameters
+from .hooks import Consume, Hooks
+from .layers import plan_layers, refuse_what_hides, select_parameters
 from .rules import RULES
 
-Precision = Literal["float32", "bfloat16", "float64"]
-Consume = Callable[[int, Gradients], None]
+Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 _ADAM_EPSILON = 1e-8
+_HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# How far a fast route may be from autograd on one example alone, relative to the norms.
-_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-8}
+# Losses times the first do not underflow in float16; where a gradient overflows, the next one is tried.
+_LOSS_SCALES = (2.0**14, 2.0**7, 1.0)
 
 
 class Engine:
@@ -42,15 +44,25 @@ class Engine:
     Args:
         task: what is differentiated.
         precision: ``"float32"``; ``"bfloat16"``, by autocast, faster where the processor has it;
-            or ``"float64"`` for reference runs.
+            ``"float16"``, by autocast on CUDA alone, with the losses scaled so that gradients do
+            not underflow; or ``"float64"`` for reference runs.
         device: where to compute, by default where the model is; the model itself is not moved.
+        channels_last: lay out pictures and the weights of convolutions with the channels last
+            in memory, which is faster on some processors; it changes no result but rounding.
 
     Raises:
-        TaskError: a layer pattern matches nothing.
+        ArgumentError: the precision or device is unknown or cannot be used here.
+        TaskError: a layer pattern matches nothing, or a module cannot be seen through.
         CheckpointError: a checkpoint does not load or has no weight.
     """
 
-    def __init__(self, task: Task, precision: Precision = "float32", device: str | torch.device | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        precision: Precision = "float32",
+        device: str | torch.device | None = None,
+        channels_last: bool = False,
+    ) -> None:
         if precision not in get_args(Precision):
             raise ArgumentError(f"precision is {precision!r}, but must be one of: {', '.join(get_args(Precision))}.")
         self.task = task
@@ -60,7 +72,10 @@ class Engine:
         first = next(self.model.parameters(), None)
         if first is None:
             raise TaskError("The model has no parameters, so there are no gradients to trace.")
+        refuse_what_hides(self.model)
         self.device = _usable(first.device if device is None else device)
+        _check_half(precision, self.device)
+        self._channels_last = channels_last
         self.parameters = select_parameters(self.model, task.layer_patterns)
         self.layers = plan_layers(self.model, self.parameters)
         self.learning_rates = [checkpoint.learning_rates(self.parameters) for checkpoint in task.checkpoints]
@@ -70,9 +85,9 @@ class Engine:
         unique = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         # Buffers that checkpoints leave out go to the device as well.
         kept = {name: tensor for name, tensor in self.model.named_buffers() if name not in self.model.state_dict()}
-        self._states = [
+        self.states: list[State] = [
             {
-                f"model.{name}": self._cast(t)
+                f"model.{name}": self.cast(t)
                 for name, t in (kept | checkpoint.load(self.model)).items()
                 if name in unique
             }
@@ -82,11 +97,8 @@ class Engine:
         self._weights: dict[tuple[int, int], Tensor] = {}
         self._training: list[tuple[nn.Module, bool]] = []
         self._stack = contextlib.ExitStack()
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._calls: dict[int, list[tuple[Any, Tensor | None]]] = {}
-        self._leaves: list[Tensor] = []
-        self._on_gradient: Callable[[int, int, Tensor], None] | None = None
-        self._checking = False
+        self._entered = False
+        self.hooks = Hooks(self.model, self.layers, self.dtype)
 
     def _second_moments(self) -> list[dict[str, Tensor]]:
         found = [checkpoint.second_moments() for checkpoint in self.task.checkpoints]
@@ -102,7 +114,12 @@ class Engine:
     @property
     def n_checkpoints(self) -> int:
         """The number of checkpoints."""
-        return len(self._states)
+        return len(self.states)
+
+    @property
+    def loss_scales(self) -> tuple[float, ...]:
+        """What :meth:`run` may multiply the losses by; where gradients overflow with one, try the next."""
+        return _LOSS_SCALES if self.precision == "float16" else (1.0,)
 
     def __enter__(self) -> Engine:
         self._training = [(module, module.training) for module in self.model.modules()]
@@ -110,58 +127,37 @@ class Engine:
         if self.device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in self.model.modules()):
             # cuDNN refuses the backward pass of a recurrent layer in eval mode; torch's own kernels do not.
             self._stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        self._install()
+        self._entered = True
+        self.hooks.install()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._uninstall()
+        self.hooks.remove()
+        self._entered = False
         self._stack.close()
         for module, training in self._training:
             module.training = training
 
-    def _install(self) -> None:
-        for number, layer in enumerate(self.layers):
-            if layer.hooked:
-                hook = self._module_of(layer).register_forward_hook(self._forward_hook(number), with_kwargs=True)
-                self._hooks.append(hook)
+    def replan(self, layers: Sequence[Layer], shares: bool) -> None:
+        """Take other routes from now on; ``shares`` as in :class:`Hooks`."""
+        self.layers = list(layers)
+        self.hooks.remove()
+        self.hooks = Hooks(self.model, self.layers, self.dtype)
+        self.hooks.shares = shares
+        if self._entered:
+            self.hooks.install()
 
-    def _module_of(self, layer: Layer) -> nn.Module:
-        return self.model.get_submodule(layer.parameters[0].rpartition(".")[0])
-
-    def _uninstall(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
-    def _forward_hook(self, number: int) -> Callable[..., Tensor | None]:
-        rule = RULES[self.layers[number].route]
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            if self._on_gradient is None:
-                return None
-            changed = None
-            if not output.requires_grad:
-                # A first tracked layer: autograd starts here and keeps nothing below. The clone
-                # lets an in-place activation follow, which a leaf forbids.
-                leaf = output.detach().requires_grad_()
-                self._leaves.append(leaf)
-                output = changed = leaf.clone()
-            calls = self._calls.setdefault(number, [])
-            position = len(calls)
-            calls.append((rule.saved(module, args[0] if args else next(iter(kwargs.values()))), None))
-            receive = functools.partial(self._received, number, position)
-            output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            return changed
-
-        return hook
-
-    def _received(self, number: int, position: int, delta: Tensor) -> None:
-        if self._on_gradient is not None:
-            self._on_gradient(number, position, delta)
-
-    def run(self, checkpoint: int, items: list[Any], consume: Consume, role: str = "train") -> Tensor:
+    def run(
+        self,
+        checkpoint: int,
+        items: list[Any],
+        consume: Consume,
+        role: str = "train",
+        *,
+        loss_scale: float | None = None,
+    ) -> Tensor:
         """Run one batch through one checkpoint.
 
         Args:
@@ -171,6 +167,7 @@ class Engine:
                 backward pass runs, so that nothing is kept longer than needed. Layers that the
                 loss does not depend on have zero gradients and are not reported.
             role: ``"train"`` or ``"query"``, which chooses the loss.
+            loss_scale: one of :attr:`loss_scales`, by default the first.
 
         Returns:
             (batch,) the losses.
@@ -179,187 +176,145 @@ class Engine:
             LossError: the loss is not one number per example.
         """
         if self._moments:
-            consume = functools.partial(self._precondition, checkpoint, consume)
-        wrapper = LossModule(self.model, self.task.loss_for(role), half=self.precision == "bfloat16")
-        return self._run(wrapper, self._states[checkpoint], self._scales[checkpoint], items, consume)
+            consume = partial(self._precondition, checkpoint, consume)
+        wrapper, scales, loss_scale = self.wrapper(role), self._scales[checkpoint], loss_scale or self.loss_scales[0]
+        losses = self.run_hooked(checkpoint, items, consume, wrapper, scales, loss_scale)
+        self.run_general(checkpoint, items, consume, wrapper, scales, loss_scale)
+        return losses
+
+    def run_hooked(
+        self,
+        checkpoint: int,
+        items: list[Any],
+        consume: Consume,
+        wrapper: LossModule,
+        scales: Mapping[str, float],
+        loss_scale: float = 1.0,
+        lenient: bool = False,
+    ) -> Tensor:
+        """The hooked layers alone, without the preconditioner, times ``scales`` by parameter.
+
+        ``lenient`` leaves out a layer whose rule fails.
+        """
+        state, batch = self.states[checkpoint], self.cast(self.task.collate(items))
+
+        def losses() -> Tensor:
+            return wrapper.losses(state, batch, len(items))
+
+        return self.hooks.run(losses, state, scales, len(items), consume, loss_scale, lenient)
+
+    def run_general(
+        self,
+        checkpoint: int,
+        items: list[Any],
+        consume: Consume,
+        wrapper: LossModule,
+        scales: Mapping[str, float],
+        loss_scale: float = 1.0,
+    ) -> None:
+        """The other layers alone, in the same way."""
+        state = self.states[checkpoint]
+        for route in ("vmap", "loop"):
+            chosen = {number: layer for number, layer in enumerate(self.layers) if layer.route == route}
+            if not chosen:
+                continue
+            names = [layer.parameters[0] for layer in chosen.values()]
+            self.hooks.at = f"the gradients of {', '.join(names)} ({route})"
+            if route == "vmap":
+                batch = self.cast(self.task.collate(items))
+                gradients = vmap_gradients(wrapper, state, names, batch, len(items), loss_scale)
+            else:
+                gradients = loop_gradients(wrapper, state, names, self.singles(items), loss_scale)
+            for (number, layer), gradient in zip(chosen.items(), gradients, strict=True):
+                scaled = gradient.to(self.dtype).reshape(len(items), 1, -1) * scales[layer.parameters[0]]
+                consume(number, Formed(scaled))
 
     def _precondition(self, checkpoint: int, consume: Consume, number: int, gradients: Gradients) -> None:
         """Hand on D^(1/2) g: every element has a weight of its own, so the gradient must be formed."""
-        layer = self.layers[number]
-        if (checkpoint, number) not in self._weights:
-            roots = [(self._moments[checkpoint][name].sqrt() + _ADAM_EPSILON).rsqrt() for name in layer.parameters]
-            pairs = zip(layer.parameters, roots, strict=True)
-            matrix = torch.cat([self._as_matrix(layer, name, root[None]) for name, root in pairs], 2)
-            self._weights[checkpoint, number] = self._cast(matrix)
-        consume(number, Formed(gradients.gradient * self._weights[checkpoint, number]))
-
-    def _run(
-        self, wrapper: LossModule, state: State, scales: Mapping[str, float], items: list[Any], consume: Consume
-    ) -> Tensor:
-        batch = self._cast(self.task.collate(items))
-        losses = self._run_hooks(wrapper, state, scales, batch, len(items), consume)
-        general = {n: layer for n, layer in enumerate(self.layers) if layer.route in ("vmap", "loop")}
-        for route in ("vmap", "loop"):
-            chosen = {number: layer for number, layer in general.items() if layer.route == route}
-            if chosen:
-                names = [layer.parameters[0] for layer in chosen.values()]
-                if route == "vmap":
-                    gradients = vmap_gradients(wrapper, state, names, batch, len(items))
-                else:
-                    gradients = loop_gradients(wrapper, state, names, self._singles(items))
-                for (number, layer), gradient in zip(chosen.items(), gradients, strict=True):
-                    scaled = self._widen(gradient).reshape(len(items), 1, -1) * scales[layer.parameters[0]]
-                    consume(number, Formed(scaled))
-        return losses
-
-    def losses(self, checkpoint: int, items: list[Any], role: str = "train") -> NDArray[np.float64]:
-        """(batch,) the losses of a batch at a checkpoint, by a forward pass alone."""
-        wrapper = LossModule(self.model, self.task.loss_for(role))
-        with torch.no_grad():
-            losses = wrapper.losses(self._states[checkpoint], self._cast(self.task.collate(items)), len(items))
-        return losses.double().cpu().numpy()
-
-    def _run_hooks(
-        self,
-        wrapper: LossModule,
-        state: State,
-        scales: Mapping[str, float],
-        batch: Any,
-        n: int,
-        consume: Consume,
-    ) -> Tensor:
-        def on_gradient(number: int, position: int, delta: Tensor) -> None:
-            calls = self._calls[number]
-            calls[position] = (calls[position][0], delta)
-            if all(gradient is not None for _, gradient in calls):
-                finish(number)
-
-        def finish(number: int) -> None:
-            layer = self.layers[number]
-            module, rule = self._module_of(layer), RULES[layer.route]
-            own = {name.rpartition(".")[2]: scales[name] for name in layer.parameters}
-            calls = self._calls.pop(number)
-            try:
-                pairs = [(x, d) for x, d in calls if d is not None]
-                if not rule.takes_half:  # autocast hands on bfloat16; what follows keeps more digits
-                    pairs = [(map_tensors(x, self._widen), self._widen(d)) for x, d in pairs]
-                parts = [rule.gradients(module, x, d, own) for x, d in pairs]
-            except Exception:  # a shape that the rule does not know; the check moves such a layer
-                if not self._checking:
-                    raise
-            else:
-                consume(number, concatenated(parts))
-
-        self._on_gradient = on_gradient
-        try:
-            with torch.enable_grad():
-                losses = wrapper.losses(state, batch, n)
-                leaves = list(self._leaves)
-                if leaves and losses.requires_grad:
-                    torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
-            for number in list(self._calls):
-                if any(delta is not None for _, delta in self._calls[number]):
-                    finish(number)  # a call whose output the loss does not use sends no gradient
-        finally:
-            self._on_gradient = None
-            self._calls.clear()
-            self._leaves.clear()
-        return losses.detach()
+        consume(number, Formed(gradients.gradient * self.root_weights(checkpoint, number)))
 
     def check_routes(self) -> None:
         """Compare every route with autograd on two examples, each alone; move layers that disagree.
-
-        Catches layers whose first axis is not the example, weights used outside their module
-        and whatever else a hook cannot see; those go to the general routes.
 
         Raises:
             LossError: the loss is not one number per example, or an example's loss depends on
                 the others of its batch.
         """
-        task = self.task
-        self._check_routes(task.first_and_last(), "train")
-        if task.query_loss is not None:
-            items = task.first_and_last() if task.query is None else [task.query[0], task.query[task.n_query - 1]]
-            self._check_routes(items, "query")
+        check_routes(self)
 
-    def _check_routes(self, items: list[Any], role: str) -> None:
+    def root_weights(self, checkpoint: int, number: int) -> Tensor:
+        """D^(1/2) of a layer, (1, rows, columns); ones without a preconditioner."""
+        if not self._moments:
+            return torch.ones((), dtype=self.dtype, device=self.device)
+        if (checkpoint, number) not in self._weights:
+            layer = self.layers[number]
+            roots = {
+                name: (self._moments[checkpoint][name].sqrt() + _ADAM_EPSILON).rsqrt() for name in layer.parameters
+            }
+            self._weights[checkpoint, number] = self.cast(self.as_matrix(layer, roots, batched=False))
+        return self._weights[checkpoint, number]
+
+    def tangents(self, checkpoint: int, number: int, gradients: Gradients) -> Tensor:
+        """sqrt(eta) D^(1/2) g' of a layer on a general route: along it, the derivative of the losses is <g, g'>.
+
+        Args:
+            checkpoint: its position.
+            number: of the layer.
+            gradients: from :meth:`run`, so with sqrt(eta) D^(1/2) in them once already.
+
+        Returns:
+            (batch, *shape of the parameter).
+        """
+        (name,) = self.layers[number].parameters
+        weighted: Tensor = gradients.gradient * self.root_weights(checkpoint, number) * self._scales[checkpoint][name]
+        return weighted.reshape(-1, *self.states[checkpoint][f"model.{name}"].shape)
+
+    def losses(self, checkpoint: int, items: list[Any], role: str = "train") -> NDArray[np.float64]:
+        """(batch,) the losses of a batch at a checkpoint, by a forward pass alone."""
         wrapper = LossModule(self.model, self.task.loss_for(role))
-        state, tolerance = self._states[-1], _TOLERANCE[self.dtype]
-        found: dict[int, Tensor] = {}
+        with torch.no_grad():
+            losses = wrapper.losses(self.states[checkpoint], self.cast(self.task.collate(items)), len(items))
+        return losses.double().cpu().numpy()
 
-        def keep(number: int, gradients: Gradients) -> None:
-            found[number] = gradients.gradient.flatten(1)
+    def wrapper(self, role: str) -> LossModule:
+        """The loss as a function of weights, in the engine's precision."""
+        return LossModule(self.model, self.task.loss_for(role), _HALF.get(self.precision))
 
-        with preserved_random_state():
-            batch, singles = self._cast(self.task.collate(items)), self._singles(items)
-            truth = loop_gradients(wrapper, state, self.parameters, singles)
-            with torch.no_grad():
-                alone = torch.cat([wrapper.losses(state, single, 1) for single in singles])
-                together = wrapper.losses(state, batch, len(items))
-            if not torch.allclose(
-                alone, together, rtol=tolerance, atol=tolerance * float(alone.abs().max()), equal_nan=True
-            ):
-                raise LossError(
-                    f"The loss of an example depends on the others of its batch ({float(alone[0]):.6g} alone, "
-                    f"{float(together[0]):.6g} in a batch of {len(items)}), so it has no gradient of its own. "
-                    "Use a per-example loss and normalisation with running statistics."
-                )
-            self._pick_general_route(wrapper, state, batch, len(items))
-            # Unscaled, so that a layer whose eta is 0 at this checkpoint is checked as well.
-            unscaled = dict.fromkeys(self.parameters, 1.0)
-            self._checking = True
-            try:
-                self._run(wrapper, state, unscaled, items, keep)
-            finally:
-                self._checking = False
-        by_name = dict(zip(self.parameters, truth, strict=True))
-        total = sum(float(gradient.double().square().sum()) for gradient in truth) ** 0.5
-        planned: list[Layer] = []
-        for number, layer in enumerate(self.layers):
-            expected = torch.cat([self._as_matrix(layer, p, by_name[p]) for p in layer.parameters], 2).flatten(1)
-            got = found.get(number, torch.zeros_like(expected))
-            allowed = tolerance * float(expected.norm()) + 1e-3 * tolerance * total
-            agrees = got.shape == expected.shape and float((got - expected).norm()) <= allowed
-            if agrees or not bool(expected.isfinite().all()):
-                planned.append(layer)
-            elif layer.route == "vmap":
-                planned.append(replace(layer, route="loop"))
+    def as_matrix(self, layer: Layer, gradients: Mapping[str, Tensor], batched: bool = True) -> Tensor:
+        """Gradients by parameter, (batch, *shape) each, as the layer's matrix (batch, rows, columns)."""
+        parts = []
+        for name in layer.parameters:
+            gradient = gradients[name] if batched else gradients[name][None]
+            if layer.route in uses.ROUTES:
+                parts.append(uses.as_matrix(layer, gradient))
+            elif layer.hooked:
+                parts.append(RULES[layer.route].as_matrix(name.rpartition(".")[2], gradient))
             else:
-                planned += [general_layer(self.model, name, "vmap") for name in layer.parameters]
-        if planned != self.layers:
-            self.layers = planned
-            if self._hooks:
-                self._uninstall()
-                self._install()
-            self._check_routes(items, role)
+                parts.append(gradient.reshape(len(gradient), 1, -1))
+        return torch.cat(parts, 2)
 
-    def _as_matrix(self, layer: Layer, parameter: str, gradient: Tensor) -> Tensor:
-        """A parameter's gradient (batch, *its shape) as its columns of the layer's matrix."""
-        if layer.hooked:
-            return RULES[layer.route].as_matrix(parameter.rpartition(".")[2], gradient)
-        return gradient.reshape(len(gradient), 1, -1)
-
-    def _pick_general_route(self, wrapper: LossModule, state: State, batch: Any, n: int) -> None:
-        names = [layer.parameters[0] for layer in self.layers if layer.route == "vmap"]
-        if not names:
-            return
-        try:
-            vmap_gradients(wrapper, state, names, batch, n)
-        except Exception:  # vmap refuses in many types; the loop then raises whatever is really wrong
-            self.layers = [replace(layer, route="loop") if layer.route == "vmap" else layer for layer in self.layers]
-
-    def _singles(self, items: list[Any]) -> list[Any]:
+    def singles(self, items: list[Any]) -> list[Any]:
         """Each example as a batch of its own."""
-        return [self._cast(self.task.collate([item])) for item in items]
+        return [self.cast(self.task.collate([item])) for item in items]
 
-    def _widen(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+    def cast(self, tree: Any) -> Any:
+        """Every tensor on the device, and in the engine's floating-point type and layout."""
 
-    def _cast(self, tree: Any) -> Any:
         def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+            cast = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+            if not self._channels_last or not cast.is_floating_point() or cast.ndim not in (4, 5):
+                return cast
+            layout = torch.channels_last if cast.ndim == 4 else torch.channels_last_3d
+            return cast.contiguous(memory_format=layout)
 
         return map_tensors(tree, cast)
+
+
+def _check_half(precision: str, device: torch.device) -> None:
+    if precision == "float16" and device.type != "cuda":
+        raise ArgumentError(
+            f"precision is 'float16', but that is for CUDA devices, and this is {device.type!r}. Use 'bfloat16'."
+        )
 
 
 def _usable(device: str | torch.device) -> torch.device:

@@ -23,11 +23,11 @@ class LossModule(nn.Module):
     Args:
         model: the model.
         loss: one number per example.
-        half: run both under autocast to bfloat16. Autocast ends with the forward pass: what
+        half: run both under autocast to this type. Autocast ends with the forward pass: what
             becomes of the gradients chooses its precision itself.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, half: bool = False) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, half: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
@@ -35,10 +35,10 @@ class LossModule(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         """(batch,) the losses with the weights that are in the model now."""
-        if not self._half:
+        if self._half is None:
             return self.loss(self.model, batch)
         device = next(self.model.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, self._half):
             return self.loss(self.model, batch)
 
     def losses(self, state: State, batch: Any, n: int) -> Tensor:
@@ -67,8 +67,13 @@ class LossModule(nn.Module):
         return losses
 
 
-def vmap_gradients(wrapper: LossModule, state: State, names: Sequence[str], batch: Any, n: int) -> list[Tensor]:
-    """(n, *shape) for each name, in one pass vectorised over the first axis of every tensor of the batch."""
+def vmap_gradients(
+    wrapper: LossModule, state: State, names: Sequence[str], batch: Any, n: int, loss_scale: float = 1.0
+) -> list[Tensor]:
+    """(n, *shape) for each name, in one pass vectorised over the first axis of every tensor of the batch.
+
+    The losses are multiplied by ``loss_scale``, and the gradients divided by it.
+    """
     parts = tensors(batch)
     if any(part.ndim == 0 or len(part) != n for part in parts):
         raise RuntimeError("a tensor of the batch has another first axis than the examples")
@@ -76,15 +81,17 @@ def vmap_gradients(wrapper: LossModule, state: State, names: Sequence[str], batc
     def one(tracked: dict[str, Tensor], *slices: Tensor) -> Tensor:
         remaining = iter(slices)
         single = map_tensors(batch, lambda _: next(remaining).unsqueeze(0))
-        return wrapper.losses({**state, **tracked}, single, 1).sum()
+        return wrapper.losses({**state, **tracked}, single, 1).sum() * loss_scale
 
     tracked = {f"model.{name}": state[f"model.{name}"] for name in names}
     found = vmap(grad(one), in_dims=(None, *([0] * len(parts))))(tracked, *parts)
-    return [found[f"model.{name}"].detach() for name in names]
+    return [found[f"model.{name}"].detach() / loss_scale for name in names]
 
 
-def loop_gradients(wrapper: LossModule, state: State, names: Sequence[str], singles: Iterable[Any]) -> list[Tensor]:
-    """(n, *shape) for each name, by one autograd pass for each of n batches of one: slow, and right for anything."""
+def loop_gradients(
+    wrapper: LossModule, state: State, names: Sequence[str], singles: Iterable[Any], loss_scale: float = 1.0
+) -> list[Tensor]:
+    """The same by one autograd pass for each of n batches of one: slow, and right for anything."""
     rows = []
     for single in singles:
         tracked = {f"model.{name}": state[f"model.{name}"].detach().requires_grad_() for name in names}
@@ -92,7 +99,8 @@ def loop_gradients(wrapper: LossModule, state: State, names: Sequence[str], sing
             losses = wrapper.losses({**state, **tracked}, single, 1)
             if losses.requires_grad:
                 leaves = list(tracked.values())
-                rows.append(list(torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)))
+                found = torch.autograd.grad(losses.sum() * loss_scale, leaves, materialize_grads=True)
+                rows.append([gradient / loss_scale for gradient in found])
             else:
                 rows.append([torch.zeros_like(value) for value in tracked.values()])
     return [torch.stack(column) for column in zip(*rows, strict=True)]

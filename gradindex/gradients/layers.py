@@ -6,11 +6,13 @@ import difflib
 import fnmatch
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from ..errors import TaskError
 from ..factors import Layer
 from .rules import RULES, SINGLE
+from .uses import used_layer
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -43,7 +45,7 @@ def plan_layers(model: nn.Module, selected: Sequence[str]) -> list[Layer]:
     """Group the selected parameters into layers and give each its cheapest candidate route.
 
     Hooks take the parameters of modules that a rule knows, if they are the module's own alone;
-    every other parameter goes to ``torch.func``.
+    every other parameter is looked for in the functions that use it.
     """
     owners: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
@@ -57,7 +59,7 @@ def plan_layers(model: nn.Module, selected: Sequence[str]) -> list[Layer]:
         if known and names:
             layers += _hooked(path, module, names)
     taken = {name for layer in layers for name in layer.parameters}
-    layers += [general_layer(model, name, "vmap") for name in selected if name not in taken]
+    layers += [used_layer(model, name) for name in selected if name not in taken]
     order = {name: position for position, name in enumerate(selected)}
     return sorted(layers, key=lambda layer: order[layer.parameters[0]])
 
@@ -79,3 +81,29 @@ def _joined(path: str, name: str) -> str:
 def general_layer(model: nn.Module, parameter: str, route: str) -> Layer:
     """A parameter on a general route: its gradient is one row."""
     return Layer(parameter, (parameter,), 1, model.get_parameter(parameter).numel(), route)
+
+
+def refuse_what_hides(model: nn.Module) -> None:
+    """Refuse modules that neither hooks nor swapped weights reach.
+
+    Raises:
+        TaskError: names the module and the way out.
+    """
+    for name, module in model.named_modules():
+        kind, where = type(module), name or "The model"
+        if kind.__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"):
+            raise TaskError(
+                f"{where} is compiled, so its weights cannot be swapped. Give Task the module before torch.compile "
+                "(compiled._orig_mod is the same weights)."
+            )
+        if kind.__name__ in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
+            raise TaskError(
+                f"{where} is wrapped in {kind.__name__}, which splits batches. Give Task the module inside "
+                "(wrapped.module)."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TaskError(f"{where} is a TorchScript module, which hides its layers. Give Task the Python module.")
+        if ".quantized" in kind.__module__ or "bitsandbytes" in kind.__module__:
+            raise TaskError(
+                f"{where} ({kind.__name__}) is quantised and has no gradients. Give Task the model in floating point."
+            )

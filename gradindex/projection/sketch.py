@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..factors import Factors, Gradients, Layer, Lookups
+from ..factors import Factors, Gradients, Layer, Lookups, Sum
 from .hashing import buckets_and_signs, key
 
 
@@ -43,7 +43,10 @@ class TensorSketch:
     def add(self, block: Tensor, number: int, gradients: Gradients) -> None:
         """See :class:`BlockMap`."""
         columns, rows = self._sides[number]
-        if isinstance(gradients, Lookups):
+        if isinstance(gradients, Sum):
+            for term in gradients.terms:
+                self.add(block, number, term)
+        elif isinstance(gradients, Lookups):
             # A column with a single one in it: the sketch of the other side, moved by its bucket.
             deltas, indices = rows(gradients.output_gradients), gradients.indices[:, :, None]
             places = (columns.buckets[indices] + torch.arange(self.dim, device=block.device)) % self.dim

@@ -1,0 +1,175 @@
+"""Per-example gradients of the hooked layers, in one backward pass of the batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..factors import Gradients, Layer, concatenated
+from ..tree import map_tensors
+from . import uses
+from .rules import RULES
+
+Consume = Callable[[int, Gradients], None]
+
+
+class Hooks:
+    """Watches the outputs of the hooked layers while a batch runs. Install before, remove after.
+
+    Autograd computes the gradients of these outputs alone: no weight gradient, and no graph
+    below the first tracked layers.
+
+    Args:
+        model: where the layers are.
+        layers: all of them; those on other routes are left alone.
+        dtype: to which gradients in half precision are widened.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], dtype: torch.dtype) -> None:
+        self._layers = {number: layer for number, layer in enumerate(layers) if layer.hooked}
+        self._used = {n: layer for n, layer in self._layers.items() if layer.route in uses.ROUTES}
+        self._model, self._dtype = model, dtype
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        # By layer, a call each: what makes its gradients from that of its output, and that, once it is there.
+        self._calls: dict[int, list[tuple[uses.Make, Tensor | None]]] = {}
+        self._leaves: list[Tensor] = []
+        self._receive: Callable[[int, int, Tensor], None] | None = None
+        self._n = 0
+        self._scales: Mapping[str, float] = {}
+        # Whether a layer's output that all examples share (first axis 1) is handed on once for each of them.
+        self.shares = True
+        self.at = "the forward pass"
+
+    def install(self) -> None:
+        """Put hooks on the modules."""
+        for name, module in self._model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(partial(self._entered, name)))
+        for number, layer in self._layers.items():
+            if number not in self._used:
+                module = self._module_of(layer)
+                self._handles.append(module.register_forward_hook(partial(self._called, number), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take them away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _module_of(self, layer: Layer) -> nn.Module:
+        return self._model.get_submodule(layer.parameters[0].rpartition(".")[0])
+
+    def _entered(self, name: str, module: nn.Module, args: Any) -> None:
+        self.at = f"the forward pass of {name or 'the model'} ({type(module).__name__})"
+
+    def run(
+        self,
+        losses: Callable[[], Tensor],
+        state: Mapping[str, Tensor],
+        scales: Mapping[str, float],
+        n: int,
+        consume: Consume,
+        loss_scale: float = 1.0,
+        lenient: bool = False,
+    ) -> Tensor:
+        """Forward and backward, each layer's gradients consumed as soon as they are there.
+
+        Args:
+            losses: the forward pass of the batch: (n,).
+            state: the tensors that it runs with.
+            scales: by parameter, what its gradients are multiplied by.
+            n: examples in the batch.
+            consume: called as ``consume(layer number, gradients)``.
+            loss_scale: what the losses are multiplied by, so that half precision does not underflow;
+                gradients are divided by it.
+            lenient: leave out a layer whose rule fails.
+
+        Returns:
+            (n,) the losses.
+        """
+
+        def receive(number: int, position: int, delta: Tensor) -> None:
+            if loss_scale != 1:
+                delta = delta.to(self._dtype) / loss_scale
+            calls = self._calls[number]
+            calls[position] = (calls[position][0], delta)
+            if all(gradient is not None for _, gradient in calls):
+                finish(number)
+
+        def finish(number: int) -> None:
+            self.at = f"the gradients of {self._layers[number].name or 'the model'}"
+            calls = self._calls.pop(number)
+            try:
+                parts = [make(delta) for make, delta in calls if delta is not None]
+            except Exception:  # a shape that the rule does not know; the check moves such a layer
+                if not lenient:
+                    raise
+            else:
+                consume(number, concatenated(parts))
+
+        self._receive, self._n, self._scales = receive, n, scales
+        tensors = {number: (layer, state[f"model.{layer.parameters[0]}"]) for number, layer in self._used.items()}
+        mode = uses.Uses(tensors, n, self._watch_use) if tensors else contextlib.nullcontext()
+        try:
+            with torch.enable_grad():
+                with mode:
+                    found = losses()
+                leaves = list(self._leaves)
+                if leaves and found.requires_grad:
+                    torch.autograd.grad(found.sum() * loss_scale, leaves, allow_unused=True)
+            for number in list(self._calls):
+                if any(delta is not None for _, delta in self._calls[number]):
+                    finish(number)  # a call whose output the loss does not use sends no gradient
+        finally:
+            self._receive = None
+            self._calls.clear()
+            self._leaves.clear()
+        return found.detach()
+
+    def _called(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        if self._receive is None:
+            return None
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        if self.shares and output.shape[:1] == (1,) and self._n > 1:
+            output = output.expand(self._n, *output.shape[1:])
+            inputs = inputs.expand(self._n, *inputs.shape[1:])
+        saved = RULES[self._layers[number].route].saved(module, inputs)
+        return self._watch(number, partial(self._by_rule, number, module, saved), output)
+
+    def _by_rule(self, number: int, module: nn.Module, saved: Any, delta: Tensor) -> Gradients:
+        layer = self._layers[number]
+        rule = RULES[layer.route]
+        if not (rule.takes_half and delta.dtype == torch.bfloat16):  # what follows keeps more digits
+            saved, delta = map_tensors(saved, self._widen), self._widen(delta)
+        own = {name.rpartition(".")[2]: self._scales[name] for name in layer.parameters}
+        return rule.gradients(module, saved, delta, own)
+
+    def _watch_use(self, number: int, make: uses.Make, output: Tensor) -> Tensor:
+        (name,) = self._layers[number].parameters
+        return self._watch(number, lambda delta: make(self._widen(delta) * self._scales[name]), output)
+
+    def _watch(self, number: int, make: uses.Make, output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            # A first tracked layer: autograd starts here and keeps nothing below. The clone
+            # lets an in-place activation follow, which a leaf forbids.
+            leaf = output.detach().requires_grad_()
+            self._leaves.append(leaf)
+            output = leaf.view_as(leaf) if 0 in leaf.stride() else leaf.clone()
+        calls = self._calls.setdefault(number, [])
+        receive = partial(self._received, number, len(calls))
+        calls.append((make, None))
+        output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return output
+
+    def _received(self, number: int, position: int, delta: Tensor) -> None:
+        if self._receive is not None:
+            self._receive(number, position, delta)
+
+    def _widen(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor

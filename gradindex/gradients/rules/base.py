@@ -1,0 +1,67 @@
+"""What every rule offers, and what most of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...factors import Gradients
+
+
+class Rule(Protocol):
+    """How one kind of module is handled.
+
+    ``names`` and ``scales`` go by the parameter's own name, such as ``"bias"``.
+    ``takes_half`` says whether bfloat16 comes as it is; else it is widened to float32.
+    """
+
+    takes_half: bool
+
+    def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
+        """Rows and columns of the gradient of these parameters together, or ``None``: not by this rule."""
+
+    def saved(self, module: nn.Module, inputs: Tensor) -> Any:
+        """What to keep of the forward pass, while a checkpoint's tensors are in the module."""
+
+    def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
+        """Gradients of the tracked parameters, each times its scale; ``delta`` is the output's gradient."""
+
+    def as_matrix(self, name: str, gradient: Tensor) -> Tensor:
+        """A parameter's gradient (batch, *its shape) as its columns of the layer's matrix (batch, rows, -1)."""
+
+
+class Plain:
+    """What most rules share."""
+
+    takes_half = False
+
+    def saved(self, module: nn.Module, inputs: Tensor) -> Any:
+        """The input. See :class:`Rule`."""
+        return inputs.detach()
+
+    def as_matrix(self, name: str, gradient: Tensor) -> Tensor:
+        """One row for each of the first axis. See :class:`Rule`."""
+        return gradient.flatten(2) if gradient.ndim > 2 else gradient[:, :, None]
+
+
+def with_bias(activations: Tensor, scales: Mapping[str, float]) -> Tensor:
+    """(batch, positions, columns) scaled, and a column for the bias: its activation is 1 at every position."""
+    parts = []
+    if "weight" in scales:
+        parts.append(activations if scales["weight"] == 1 else activations * scales["weight"])
+    if "bias" in scales:
+        parts.append(activations.new_full((*activations.shape[:2], 1), scales["bias"]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least in float32."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+def columns(inputs: int, names: tuple[str, ...]) -> int:
+    """How many the inputs and the bias take, of what is tracked."""
+    return inputs * ("weight" in names) + ("bias" in names)
