@@ -15,7 +15,7 @@ from .index import SearchIndex
 from .index.flat import damage
 from .progress import progress
 from .projection import Bases, Projection
-from .rows import Norms, RowMaker, describe, fit_bases
+from .rows import Norms, RowMaker, describe, fit_bases, pick_batch_size
 from .store import GradientStore, ShardRows
 from .task import Task
 from .tree import preserved_random_state
@@ -30,8 +30,10 @@ def build(
     self_influence: Norms = "exact",
     unit_norm: bool = False,
     device: str | None = None,
+    channels_last: bool = False,
     workers: int = 0,
-    batch_size: int = 256,
+    batch_size: int | None = None,
+    memory: int | None = None,
     shard_rows: int = 8192,
 ) -> GradientStore:
     """Build the store and index of a task; call it again to go on after an interruption.
@@ -47,9 +49,13 @@ def build(
         unit_norm: divide each row by its norm: answers are ranked by the cosine of the gradients,
             which takes away the advantage of heavy examples.
         device: where to compute, such as ``"cuda"``, by default where the model is.
+        channels_last: lay pictures out with the channels last in memory; changes no result but
+            rounding, and the speed of convolutions on some processors.
         workers: processes that read examples beside the computation.
-        batch_size: examples per pass, halved where memory runs out; fixed for a store once it
-            is begun.
+        batch_size: examples per pass, halved where memory runs out; by default as many, up to
+            256, as ``memory`` holds. Fixed for a store once it is begun.
+        memory: bytes that a pass may take beside the weights, by default a quarter of the
+            machine's free memory, or half of what a CUDA device has free.
         shard_rows: rows per file, rounded up to whole batches.
 
     Returns:
@@ -58,22 +64,29 @@ def build(
     Raises:
         GradIndexError: the task, its data or the folder cannot be used; finished shards stay.
     """
-    if batch_size < 1 or shard_rows < 1 or workers < 0:
-        raise ArgumentError(
-            f"batch_size is {batch_size}, shard_rows {shard_rows} and workers {workers}, "
-            "but the first two must be at least 1 and workers at least 0."
-        )
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("memory", memory, 1),
+        ("shard_rows", shard_rows, 1),
+        ("workers", workers, 0),
+    ):
+        if value is not None and value < least:
+            raise ArgumentError(f"{name} is {value}, but must be at least {least}.")
+    if batch_size is not None and memory is not None:
+        raise ArgumentError("Give batch_size, or memory to have it chosen, not both.")
     if self_influence not in get_args(Norms):
         raise ArgumentError(f"self_influence is {self_influence!r}, but must be 'exact' or 'projected'.")
     if unit_norm and self_influence != "exact":
         raise ArgumentError("unit_norm needs exact norms. Leave out self_influence='projected', or unit_norm.")
-    projection = projection or Projection()
+    projection = (projection or Projection()).resolved(len(task.checkpoints))
     SearchIndex.require()
     task.check_reads_repeat()
     started = time.perf_counter()
-    shard_rows = -(-shard_rows // batch_size) * batch_size
-    with preserved_random_state(), Engine(task, precision, device) as engine:
+    with preserved_random_state(), Engine(task, precision, device, channels_last) as engine:
         engine.check_routes()
+        if batch_size is None:
+            batch_size = _batch_size_begun(out) or pick_batch_size(engine, projection, self_influence, memory)
+        shard_rows = -(-shard_rows // batch_size) * batch_size
         columns = task.column_arrays("train")
         starts = range(0, task.n_train, shard_rows)
         store = GradientStore.create(
@@ -115,6 +128,14 @@ def build(
     if damage(store.folder / "index", store.manifest["fingerprint"]):
         SearchIndex.build(store.dim, store.blocks()).save(store.folder / "index", store.manifest["fingerprint"])
     return store
+
+
+def _batch_size_begun(out: str | os.PathLike[str]) -> int | None:
+    """What an earlier run chose, so that it is not measured again."""
+    if not GradientStore.begun(out):
+        return None
+    chosen: int = GradientStore(out, sealed=False).manifest["batch_size"]
+    return chosen
 
 
 def _bases(store: GradientStore, engine: Engine, projection: Projection) -> Bases | None:

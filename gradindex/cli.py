@@ -76,7 +76,9 @@ def demo(out: Path) -> None:
 @click.argument("task")
 @click.option("--out", required=True, type=_PATH, metavar="DIR", help="Folder of the store.")
 @click.option("--projection", type=click.Choice(KINDS), default="tensorsketch", show_default=True)
-@click.option("--dim", default=1024, show_default=True, help="Numbers per checkpoint, at most.")
+@click.option("--dim", type=int, help="Numbers per checkpoint, at most; by default 1024.")
+@click.option("--row-dim", type=int, help="Instead of --dim: numbers in a whole row, at most.")
+@click.option("--row-bytes", type=int, help="Instead of --dim: bytes of a whole row, at most.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random map.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
 @click.option(
@@ -89,8 +91,17 @@ def demo(out: Path) -> None:
 @click.option("--unit-norm", is_flag=True, help="Rank by the cosine of the gradients instead of TracInCP.")
 @_DEVICE
 @click.option("--workers", default=0, show_default=True, help="Processes that read examples.")
-@click.option("--batch-size", default=256, show_default=True, help="Examples per pass.")
-def build(task: str, out: Path, projection: Any, dim: int, seed: int, **options: Any) -> None:
+@click.option(
+    "--channels-last", is_flag=True, help="Lay pictures out with the channels last: faster on some processors."
+)
+@click.option("--batch-size", type=int, help="Examples per pass; by default as many, up to 256, as --memory holds.")
+@click.option(
+    "--memory", metavar="SIZE", help="What a pass may take, such as 2G; by default a quarter of what is free."
+)
+def build(
+    task: str, out: Path, projection: Any, dim: int | None, row_dim: int | None, row_bytes: int | None, seed: int,
+    memory: str | None, **options: Any,
+) -> None:  # fmt: skip
     """Build the store and index of TASK (path/to/file.py:name or package.module:name).
 
     Run it again to go on after an interruption: finished shards are kept.
@@ -98,10 +109,15 @@ def build(task: str, out: Path, projection: Any, dim: int, seed: int, **options:
     Example: gradindex build scripts/tasks/mnist.py:task --out /tmp/mnist
     """
     from .building import build as run
-    from .projection import Projection
+    from .memory import parse_bytes
+    from .projection import DEFAULT_DIM, Projection
     from .task import load_task
 
-    store = run(load_task(task), out, projection=Projection(projection, dim, seed), **options)
+    if sum(size is not None for size in (dim, row_dim, row_bytes)) > 1:
+        raise click.UsageError("Give one of --dim, --row-dim and --row-bytes.")
+    options["projection"] = Projection(projection, DEFAULT_DIM if dim is None else dim, seed, row_dim, row_bytes)
+    options["memory"] = None if memory is None else parse_bytes(memory)
+    store = run(load_task(task), out, **options)
     click.echo(f"{out}: {store.n_train:,} rows of {store.dim:,} numbers, from {store.n_checkpoints} checkpoints")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -12,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from .errors import ArgumentError, MismatchError, NonFiniteGradientError, check_k
-from .factors import Factors, Formed, Gradients
-from .gradients import Engine, Precision
+from .gradients import Engine, Precision, Products
 from .hits import Hits
 from .index import SearchIndex
+from .memory import in_halves
 from .progress import progress
 from .projection import Projection
 from .rows import RowMaker, describe
@@ -78,49 +77,24 @@ def _exact(engine: Engine, items: list[Any], ids: NDArray[np.int64], role: str, 
     each = sum(layer.size for layer in engine.layers) * engine.n_checkpoints * engine.dtype.itemsize
     at_once = max(1, _QUERY_BYTES // each)
     parts = [items[start : start + at_once] for start in range(0, len(items), at_once)]
+    scores: list[NDArray[Any]] = []
     with progress("exact scores", len(ids) * len(parts), "rows") as advance:
-        scores = [_exact_part(engine, part, ids, role, batch_size, advance) for part in parts]
-    return np.concatenate(scores)
-
-
-def _exact_part(
-    engine: Engine, items: list[Any], ids: NDArray[np.int64], role: str, batch_size: int, advance: Any
-) -> NDArray[Any]:
-    scores = torch.zeros(len(items), len(ids), dtype=engine.dtype, device=engine.device)
-    queries: list[dict[int, Gradients]] = []
-    for checkpoint in range(engine.n_checkpoints):
-        found: dict[int, Gradients] = {}
-        engine.run(checkpoint, items, functools.partial(_keep, found), role)
-        queries.append(found)
-    for start in range(0, len(ids), batch_size):
-        part = ids[start : start + batch_size]
-        batch = [engine.task.train[int(i)] for i in part]
-        target = scores[:, start : start + len(part)]
-        for checkpoint, found in enumerate(queries):
-
-            def consume(number: int, gradients: Gradients, q: Any = found, t: Any = target) -> None:
-                if number in q:
-                    for part, some in gradients.parts():
-                        t[:, part] += some.products(q[number]).T
-
-            engine.run(checkpoint, batch, consume)
-        advance(len(part))
-    bad = ~scores.isfinite()
-    if bool(bad.any()):
-        query, column = bad.nonzero()[0].tolist()
-        who = f"Query {query} of {len(items)}" if bool(bad[query].all()) else f"Training example {ids[column]}"
+        for part in parts:
+            products = Products(engine, part, role)
+            columns: list[torch.Tensor] = []
+            for start in range(0, len(ids), batch_size):
+                chosen = [int(i) for i in ids[start : start + batch_size]]
+                batch, names = [engine.task.train[i] for i in chosen], [f"Training example {i}" for i in chosen]
+                columns += in_halves(products.of, batch, names, lambda: engine.at)
+                advance(len(chosen))
+            scores.append(torch.cat(columns, 1).cpu().numpy())
+    found = np.concatenate(scores)
+    bad = ~np.isfinite(found)
+    if bad.any():
+        query, column = np.argwhere(bad)[0]
+        who = f"Query {query} of {len(items)}" if bad[query].all() else f"Training example {ids[column]}"
         raise NonFiniteGradientError(f"{who} has a NaN or infinite gradient. Check the example.")
-    return scores.cpu().numpy()
-
-
-def _keep(found: dict[int, Gradients], number: int, gradients: Gradients) -> None:
-    """Keep a query's gradients in the smaller of the two forms."""
-    if isinstance(gradients, Factors) and not gradients.rank_one:
-        positions, columns = gradients.activations.shape[1:]
-        rows = gradients.output_gradients.shape[2]
-        if positions * (rows + columns) > rows * columns:
-            gradients = Formed(torch.cat([some.gradient for _, some in gradients.parts()]))
-    found[number] = gradients
+    return found
 
 
 class Retriever:

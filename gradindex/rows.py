@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .errors import NonFiniteGradientError, OutOfMemoryError
+from .errors import NonFiniteGradientError
 from .factors import Gradients
 from .gradients import Engine
+from .memory import available_bytes, batch_size_for, in_halves
 from .progress import progress
 from .projection import Bases, Projection, SubspaceFit, hash64, key
 
@@ -63,57 +64,52 @@ class RowMaker:
             NonFiniteGradientError: names the example and the checkpoint.
             OutOfMemoryError: one example alone does not fit.
         """
-        try:
-            return self._rows(items, names, role)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
-                raise
-            if len(items) == 1:
-                reason = str(error).splitlines()[0][:160]
-                raise OutOfMemoryError(
-                    f"{names[0]} alone needs more memory than there is ({reason}). Track fewer layers, or use a "
-                    "machine with more memory."
-                ) from None
-        half = len(items) // 2
-        first, second = self.rows(items[:half], names[:half], role), self.rows(items[half:], names[half:], role)
-        return (
-            np.concatenate([first[0], second[0]]),
-            np.concatenate([first[1], second[1]]),
-            np.concatenate([first[2], second[2]]),
-        )
+        named = list(zip(items, names, strict=True))
+        parts = in_halves(lambda some: [self._rows(some, role)], named, names, lambda: self._engine.at)
+        rows, squares, losses = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return rows, squares, losses
 
     def _rows(
-        self, items: list[Any], names: list[str], role: str
+        self, named: list[tuple[Any, str]], role: str
     ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
-        rows, norms, losses = [], [], []
-        for checkpoint, block_map in enumerate(self._maps):
-            block = torch.zeros(len(items), self._block_dim, dtype=self._engine.dtype, device=self._engine.device)
-            squared = torch.zeros(len(items), dtype=torch.float64, device=self._engine.device)
-
-            def consume(
-                number: int, gradients: Gradients, m: Any = block_map, b: Any = block, s: Any = squared
-            ) -> None:
-                for part, some in gradients.parts():
-                    m.add(b[part], number, some)
-                    if self._exact_norms:
-                        s[part] += some.squared_norms()
-
-            losses.append(self._engine.run(checkpoint, items, consume, role).double())
-            if not self._exact_norms:
-                squared = block.double().square().sum(1)
-            bad = ~(squared.isfinite() & block.isfinite().all(1))
-            if bool(bad.any()):
+        items = [item for item, _ in named]
+        blocks, norms, losses = [], [], []
+        for checkpoint in range(len(self._maps)):
+            for loss_scale in self._engine.loss_scales:
+                block, squared, loss = self._at_checkpoint(checkpoint, items, role, loss_scale)
+                bad = ~(squared.isfinite() & block.isfinite().all(1))
+                if not bool(bad.any()):
+                    break
+            else:
                 path = self._engine.task.checkpoints[checkpoint].path
                 raise NonFiniteGradientError(
-                    f"{names[int(bad.nonzero()[0])]} has a NaN or infinite gradient at checkpoint {checkpoint} "
+                    f"{named[int(bad.nonzero()[0])][1]} has a NaN or infinite gradient at checkpoint {checkpoint} "
                     f"({path}). Check the example, or leave that checkpoint out."
                 )
-            rows.append(block)
+            blocks.append(block)
             norms.append(squared)
-        squares, stacked = torch.stack(norms, 1), torch.cat(rows, 1)
+            losses.append(loss.double())
+        squares, rows = torch.stack(norms, 1), torch.cat(blocks, 1)
         if self._unit_norm:
-            stacked = stacked / _safe(squares.sum(1).sqrt())[:, None]
-        return stacked.float().cpu().numpy(), squares.cpu().numpy(), torch.stack(losses, 1).cpu().numpy()
+            rows = rows / _safe(squares.sum(1).sqrt())[:, None]
+        return rows.float().cpu().numpy(), squares.cpu().numpy(), torch.stack(losses, 1).cpu().numpy()
+
+    def _at_checkpoint(
+        self, checkpoint: int, items: list[Any], role: str, loss_scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Blocks (batch, block_dim), squared norms (batch,) and losses (batch,)."""
+        engine, block_map = self._engine, self._maps[checkpoint]
+        block = torch.zeros(len(items), self._block_dim, dtype=engine.dtype, device=engine.device)
+        squared = torch.zeros(len(items), dtype=torch.float64, device=engine.device)
+
+        def consume(number: int, gradients: Gradients) -> None:
+            for part, some in gradients.parts():
+                block_map.add(block[part], number, some)
+                if self._exact_norms:
+                    squared[part] += some.squared_norms()
+
+        losses = engine.run(checkpoint, items, consume, role, loss_scale=loss_scale)
+        return block, squared if self._exact_norms else block.double().square().sum(1), losses
 
 
 def _safe(norms: Tensor) -> Tensor:
@@ -144,6 +140,31 @@ def fit_bases(engine: Engine, projection: Projection, batch_size: int) -> Bases:
             fit = SubspaceFit(engine.layers, projection.dim, key(projection.seed, checkpoint), like)
             bases |= {(checkpoint, number): sides for number, sides in enumerate(fit.sides(sample))}
     return bases
+
+
+def pick_batch_size(engine: Engine, projection: Projection, norms: Norms, budget: int | None) -> int:
+    """How many examples fit into a memory budget at once; see :func:`batch_size_for`.
+
+    Args:
+        engine: entered, its routes checked.
+        projection: which maps.
+        norms: as for :class:`RowMaker`.
+        budget: bytes, by default what the device can spare.
+    """
+    like = torch.zeros((), dtype=engine.dtype, device=engine.device)
+    if projection.fitted:  # fitting takes more than what follows
+        fit = SubspaceFit(engine.layers, projection.dim, 0, like)
+
+        def action(items: list[Any]) -> None:
+            fit.once(lambda consume: engine.run(0, items, consume))
+    else:
+        maker = RowMaker(engine, projection, norms=norms)
+
+        def action(items: list[Any]) -> None:
+            maker.rows(items, [""] * len(items), "train")
+
+    budget = available_bytes(engine.device) if budget is None else budget
+    return batch_size_for(action, engine.task.train, budget, engine.device)  # type: ignore[arg-type]  # or a data set
 
 
 def describe(engine: Engine, projection: Projection, unit_norm: bool = False) -> dict[str, Any]:

@@ -68,6 +68,11 @@ class GradientStore:
         self.dim: int = self.manifest["dim"]
         self.n_checkpoints: int = len(self.manifest["map"]["checkpoints"])
 
+    @staticmethod
+    def begun(folder: str | os.PathLike[str]) -> bool:
+        """Whether a build has started a store here."""
+        return (Path(folder) / _MANIFEST).exists()
+
     @classmethod
     def create(cls, folder: str | os.PathLike[str], manifest: dict[str, Any]) -> GradientStore:
         """Start a store, or open the one that an earlier run of the same build started.
@@ -77,7 +82,7 @@ class GradientStore:
             MismatchError: it holds a build of another task; says what differs.
         """
         folder = Path(folder)
-        if (folder / _MANIFEST).exists():
+        if cls.begun(folder):
             store = cls(folder, sealed=False)
             differing = differences(store.manifest, manifest)
             if differing:

@@ -12,8 +12,7 @@ from torch.utils.data import TensorDataset
 
 import gradindex
 from gradindex.cli import main
-from gradindex.errors import ArgumentError, MismatchError, OutOfMemoryError
-from gradindex.gradients import Engine
+from gradindex.errors import ArgumentError, MismatchError
 from gradindex.projection import Projection
 
 WHOLE = Projection("none")
@@ -100,32 +99,6 @@ def test_a_zero_gradient_has_no_direction(tmp_path):
     assert not store.rows(np.array([4])).any()
     hits = gradindex.load(store.folder, task).proponents(0, k=12)
     assert hits.scores[0, hits.ids[0].tolist().index(4)] == 0
-
-
-def short_of_memory(monkeypatch, largest):
-    run = Engine.run
-
-    def limited(self, checkpoint, items, *rest):
-        if len(items) > largest:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.")
-        return run(self, checkpoint, items, *rest)
-
-    monkeypatch.setattr(Engine, "run", limited)
-
-
-def test_a_batch_that_does_not_fit_is_halved(task, tmp_path, monkeypatch):
-    whole = gradindex.build(task, tmp_path / "whole")
-    short_of_memory(monkeypatch, 6)
-    parts = gradindex.build(task, tmp_path / "parts")
-    np.testing.assert_allclose(parts.rows(np.arange(40)), whole.rows(np.arange(40)), atol=1e-4)
-    np.testing.assert_allclose(parts.self_influence(), whole.self_influence(), rtol=1e-4)
-
-
-def test_an_example_that_does_not_fit_alone_is_named(task, tmp_path, monkeypatch):
-    short_of_memory(monkeypatch, 0)
-    message = r"Training example 0 alone needs more memory than there is \(CUDA out of memory. Tried to allocate 8 GiB"
-    with pytest.raises(OutOfMemoryError, match=message):
-        gradindex.build(task, tmp_path / "store")
 
 
 class Shifted(nn.Module):

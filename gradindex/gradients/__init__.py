@@ -2,3 +2,4 @@
 
 from .engine import Engine as Engine
 from .engine import Precision as Precision
+from .products import Products as Products

@@ -121,6 +121,11 @@ class Engine:
         """What :meth:`run` may multiply the losses by; where gradients overflow with one, try the next."""
         return _LOSS_SCALES if self.precision == "float16" else (1.0,)
 
+    @property
+    def at(self) -> str:
+        """What is, or was last, being computed: to tell a person where it failed."""
+        return self.hooks.at
+
     def __enter__(self) -> Engine:
         self._training = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
@@ -157,6 +162,8 @@ class Engine:
         role: str = "train",
         *,
         loss_scale: float | None = None,
+        general: bool = True,
+        weighted: bool = True,
     ) -> Tensor:
         """Run one batch through one checkpoint.
 
@@ -168,6 +175,8 @@ class Engine:
                 loss does not depend on have zero gradients and are not reported.
             role: ``"train"`` or ``"query"``, which chooses the loss.
             loss_scale: one of :attr:`loss_scales`, by default the first.
+            general: whether layers without hooks are computed as well.
+            weighted: whether the task's preconditioner is applied.
 
         Returns:
             (batch,) the losses.
@@ -175,11 +184,12 @@ class Engine:
         Raises:
             LossError: the loss is not one number per example.
         """
-        if self._moments:
+        if self._moments and weighted:
             consume = partial(self._precondition, checkpoint, consume)
         wrapper, scales, loss_scale = self.wrapper(role), self._scales[checkpoint], loss_scale or self.loss_scales[0]
         losses = self.run_hooked(checkpoint, items, consume, wrapper, scales, loss_scale)
-        self.run_general(checkpoint, items, consume, wrapper, scales, loss_scale)
+        if general:
+            self.run_general(checkpoint, items, consume, wrapper, scales, loss_scale)
         return losses
 
     def run_hooked(
@@ -254,20 +264,10 @@ class Engine:
             self._weights[checkpoint, number] = self.cast(self.as_matrix(layer, roots, batched=False))
         return self._weights[checkpoint, number]
 
-    def tangents(self, checkpoint: int, number: int, gradients: Gradients) -> Tensor:
-        """sqrt(eta) D^(1/2) g' of a layer on a general route: along it, the derivative of the losses is <g, g'>.
-
-        Args:
-            checkpoint: its position.
-            number: of the layer.
-            gradients: from :meth:`run`, so with sqrt(eta) D^(1/2) in them once already.
-
-        Returns:
-            (batch, *shape of the parameter).
-        """
-        (name,) = self.layers[number].parameters
-        weighted: Tensor = gradients.gradient * self.root_weights(checkpoint, number) * self._scales[checkpoint][name]
-        return weighted.reshape(-1, *self.states[checkpoint][f"model.{name}"].shape)
+    def scale(self, checkpoint: int, parameter: str) -> float:
+        """sqrt(eta) of a parameter."""
+        root: float = self._scales[checkpoint][parameter]
+        return root
 
     def losses(self, checkpoint: int, items: list[Any], role: str = "train") -> NDArray[np.float64]:
         """(batch,) the losses of a batch at a checkpoint, by a forward pass alone."""

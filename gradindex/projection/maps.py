@@ -20,6 +20,7 @@ from .sketch import TensorSketch
 
 Kind = Literal["tensorsketch", "fitted", "kronecker", "gaussian", "rademacher", "none"]
 DEFAULT_DIM = 1024
+_NUMBER_BYTES = 4  # a store's rows are float32
 
 # By (checkpoint, layer): what was fitted to the output gradients (rows, a) and to the activations (columns, b).
 Bases = Mapping[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -39,11 +40,15 @@ class Projection:
         kind: see above.
         dim: numbers per checkpoint, at most; ``"none"`` ignores it.
         seed: chooses the random map, or the sample of ``"fitted"``.
+        row_dim: instead of ``dim``, numbers in a whole row, at most: an equal share for each checkpoint.
+        row_bytes: instead of ``dim``, bytes of a whole row in the store (4 a number), at most.
     """
 
     kind: Kind = "tensorsketch"
     dim: int = DEFAULT_DIM
     seed: int = 0
+    row_dim: int | None = None
+    row_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -51,6 +56,24 @@ class Projection:
             raise ArgumentError(f"projection is {self.kind!r}, but must be one of: {kinds}.")
         if self.dim < 1:
             raise ArgumentError(f"dim is {self.dim}, but must be at least 1.")
+        if (self.dim != DEFAULT_DIM) + (self.row_dim is not None) + (self.row_bytes is not None) > 1:
+            raise ArgumentError("Give one of dim, row_dim and row_bytes: they say the same in other units.")
+
+    def resolved(self, n_checkpoints: int) -> Projection:
+        """The same with its size as ``dim``.
+
+        Raises:
+            ArgumentError: the row is too small to have a number for each checkpoint.
+        """
+        if self.row_dim is None and self.row_bytes is None:
+            return self
+        unit, size = ("row_bytes", self.row_bytes) if self.row_dim is None else ("row_dim", self.row_dim)
+        each = n_checkpoints * (_NUMBER_BYTES if unit == "row_bytes" else 1)
+        if (size or 0) < each:
+            raise ArgumentError(
+                f"{unit} is {size}, but must be at least {each}, for one number at each of {n_checkpoints} checkpoints."
+            )
+        return Projection(self.kind, (size or 0) // each, self.seed)
 
     @property
     def fitted(self) -> bool:

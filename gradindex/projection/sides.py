@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from math import isqrt
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,20 +93,23 @@ class SubspaceFit:
     def sides(self, sample: Callable[[Callable[[int, Gradients], None]], None]) -> list[Sides]:
         """The fitted sides of each layer; ``sample(consume)`` runs over the sample once."""
         for _ in range(2):
-            products = [[torch.zeros_like(start) for start in starts] for starts in self._starts]
-
-            def consume(number: int, gradients: Gradients, into: list[list[Tensor]] = products) -> None:
-                norms = gradients.squared_norms().clamp_min(torch.finfo(torch.float64).tiny)
-                left, right = self._starts[number]
-                for side, start in enumerate((left, right)):
-                    into[number][side] += gradients.sided(start, side, (1 / norms).to(start))
-
-            sample(consume)
-            self._starts = [[_orthonormal(product) for product in pair] for pair in products]
+            self._starts = self.once(sample)
         return [
             (left[:, :a].cpu().float().numpy(), right[:, :b].cpu().float().numpy())
             for (left, right), (a, b) in zip(self._starts, self._sizes, strict=True)
         ]
+
+    def once(self, sample: Callable[[Callable[[int, Gradients], None]], Any]) -> list[list[Tensor]]:
+        """One pass over the sample: better starts for the next."""
+        products = [[torch.zeros_like(start) for start in starts] for starts in self._starts]
+
+        def consume(number: int, gradients: Gradients) -> None:
+            norms = gradients.squared_norms().clamp_min(torch.finfo(torch.float64).tiny)
+            for side, start in enumerate(self._starts[number]):
+                products[number][side] += gradients.sided(start, side, (1 / norms).to(start))
+
+        sample(consume)
+        return [[_orthonormal(product) for product in pair] for pair in products]
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:

@@ -1,0 +1,150 @@
+"""How many examples fit at once: measured before a build, halved where memory runs out nevertheless."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .errors import ArgumentError, OutOfMemoryError
+from .tree import tensors
+
+T = TypeVar("T")
+
+# The largest batch that is chosen unasked: more brings no speed, and less shows progress sooner.
+LARGEST_BATCH = 256
+_TRIED = (2, 8)
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def in_halves(
+    action: Callable[[list[Any]], list[T]], items: list[Any], names: Sequence[str], at: Callable[[], str]
+) -> list[T]:
+    """``action(items)``, or the results of both halves where memory runs out.
+
+    Args:
+        action: returns a list, which the halves' lists are joined to.
+        items: at least one.
+        names: of the items, for the error.
+        at: says what was being computed when memory ran out.
+
+    Raises:
+        OutOfMemoryError: one item alone does not fit; says where, and how much was asked for.
+    """
+    try:
+        return action(items)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        if len(items) == 1:
+            wanted = re.search(r"[Tt]ried to allocate ([\d.]+) ?(\w+)", str(error))
+            amount = _readable(wanted[1], wanted[2]) if wanted else "it"
+            raise OutOfMemoryError(
+                f"{names[0]} alone needs more memory than there is: {at()} asked for {amount}. "
+                "Track fewer layers, shorten the example, or use a machine with more memory."
+            ) from None
+    half = len(items) // 2
+    return in_halves(action, items[:half], names[:half], at) + in_halves(action, items[half:], names[half:], at)
+
+
+def _readable(number: str, unit: str) -> str:
+    return f"{float(number) / 2**30:.3g} GiB" if unit == "bytes" else f"{number} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """``"500M"``, ``"2 GiB"``, ``"1.5g"`` or ``"4096"`` as bytes; the units are powers of 1,024.
+
+    Raises:
+        ArgumentError: it is none of these, or not positive.
+    """
+    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?b)?\s*", text.lower())
+    try:
+        value = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise ArgumentError(f"{text!r} is no amount of memory. Write for example 500M or 2G.")
+    return value
+
+
+def available_bytes(device: torch.device) -> int:
+    """What passes may use unasked: half of what a CUDA device has free, a quarter of the machine's free memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    info = Path("/proc/meminfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 // 4
+    return 2 << 30
+
+
+def batch_size_for(action: Callable[[list[Any]], Any], items: Sequence[Any], budget: int, device: torch.device) -> int:
+    """The largest power of two, up to 256, whose peak memory fits; measured on up to 8 examples.
+
+    Args:
+        action: takes a list of examples and does with them what a build does.
+        items: where to take the examples from.
+        budget: bytes for one pass, weights not included.
+        device: where the action computes.
+    """
+    small, large = (min(count, len(items)) for count in _TRIED)
+    if small == large:
+        return LARGEST_BATCH
+    peaks = [peak_bytes(partial(action, [items[i] for i in range(n)]), device) for n in (small, large)]
+    each = max(1, (peaks[1] - peaks[0]) // (large - small))
+    fixed = max(0, peaks[0] - small * each)
+    size = 1
+    while size < LARGEST_BATCH and fixed + 2 * size * each <= budget:
+        size *= 2
+    return size
+
+
+def peak_bytes(action: Callable[[], Any], device: torch.device) -> int:
+    """The most memory that the tensors which an action makes take at once; on CUDA, what the allocator says."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    meter = _Meter()
+    with meter:
+        action()
+    return meter.peak
+
+
+class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Adds up the storages that operations make, and takes them off as they die."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._live: dict[int, int] = {}
+        self._total = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch instead of ``func``."""
+        for tensor in tensors([*args, kwargs or {}]):
+            self._add(tensor.untyped_storage(), 0)  # was there before, such as a weight
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tensors(outputs):
+            self._add(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+        return outputs
+
+    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key in self._live:
+            return
+        self._live[key] = size
+        self._total += size
+        self.peak = max(self.peak, self._total)
+        weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self._total -= self._live.pop(key, 0)
