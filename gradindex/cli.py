@@ -195,7 +195,8 @@ def self_influence(folder: Path, k: int, as_json: bool, as_csv: bool) -> None:
         | {name: values[rank].item() for name, values in columns.items()}
         for rank, i in enumerate(top)
     ]
-    rough = " (bfloat16)" if store.manifest["map"]["precision"] == "bfloat16" else ""
+    precision = store.manifest["map"]["precision"]
+    rough = f" ({precision})" if precision in ("bfloat16", "float16") else ""
     note = f"{store.manifest['self_influence']}{rough} TracInCP of an example with itself, never negative; "
     note += "high for mislabelled, rare and ambiguous examples"
     _show(records, f"{table(records)}\n{note}", note, as_json, as_csv)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from .errors import ArgumentError, MismatchError, NonFiniteGradientError, check_k
-from .gradients import Engine, Precision, Products
+from .gradients import HALF, Engine, Precision, Products
 from .hits import Hits
 from .index import SearchIndex
 from .memory import in_halves
@@ -50,7 +50,7 @@ def exact_scores(
         items: the queries, as the task's data sets hand them out.
         ids: (m,) training ids, by default all.
         role: whether queries are scored with the ``"query"`` or the ``"train"`` loss.
-        precision: of the gradients and scores; those of ``"bfloat16"`` are not exact.
+        precision: of the gradients and scores; those of half precision are not exact.
         device: where to compute, by default where the model is.
         batch_size: training examples per pass.
 
@@ -116,8 +116,8 @@ class Retriever:
         stored = store.manifest["map"]
         self._projection = Projection(**stored["projection"])
         self._unit_norm: bool = stored["unit_norm"]
-        # Queries and exact scores take full precision, even where rows were made from bfloat16 gradients.
-        rough = stored["precision"] == "bfloat16"
+        # Queries and exact scores take full precision, even where rows were made in half precision.
+        rough = stored["precision"] in HALF
         self._engine = Engine(task, "float32" if rough else stored["precision"], device)
         with preserved_random_state(), self._engine as engine:
             engine.check_routes()

@@ -161,7 +161,7 @@ def pick_batch_size(engine: Engine, projection: Projection, norms: Norms, budget
         maker = RowMaker(engine, projection, norms=norms)
 
         def action(items: list[Any]) -> None:
-            maker.rows(items, [""] * len(items), "train")
+            maker.rows(items, [f"Training example {i}" for i in range(len(items))], "train")
 
     budget = available_bytes(engine.device) if budget is None else budget
     return batch_size_for(action, engine.task.train, budget, engine.device)  # type: ignore[arg-type]  # or a data set

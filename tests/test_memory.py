@@ -100,9 +100,7 @@ def test_the_measure_counts_what_lives_at_once_and_not_what_was_there():
     assert peak_bytes(action, CPU) == 2 * weight.nbytes
 
 
-@pytest.mark.parametrize(
-    ("budget", "size"), [(100, 1), (32_100, 8), (31_900, 4), (1 << 20, 256), (1 << 40, 256)]
-)
+@pytest.mark.parametrize(("budget", "size"), [(100, 1), (32_100, 8), (31_900, 4), (1 << 20, 256), (1 << 40, 256)])
 def test_the_batch_is_the_largest_power_of_two_that_fits(budget, size):
     # 1,000 float32 numbers an example.
     found = batch_size_for(lambda items: torch.stack(items).sum(), list(torch.ones(20, 1000)), budget, CPU)

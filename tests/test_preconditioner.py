@@ -10,6 +10,7 @@ import toys
 
 import gradindex
 from gradindex.errors import CheckpointError, MismatchError, TaskError
+from gradindex.gradients import Engine, Products
 from gradindex.projection import Projection
 
 
@@ -52,6 +53,16 @@ def test_rows_and_self_influence_stay_consistent(task, tmp_path):
     np.testing.assert_allclose(store.self_influence().sum(1), own, rtol=1e-3)
     with pytest.raises(MismatchError, match="preconditioner differ"):
         gradindex.load(store.folder, replace(task, preconditioner=None))
+
+
+def test_exact_products_form_the_gradients_of_queries_alone(task, monkeypatch):
+    expected = gradindex.exact_scores(task, list(task.query), precision="float64")
+    with Engine(task, "float64") as engine:
+        engine.check_routes()
+        products = Products(engine, list(task.query), "query")
+        monkeypatch.setattr(Engine, "_precondition", None)
+        (found,) = products.of(list(task.train))
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
 def test_moments_must_have_been_recorded(tmp_path):

@@ -185,3 +185,28 @@ def test_squared_norms_and_products_equal_the_formed_gradients():
 def test_impossible_projections_are_refused(options, message):
     with pytest.raises(ArgumentError, match=message):
         Projection(**options)
+
+
+@pytest.mark.parametrize(
+    ("size", "dim"),
+    [({"row_dim": 100}, 33), ({"row_bytes": 400}, 33), ({"row_bytes": 12}, 1), ({"dim": 7}, 7), ({}, 1024)],
+)
+def test_a_size_can_be_that_of_a_row(tmp_path, size, dim):
+    store = gradindex.build(toys.make_task(tmp_path), tmp_path / "store", projection=Projection(**size))
+    assert store.manifest["map"]["projection"] == {"kind": "tensorsketch", "dim": dim, "seed": 0}
+    assert store.dim == 3 * dim
+    assert store.dim <= size.get("row_dim", store.dim)
+    assert store.rows(np.array([0])).nbytes <= size.get("row_bytes", 1 << 20)
+
+
+def test_a_row_too_small_for_its_checkpoints_is_refused(tmp_path):
+    task = toys.make_task(tmp_path)
+    for size, message in (
+        ({"row_dim": 2}, "row_dim is 2, but must be at least 3, for one number at each of 3 checkpoints"),
+        ({"row_bytes": 11}, "row_bytes is 11, but must be at least 12"),
+        ({"row_dim": 0}, "row_dim is 0, but must be at least 3"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            gradindex.build(task, tmp_path / "store", projection=Projection(**size))
+    with pytest.raises(ArgumentError, match="Give one of dim, row_dim and row_bytes"):
+        Projection(dim=7, row_dim=9)

@@ -27,7 +27,8 @@ from .rules import RULES
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 _ADAM_EPSILON = 1e-8
-_HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# Precisions whose gradients are not exact.
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Losses times the first do not underflow in float16; where a gradient overflows, the next one is tried.
 _LOSS_SCALES = (2.0**14, 2.0**7, 1.0)
@@ -278,7 +279,7 @@ class Engine:
 
     def wrapper(self, role: str) -> LossModule:
         """The loss as a function of weights, in the engine's precision."""
-        return LossModule(self.model, self.task.loss_for(role), _HALF.get(self.precision))
+        return LossModule(self.model, self.task.loss_for(role), HALF.get(self.precision))
 
     def as_matrix(self, layer: Layer, gradients: Mapping[str, Tensor], batched: bool = True) -> Tensor:
         """Gradients by parameter, (batch, *shape) each, as the layer's matrix (batch, rows, columns)."""

@@ -22,7 +22,7 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     parameter at or below it.
 
     Raises:
-        TaskError: a pattern matches nothing; close names are listed.
+        TaskError: a pattern matches nothing (close names are listed), or a parameter that has no gradient.
     """
     parameters = [name for name, _ in model.named_parameters()]
     modules = [name for name, _ in model.named_modules() if name]
@@ -38,6 +38,10 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
                 f"The layer pattern {pattern!r} matches nothing in the model. Close names: {', '.join(close)}."
             )
         chosen |= matched
+    for name in sorted(chosen):
+        dtype = model.get_parameter(name).dtype
+        if not dtype.is_floating_point:
+            raise TaskError(f"The parameter {name} is of {dtype}, which has no gradient. Leave it out, with layers=.")
     return [name for name in parameters if name in chosen]
 
 

@@ -1,0 +1,182 @@
+"""Half precision on CUDA, memory layouts, and modules that hide what they do."""
+
+import numpy as np
+import pytest
+import torch
+import toys
+from torch import nn
+
+import gradindex
+from gradindex.errors import ArgumentError, NonFiniteGradientError, TaskError
+from gradindex.gradients import Engine
+from gradindex.projection import Projection
+
+WHOLE = Projection("none")
+
+
+@pytest.fixture
+def task(tmp_path):
+    return toys.make_task(tmp_path, toys.convolutional(), shape=(2, 8, 8), n_train=40)
+
+
+def test_float16_is_for_cuda_devices(task, tmp_path):
+    with pytest.raises(ArgumentError, match="precision is 'float16', but that is for CUDA devices, and this is 'cpu'"):
+        gradindex.build(task, tmp_path / "store", precision="float16")
+
+
+@pytest.fixture
+def half_on_cpu(monkeypatch):
+    """What CUDA does in float16, done slowly by the processor."""
+    monkeypatch.setattr("gradindex.gradients.engine._check_half", lambda *_: None)
+
+
+def test_float16_rows_point_where_float32_rows_do(task, tmp_path, half_on_cpu):
+    exact, rough = (
+        gradindex.build(task, tmp_path / p, projection=WHOLE, precision=p).rows(np.arange(40))
+        for p in ("float32", "float16")
+    )
+    cosines = (exact * rough).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rough, axis=1)
+    assert cosines.min() > 0.999
+    assert np.abs(exact - rough).max() > 1e-5  # it was used
+    hits = gradindex.load(tmp_path / "float16", task).proponents(range(4), k=5, candidates=40)
+    truth = gradindex.exact_scores(task, list(task.query))
+    np.testing.assert_allclose(hits.scores, -np.sort(-truth, 1)[:, :5], rtol=1e-4)
+
+
+def faint(factor):
+    return lambda model, batch: toys.cross_entropy(model, batch) * factor
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 300.0, 30_000.0])
+@pytest.mark.parametrize("model", [toys.mlp, lambda: nn.Sequential(nn.Linear(6, 5), nn.PReLU(), nn.Linear(5, 3))])
+def test_losses_are_scaled_so_that_float16_neither_underflows_nor_overflows(tmp_path, half_on_cpu, factor, model):
+    task = toys.make_task(tmp_path, model(), loss=faint(factor), n_train=40)
+    exact, rough = (
+        gradindex.build(task, tmp_path / p, projection=WHOLE, precision=p).rows(np.arange(40))
+        for p in ("float32", "float16")
+    )
+    assert np.abs(exact - rough).max() < 0.01 * np.abs(exact).max()
+
+
+def test_what_overflows_in_float16_at_any_scale_is_named(tmp_path, half_on_cpu):
+    task = toys.make_task(tmp_path, loss=faint(1e9))
+    with pytest.raises(NonFiniteGradientError, match="has a NaN or infinite gradient at checkpoint 0"):
+        gradindex.build(task, tmp_path / "store", precision="float16")
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (2, 4, 8, 8)])
+def test_channels_last_changes_the_layout_and_not_the_numbers(tmp_path, shape, monkeypatch):
+    dims = len(shape) - 1
+    convolution, norm = (nn.Conv2d, nn.BatchNorm2d) if dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
+    model = nn.Sequential(convolution(2, 4, 3, padding=1), norm(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    model(torch.zeros(2, *shape))
+    task = toys.make_task(tmp_path, model, shape=shape, n_train=20)
+    layouts = []
+    run = Engine.run_hooked
+
+    def spy(self, *args, **options):
+        layout = torch.channels_last if dims == 2 else torch.channels_last_3d
+        layouts.append(self.states[0]["model.0.weight"].is_contiguous(memory_format=layout))
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(Engine, "run_hooked", spy)
+    plain, last = (
+        gradindex.build(task, tmp_path / str(on), projection=WHOLE, channels_last=on) for on in (False, True)
+    )
+    assert set(layouts[: len(layouts) // 2]) == {False}
+    assert set(layouts[len(layouts) // 2 :]) == {True}
+    np.testing.assert_allclose(last.rows(np.arange(20)), plain.rows(np.arange(20)), rtol=1e-4, atol=1e-5)
+    assert last.manifest["fingerprint"] == plain.manifest["fingerprint"]
+
+
+class Wrapped(nn.Module):
+    """Stands for a wrapper of the same name."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+
+class Quantised(nn.Linear):
+    """Stands for a layer whose weights are packed."""
+
+
+Quantised.__module__ = "torch.ao.nn.quantized.modules.linear"
+
+HIDING = {
+    "compiled": (lambda m: torch.compile(m), "The model is compiled, so its weights cannot be swapped"),
+    "a compiled part": (
+        lambda m: nn.Sequential(torch.compile(m[0]), m[1], m[2]),
+        "0 is compiled, so its weights cannot be swapped",
+    ),
+    "data parallel": (nn.DataParallel, r"The model is wrapped in DataParallel.*\(wrapped\.module\)"),
+    "scripted": (lambda m: nn.Sequential(Trace(m[0]).traced, m[1], m[2]), "0 is a TorchScript module"),
+    "quantised": (lambda m: nn.Sequential(Quantised(6, 5), m[1], m[2]), r"0 \(Quantised\) is quantised"),
+}
+
+
+class Trace:
+    """A traced module."""
+
+    def __init__(self, module):
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.traced = torch.jit.trace(module, torch.zeros(1, 6))
+
+
+@pytest.mark.parametrize("case", HIDING)
+def test_modules_that_hide_what_they_do_are_refused_with_a_way_out(tmp_path, case):
+    wrap, message = HIDING[case]
+    task = toys.make_task(tmp_path)
+    task = gradindex.Task(wrap(task.model), task.loss, task.train, task.checkpoints)
+    with pytest.raises(TaskError, match=message):
+        gradindex.build(task, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_parameters_that_are_no_floating_point_numbers_are_refused(tmp_path):
+    model = toys.mlp()
+    model.packed = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    task = toys.make_task(tmp_path, model)
+    with pytest.raises(TaskError, match=r"packed is of torch\.int8.*Leave it out, with layers="):
+        gradindex.build(task, tmp_path / "store")
+
+
+def test_frozen_parameters_are_tracked_when_asked_for(tmp_path):
+    task = toys.make_task(tmp_path)
+    expected = gradindex.exact_scores(task, list(task.query))
+    task.model.requires_grad_(False)
+    np.testing.assert_array_equal(gradindex.exact_scores(task, list(task.query)), expected)
+
+
+def functional_weights(model, batch):
+    """A loss that computes with the weights and never calls the modules."""
+    x, y = batch
+    hidden = torch.relu(nn.functional.linear(x, model[0].weight, model[0].bias))
+    logits = torch.addmm(model[2].bias, hidden, model[2].weight.T)
+    return nn.functional.cross_entropy(logits, y, reduction="none")
+
+
+def test_weights_used_without_their_modules_take_another_route(tmp_path):
+    from test_traps import check_against_autograd
+
+    routes = check_against_autograd(toys.make_task(tmp_path, loss=functional_weights))
+    assert routes == {"0.weight": "function", "0.bias": "function", "2.weight": "vmap", "2.bias": "vmap"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_on_cuda(task, tmp_path, precision):
+    exact = gradindex.build(task, tmp_path / "cpu", projection=WHOLE).rows(np.arange(40))
+    store = gradindex.build(
+        task, tmp_path / "cuda", projection=WHOLE, precision=precision, device="cuda", channels_last=True
+    )
+    rough = store.rows(np.arange(40))
+    cosines = (exact * rough).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rough, axis=1)
+    assert cosines.min() > 0.98
