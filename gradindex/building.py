@@ -30,7 +30,7 @@ def build(
     self_influence: Norms = "exact",
     unit_norm: bool = False,
     device: str | None = None,
-    channels_last: bool = False,
+    channels_last: bool | None = None,
     workers: int = 0,
     batch_size: int | None = None,
     memory: int | None = None,
@@ -49,8 +49,9 @@ def build(
         unit_norm: divide each row by its norm: answers are ranked by the cosine of the gradients,
             which takes away the advantage of heavy examples.
         device: where to compute, such as ``"cuda"``, by default where the model is.
-        channels_last: lay pictures out with the channels last in memory; changes no result but
-            rounding, and the speed of convolutions on some processors.
+        channels_last: whether pictures are laid out with the channels last in memory, which
+            changes the speed of convolutions and no result but rounding; by default where the
+            model has two-dimensional convolutions and runs with it.
         workers: processes that read examples beside the computation.
         batch_size: examples per pass, halved where memory runs out; by default as many, up to
             256, as ``memory`` holds. Fixed for a store once it is begun.

@@ -89,15 +89,32 @@ def test_channels_last_changes_the_layout_and_not_the_numbers(tmp_path, shape, m
     assert last.manifest["fingerprint"] == plain.manifest["fingerprint"]
 
 
-class Wrapped(nn.Module):
-    """Stands for a wrapper of the same name."""
+class Flattening(nn.Module):
+    """A view that needs the channels first."""
 
-    def __init__(self, module):
+    def __init__(self):
         super().__init__()
-        self.module = module
+        self.inner, self.head = nn.Conv2d(2, 4, 3), nn.Linear(144, 3)
 
     def forward(self, x):
-        return self.module(x)
+        return self.head(self.inner(x).view(len(x), -1))
+
+
+@pytest.mark.parametrize(("model", "expected"), [(toys.convolutional, True), (Flattening, False), (toys.mlp, False)])
+def test_channels_come_last_where_the_model_can_have_that(tmp_path, model, expected):
+    shape = (6,) if model is toys.mlp else (2, 8, 8)
+    task = toys.make_task(tmp_path, model(), shape=shape)
+    with Engine(task) as engine:
+        engine.check_routes()
+        assert engine.channels_last == expected
+    first, own = (gradindex.build(task, tmp_path / str(on), projection=WHOLE, channels_last=on) for on in (False, None))
+    np.testing.assert_allclose(own.rows(np.arange(12)), first.rows(np.arange(12)), rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_that_cannot_be_had_is_refused(tmp_path):
+    task = toys.make_task(tmp_path, Flattening(), shape=(2, 8, 8))
+    with pytest.raises(ArgumentError, match=r"The model does not run with channels_last \(view size is not compatible"):
+        gradindex.build(task, tmp_path / "store", channels_last=True)
 
 
 class Quantised(nn.Linear):

@@ -48,8 +48,9 @@ class Engine:
             ``"float16"``, by autocast on CUDA alone, with the losses scaled so that gradients do
             not underflow; or ``"float64"`` for reference runs.
         device: where to compute, by default where the model is; the model itself is not moved.
-        channels_last: lay out pictures and the weights of convolutions with the channels last
-            in memory, which is faster on some processors; it changes no result but rounding.
+        channels_last: whether pictures and the weights of convolutions are laid out with the
+            channels last in memory, which is faster and changes no result but rounding; by
+            default where there are two-dimensional convolutions and the model runs with it.
 
     Raises:
         ArgumentError: the precision or device is unknown or cannot be used here.
@@ -62,7 +63,7 @@ class Engine:
         task: Task,
         precision: Precision = "float32",
         device: str | torch.device | None = None,
-        channels_last: bool = False,
+        channels_last: bool | None = None,
     ) -> None:
         if precision not in get_args(Precision):
             raise ArgumentError(f"precision is {precision!r}, but must be one of: {', '.join(get_args(Precision))}.")
@@ -76,7 +77,10 @@ class Engine:
         refuse_what_hides(self.model)
         self.device = _usable(first.device if device is None else device)
         _check_half(precision, self.device)
-        self._channels_last = channels_last
+        self.channels_last = channels_last
+        if channels_last is None:
+            self.channels_last = any(isinstance(module, nn.Conv2d) for module in self.model.modules())
+        self._layout_is_free = channels_last is None
         self.parameters = select_parameters(self.model, task.layer_patterns)
         self.layers = plan_layers(self.model, self.parameters)
         self.learning_rates = [checkpoint.learning_rates(self.parameters) for checkpoint in task.checkpoints]
@@ -248,10 +252,25 @@ class Engine:
         """Compare every route with autograd on two examples, each alone; move layers that disagree.
 
         Raises:
+            ArgumentError: the model does not run with ``channels_last``.
             LossError: the loss is not one number per example, or an example's loss depends on
                 the others of its batch.
         """
+        self._settle_layout()
         check_routes(self)
+
+    def _settle_layout(self) -> None:
+        """Give up channels last, unless asked for, where the model cannot have it: a view that flattens, for one."""
+        if not self.channels_last:
+            return
+        try:
+            self.losses(-1, self.task.first_and_last())
+        except RuntimeError as error:
+            if not self._layout_is_free:
+                reason = str(error).splitlines()[0]
+                raise ArgumentError(f"The model does not run with channels_last ({reason}). Leave it out.") from error
+            self.channels_last = False
+            self.states = [self.cast(state) for state in self.states]
 
     def root_weights(self, checkpoint: int, number: int) -> Tensor:
         """D^(1/2) of a layer, (1, rows, columns); ones without a preconditioner."""
@@ -303,10 +322,10 @@ class Engine:
 
         def cast(tensor: Tensor) -> Tensor:
             cast = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
-            if not self._channels_last or not cast.is_floating_point() or cast.ndim not in (4, 5):
+            if not cast.is_floating_point() or cast.ndim not in (4, 5):
                 return cast
-            layout = torch.channels_last if cast.ndim == 4 else torch.channels_last_3d
-            return cast.contiguous(memory_format=layout)
+            last = torch.channels_last if cast.ndim == 4 else torch.channels_last_3d
+            return cast.contiguous(memory_format=last if self.channels_last else torch.contiguous_format)
 
         return map_tensors(tree, cast)
 

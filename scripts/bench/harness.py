@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ class Bench:
     Args:
         title: the heading of the result.
         description: for ``--help``.
+        packages: whose versions matter too.
     """
 
-    def __init__(self, title: str, description: str | None) -> None:
+    def __init__(self, title: str, description: str | None, packages: Sequence[str] = ()) -> None:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--quick", action="store_true", help="less of everything, within a minute")
         parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -37,6 +39,7 @@ class Bench:
         if self.options.data:
             os.environ["GRADINDEX_DATA"] = str(self.options.data)
         self.title = title
+        self.packages = packages
         self.figures: list[dict[str, Any]] = []
         self.bars: list[dict[str, Any]] = []
 
@@ -62,10 +65,10 @@ class Bench:
         if self.options.save:
             self.options.save.write_text(self._markdown())
         if self.options.json:
-            print(json.dumps({"bars": self.bars, "figures": self.figures, "machine": machine()}))
+            print(json.dumps({"bars": self.bars, "figures": self.figures, "machine": machine(self.packages)}))
 
     def _markdown(self) -> str:
-        lines = [f"# {self.title}", "", *(f"- {name}: {value}" for name, value in machine().items())]
+        lines = [f"# {self.title}", "", *(f"- {name}: {value}" for name, value in machine(self.packages).items())]
         # --save says where the result goes, not how it came about.
         command = ["python", Path(sys.argv[0]).resolve().relative_to(TOP).as_posix()] + ["--quick"] * self.quick
         lines += [
@@ -83,7 +86,7 @@ class Bench:
         return "\n".join(lines) + "\n"
 
 
-def machine() -> dict[str, str]:
+def machine(packages: Sequence[str] = ()) -> dict[str, str]:
     """What the figures depend on."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -92,9 +95,8 @@ def machine() -> dict[str, str]:
             line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         processor = f"{names[0]}, {len(names)} cores" if names else processor
-    versions = [
-        f"{name} {importlib.metadata.version(name)}" for name in ("gradindex", "torch", "faiss-cpu", "numpy", "h5py")
-    ]
+    names = ("gradindex", "torch", "faiss-cpu", "numpy", "h5py", *packages)
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "processor": processor,

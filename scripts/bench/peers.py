@@ -1,23 +1,28 @@
-"""Rows of ResNet-9's last layer against Captum's TracInCPFastRandProj; all layers against vmap(grad) and a dense map.
+"""Rows of ResNet-9 against other libraries: Captum's projected last layer, TRAK's and dattri's whole gradients.
 
-The same rows, checkpoints and process, each contestant once a round in turn; figures are medians of ratios within a
-round. Needs captum (not a dependency of gradindex): python -m pip install captum annoy
+Every contestant has a process of its own and does the same examples, checkpoints and dimensions; a round runs each of
+them once, in turn and alone; figures are medians of ratios within a round. Needs the libraries of peers.txt, best in
+an environment of their own:
 
-    python scripts/bench/peers.py [--quick] [--json] [--data DIR] [--save FILE]
+    python -m venv peers && peers/bin/pip install -c constraints.txt -r scripts/bench/peers.txt -e .[cpu]
+    peers/bin/python scripts/bench/peers.py [--quick] [--json] [--data DIR] [--save FILE]
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
+import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from captum.influence import TracInCPFastRandProj
 from harness import Bench
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,6 +33,7 @@ from gradindex.projection import Projection
 from gradindex.rows import RowMaker
 
 DIM, BATCH, CHECKPOINTS = 1024, 64, 5
+PEERS = ("captum", "traker", "dattri")
 
 
 def make_task(folder: Path, n: int) -> gradindex.Task:
@@ -43,11 +49,11 @@ def make_task(folder: Path, n: int) -> gradindex.Task:
     return gradindex.Task(model, cifar10.loss, data, checkpoints, layers="8")
 
 
-def ours(task: gradindex.Task, precision: Any, projection: Projection) -> Callable[[], Any]:
+def ours(task: gradindex.Task, precision: Any) -> Callable[[], Any]:
     """Rows of all examples, in batches."""
     engine = Engine(task, precision)
     engine.__enter__().check_routes()
-    maker = RowMaker(engine, projection)
+    maker = RowMaker(engine, Projection(dim=DIM))
 
     def run() -> None:
         for items in DataLoader(task.train, BATCH, collate_fn=list):
@@ -58,6 +64,7 @@ def ours(task: gradindex.Task, precision: Any, projection: Projection) -> Callab
 
 def captum(task: gradindex.Task) -> Callable[[], Any]:
     """What its constructor computes: projected embeddings and output gradients of all examples at all checkpoints."""
+    from captum.influence import TracInCPFastRandProj
 
     def load(model: torch.nn.Module, path: str) -> float:
         model.load_state_dict(torch.load(path))
@@ -74,6 +81,56 @@ def captum(task: gradindex.Task) -> Callable[[], Any]:
         BATCH,
         projection_dim=DIM,
     )
+
+
+def trak(task: gradindex.Task) -> Callable[[], Any]:
+    """Its features of all examples: projected gradients of whole networks, without a GPU's kernel."""
+    from trak import TRAKer
+
+    state = torch.load(task.checkpoints[0].path)
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            traker = TRAKer(
+                model=task.model.eval(),
+                task="image_classification",
+                train_set_size=task.n_train,
+                save_dir=folder,
+                device="cpu",
+                proj_dim=DIM,
+                use_half_precision=False,
+                load_from_save_dir=False,
+            )
+            traker.load_checkpoint(state, model_id=0)
+            for batch in DataLoader(task.train, BATCH):
+                traker.featurize(batch, num_samples=len(batch[0]))
+
+    return run
+
+
+def dattri(task: gradindex.Task) -> Callable[[], Any]:
+    """Its TracIn scores of all examples with themselves: projected gradients of whole networks, and a row product."""
+    from dattri.algorithm.tracin import TracInAttributor
+    from dattri.task import AttributionTask
+
+    def loss(parameters: dict[str, torch.Tensor], example: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        output = functional_call(task.model, parameters, (example[0][None],))
+        return torch.nn.functional.cross_entropy(output, example[1][None])
+
+    state = torch.load(task.checkpoints[0].path)
+    attributor = TracInAttributor(
+        AttributionTask(loss_func=loss, model=task.model.eval(), checkpoints=[state]),
+        weight_list=torch.ones(1),
+        normalized_grad=False,
+        projector_kwargs={"proj_dim": DIM, "proj_max_batch_size": BATCH, "device": "cpu", "proj_type": "rademacher"},
+        device="cpu",
+    )
+
+    def run() -> None:
+        with contextlib.redirect_stderr(io.StringIO()):
+            attributor.self_attribute(DataLoader(task.train, BATCH))
+
+    return run
 
 
 def vmapped(task: gradindex.Task) -> Callable[[], Any]:
@@ -98,33 +155,63 @@ def vmapped(task: gradindex.Task) -> Callable[[], Any]:
     return run
 
 
-def timed(action: Callable[[], Any]) -> float:
-    """Seconds of one call."""
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
+CONTESTANTS: dict[str, Callable[[gradindex.Task], Callable[[], Any]]] = {
+    "captum": captum,
+    "trak": trak,
+    "dattri": dattri,
+    "vmap": vmapped,
+    "float32": functools.partial(ours, precision="float32"),
+    "bfloat16": functools.partial(ours, precision="bfloat16"),
+}
 
 
-def medians(actions: dict[str, Callable[[], Any]], base: str, rounds: int) -> dict[str, float]:
-    """Median over rounds of how many times longer ``base`` takes."""
-    rounds_seconds = [{name: timed(action) for name, action in actions.items()} for _ in range(rounds + 1)][1:]
-    return {name: statistics.median(r[base] / r[name] for r in rounds_seconds) for name in actions}
+def contestant(name: str, whole: bool, n: int, pipe: Any) -> None:
+    """A process: seconds of one turn whenever it is asked for one."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = make_task(Path(folder), n)
+        if whole:
+            task = replace(task, layers="*", checkpoints=task.checkpoints[:1])
+        action = CONTESTANTS[name](task)
+        while pipe.recv():
+            started = time.perf_counter()
+            action()
+            pipe.send(time.perf_counter() - started)
+
+
+def medians(names: Sequence[str], whole: bool, n: int, rounds: int) -> dict[tuple[str, str], float]:
+    """For each pair, the median over rounds of how many times longer the first takes than the second."""
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    for name in names:
+        pipes[name], other = context.Pipe()
+        context.Process(target=contestant, args=(name, whole, n, other), daemon=True).start()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            taken = pipe.recv()
+            if number:  # the first round warms up
+                seconds[name].append(taken)
+    for pipe in pipes.values():
+        pipe.send(False)
+    return {
+        (one, two): statistics.median(a / b for a, b in zip(seconds[one], seconds[two], strict=True))
+        for one in names
+        for two in names
+    }
 
 
 def main() -> None:
     """Measure and print."""
-    bench = Bench("Extraction against peers: ResNet-9", __doc__)
-    with tempfile.TemporaryDirectory() as name:
-        task = make_task(Path(name), 512 if bench.quick else 1024)
-        last = {"captum": captum(task)} | {p: ours(task, p, Projection(dim=DIM)) for p in ("float32", "bfloat16")}
-        found = medians(last, "captum", 3)
-        bench.bar("last layer, float32: Captum's set-up / ours", found["float32"], "x", 1.3)
-        bench.bar("last layer, bfloat16: Captum's set-up / ours (bar: with AMX)", found["bfloat16"], "x", 3.0)
-        one_batch = TensorDataset(*(tensor[:BATCH] for tensor in task.train.tensors))
-        whole = replace(task, layers="*", train=one_batch, checkpoints=task.checkpoints[:1])
-        every = {"vmap": vmapped(whole), "ours": ours(whole, "float32", Projection(dim=DIM))}
-        found = medians(every, "vmap", 3)
-        bench.bar("all layers, float32: vmap(grad) and a dense map / ours", found["ours"], "x", 10.0)
+    bench = Bench("Extraction against peers: ResNet-9", __doc__, packages=PEERS)
+    n = 256 if bench.quick else 1024
+    found = medians(["captum", "float32", "bfloat16"], False, n, 3 if bench.quick else 5)
+    bench.bar("last layer, float32: Captum's set-up / ours", found["captum", "float32"], "x", 1.3)
+    bench.bar("last layer, bfloat16: Captum's set-up / ours (bar: with AMX)", found["captum", "bfloat16"], "x", 3.0)
+    found = medians(["vmap", "trak", "dattri", "float32"], True, BATCH, 2 if bench.quick else 3)
+    bench.bar("all layers, float32: vmap(grad) and a dense map / ours", found["vmap", "float32"], "x", 10.0)
+    bench.bar("all layers, float32: TRAK's features / ours", found["trak", "float32"], "x", 10.0)
+    bench.bar("all layers, float32: dattri's projected TracIn / ours", found["dattri", "float32"], "x", 10.0)
     bench.finish()
 
 
