@@ -11,15 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .building import build as build
+    from .building import build_part as build_part
     from .checkpoint import Checkpoint as Checkpoint
     from .checkpoint import find_checkpoints as find_checkpoints
     from .errors import GradIndexError as GradIndexError
+    from .growth import add as add
+    from .growth import add_checkpoint as add_checkpoint
+    from .growth import repair as repair
     from .hits import Hits as Hits
     from .recorder import Recorder as Recorder
     from .retrieval import Retriever as Retriever
     from .retrieval import exact_scores as exact_scores
     from .retrieval import load as load
     from .store import GradientStore as GradientStore
+    from .store import compact as compact
+    from .store import export as export
+    from .store import merge as merge
+    from .store import remove as remove
+    from .store import seal as seal
     from .task import Task as Task
     from .task import load_task as load_task
 
@@ -34,11 +43,20 @@ _HOMES = {
     "Recorder": "recorder",
     "Retriever": "retrieval",
     "Task": "task",
+    "add": "growth",
+    "add_checkpoint": "growth",
     "build": "building",
+    "build_part": "building",
+    "compact": "store",
     "exact_scores": "retrieval",
+    "export": "store",
     "find_checkpoints": "checkpoint",
     "load": "retrieval",
     "load_task": "task",
+    "merge": "store",
+    "remove": "store",
+    "repair": "growth",
+    "seal": "store",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -1,24 +1,35 @@
-"""Fill a store: plan shards, run the missing ones, seal the whole, index it."""
+"""Fill a store: plan its shards, compute those that are missing, seal the whole."""
 
 from __future__ import annotations
 
 import os
-import time
-from typing import Any, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-import numpy as np
-from torch.utils.data import DataLoader, Subset
+import torch
 
-from .errors import ArgumentError
+from .errors import ArgumentError, MismatchError
+from .filling import consecutive, fill, running
 from .gradients import Engine, Precision
-from .index import SearchIndex
-from .index.flat import damage
-from .progress import progress
-from .projection import Bases, Projection
+from .projection import Projection
 from .rows import Norms, RowMaker, describe, fit_bases, pick_batch_size
-from .store import GradientStore, ShardRows
+from .store import (
+    GradientStore,
+    Job,
+    Part,
+    RowType,
+    check_row_type,
+    claimed,
+    differences,
+    fingerprint,
+    number_bytes,
+    write_bases,
+)
 from .task import Task
-from .tree import preserved_random_state
+
+FactorType = Literal["float32", "float16"]
 
 
 def build(
@@ -29,6 +40,8 @@ def build(
     precision: Precision = "float32",
     self_influence: Norms = "exact",
     unit_norm: bool = False,
+    row_type: RowType = "float32",
+    factors: FactorType | None = None,
     device: str | None = None,
     channels_last: bool | None = None,
     workers: int = 0,
@@ -36,7 +49,7 @@ def build(
     memory: int | None = None,
     shard_rows: int = 8192,
 ) -> GradientStore:
-    """Build the store and index of a task; call it again to go on after an interruption.
+    """Build the store of a task; call it again to go on after an interruption.
 
     Args:
         task: the model, its checkpoints and its training data.
@@ -48,6 +61,11 @@ def build(
             nothing and is an estimate (with a fitted projection: too low).
         unit_norm: divide each row by its norm: answers are ranked by the cosine of the gradients,
             which takes away the advantage of heavy examples.
+        row_type: how rows are stored: ``"float32"``, ``"float16"`` (a number too large is an error),
+            ``"bfloat16"``, or ``"int8"`` with a scale for each row and checkpoint.
+        factors: also store what each layer's gradient is the outer product of, in ``"float32"`` or
+            ``"float16"``, so that exact scores need no pass over training examples; for linear layers
+            without positions alone.
         device: where to compute, such as ``"cuda"``, by default where the model is.
         channels_last: whether pictures are laid out with the channels last in memory, which
             changes the speed of convolutions and no result but rounding; by default where the
@@ -65,87 +83,121 @@ def build(
     Raises:
         GradIndexError: the task, its data or the folder cannot be used; finished shards stay.
     """
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("memory", memory, 1),
-        ("shard_rows", shard_rows, 1),
-        ("workers", workers, 0),
-    ):
-        if value is not None and value < least:
-            raise ArgumentError(f"{name} is {value}, but must be at least {least}.")
-    if batch_size is not None and memory is not None:
-        raise ArgumentError("Give batch_size, or memory to have it chosen, not both.")
-    if self_influence not in get_args(Norms):
-        raise ArgumentError(f"self_influence is {self_influence!r}, but must be 'exact' or 'projected'.")
-    if unit_norm and self_influence != "exact":
-        raise ArgumentError("unit_norm needs exact norms. Leave out self_influence='projected', or unit_norm.")
-    projection = (projection or Projection()).resolved(len(task.checkpoints))
-    SearchIndex.require()
-    task.check_reads_repeat()
-    started = time.perf_counter()
-    with preserved_random_state(), Engine(task, precision, device, channels_last) as engine:
-        engine.check_routes()
-        if batch_size is None:
-            batch_size = _batch_size_begun(out) or pick_batch_size(engine, projection, self_influence, memory)
-        shard_rows = -(-shard_rows // batch_size) * batch_size
-        columns = task.column_arrays("train")
-        starts = range(0, task.n_train, shard_rows)
-        store = GradientStore.create(
-            out,
-            {
-                **describe(engine, projection, unit_norm),
-                "self_influence": self_influence,
-                "dim": projection.block_dim(engine.layers) * engine.n_checkpoints,
-                "columns": {name: values.dtype.kind for name, values in columns.items()},
-                "batch_size": batch_size,
-                "task": task.name,
-                "shards": [{"start": s, "rows": min(shard_rows, task.n_train - s)} for s in starts],
-            },
+    options = _Options(
+        projection, precision, self_influence, unit_norm, row_type, factors, device, channels_last, workers,
+        batch_size, memory, shard_rows,
+    )  # fmt: skip
+    _build(task, Path(out), None, options)
+    return GradientStore(out)
+
+
+def build_part(task: Task, out: str | os.PathLike[str], part: Part, **options: Any) -> None:
+    """Make every n-th shard of a build, beside processes that make the others; then call :func:`seal`.
+
+    Args:
+        task: the same for all parts.
+        out: a folder that all processes see.
+        part: (i, n), the i-th of n parts, from 1 on.
+        **options: as for :func:`build`, the same for all parts.
+
+    Raises:
+        GradIndexError: as for :func:`build`, or another process makes the same part.
+    """
+    index, parts = part
+    if not 1 <= index <= parts:
+        raise ArgumentError(f"part is {index}/{parts}, but must be from 1/{parts} to {parts}/{parts}.")
+    _build(task, Path(out), part, _Options(**{**(build.__kwdefaults__ or {}), **options}))
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What :func:`build` was asked for; see there."""
+
+    projection: Projection | None
+    precision: Precision
+    self_influence: Norms
+    unit_norm: bool
+    row_type: RowType
+    factors: FactorType | None
+    device: str | None
+    channels_last: bool | None
+    workers: int
+    batch_size: int | None
+    memory: int | None
+    shard_rows: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("memory", 1), ("shard_rows", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ArgumentError(f"{name} is {value}, but must be at least {least}.")
+        if self.batch_size is not None and self.memory is not None:
+            raise ArgumentError("Give batch_size, or memory to have it chosen, not both.")
+        if self.self_influence not in get_args(Norms):
+            raise ArgumentError(f"self_influence is {self.self_influence!r}, but must be 'exact' or 'projected'.")
+        if self.unit_norm and self.self_influence != "exact":
+            raise ArgumentError("unit_norm needs exact norms. Leave out self_influence='projected', or unit_norm.")
+        check_row_type(self.row_type)
+        if self.factors is not None and self.factors not in get_args(FactorType):
+            raise ArgumentError(f"factors is {self.factors!r}, but must be 'float32', 'float16' or None.")
+
+
+def _build(task: Task, folder: Path, part: Part | None, options: _Options) -> None:
+    row_type, projection = options.row_type, options.projection or Projection()
+    projection = projection.resolved(len(task.checkpoints), *number_bytes(row_type))
+    with running(task, options.precision, options.device, options.channels_last) as engine:
+        described = {
+            "task": task.name,
+            "map": describe(engine, projection, options.unit_norm),
+            "dim": projection.block_dim(engine.layers) * engine.n_checkpoints,
+            "row_type": row_type,
+            "factors": options.factors,
+            "self_influence": options.self_influence,
+            "columns": {name: values.dtype.kind for name, values in task.column_arrays("train").items()},
+        }
+        if GradientStore.complete(folder):
+            _check_built(GradientStore(folder), described, task)
+            return
+        if options.factors is not None:  # before hours of other work
+            RowMaker(engine, Projection("none"), factors=True).rows(task.first_and_last(), ["first", "last"], "train")
+        with claimed(folder, part, new=True):
+            if GradientStore.complete(folder):  # in the meantime, by another process
+                _check_built(GradientStore(folder), described, task)
+                return
+            job = _begin_build(task, folder, engine, projection, options, described)
+            fill(job, engine, task, options.workers, part)
+            if part is None:
+                job.finish()
+
+
+def _begin_build(
+    task: Task, folder: Path, engine: Engine, projection: Projection, options: _Options, described: dict[str, Any]
+) -> Job:
+    described |= {"next_id": task.n_train, "data": task.data_fingerprint(), "removed": []}
+    if Job.pending(folder) is not None:
+        return Job.begin(folder, "build", described, [])  # its own plan holds
+    norms, batch_size = options.self_influence, options.batch_size
+    if batch_size is None:
+        batch_size = pick_batch_size(engine, projection, norms, options.memory)
+    shard_rows = -(-options.shard_rows // batch_size) * batch_size
+    bases = write_bases(folder, fit_bases(engine, projection, batch_size)) if projection.fitted else None
+    described["map"] |= {"bases": bases}
+    described |= {"fingerprint": fingerprint(described["map"]), "batch_size": batch_size, "shard_rows": shard_rows}
+    described |= {"threads": torch.get_num_threads()}
+    return Job.begin(folder, "build", described, consecutive(0, task.n_train, shard_rows))
+
+
+def _check_built(store: GradientStore, described: Mapping[str, Any], task: Task) -> None:
+    """A finished build is left as it is, if it is this one."""
+    differing = differences(store.manifest, described)
+    stored = store.manifest["next_id"]
+    if stored != task.n_train:
+        differing.insert(0, f"data length ({stored} stored, {task.n_train} now)")
+    elif task.differing(store.samples()):
+        differing.append("data")
+    if differing:
+        grown = " To add training examples: gradindex add." if task.n_train > stored and len(differing) == 1 else ""
+        raise MismatchError(
+            f"{store.folder} holds a build of another task: {'; '.join(differing)} differ. "
+            f"Choose another folder, or delete this one.{grown}"
         )
-        shards, batch_size = store.manifest["shards"], store.manifest["batch_size"]
-        finished = set(range(len(shards))) if store.manifest["sealed"] else store.finished()
-        maker = RowMaker(engine, projection, _bases(store, engine, projection), self_influence, unit_norm)
-        done = sum(shards[number]["rows"] for number in finished)
-        with progress("gradients", task.n_train, "rows", done) as advance:
-            for number, shard in enumerate(shards):
-                if number in finished:
-                    continue
-                parts: list[tuple[Any, ...]] = []
-                end = shard["start"] + shard["rows"]
-                subset: Subset[Any] = Subset(task.train, range(shard["start"], end))  # type: ignore[arg-type]  # or any sequence
-                first = shard["start"]
-                for items in DataLoader(subset, batch_size, collate_fn=list, num_workers=workers):
-                    names = [f"Training example {first + i}" for i in range(len(items))]
-                    parts.append(maker.rows(items, names, "train"))
-                    first += len(items)
-                    advance(len(items))
-                rows, norms, losses = (np.concatenate(part) for part in zip(*parts, strict=True))
-                chosen = {name: values[shard["start"] : end] for name, values in columns.items()}
-                store.write_shard(
-                    number, ShardRows(np.arange(shard["start"], end, dtype=np.int64), rows, norms, losses, chosen)
-                )
-        if not store.manifest["sealed"]:
-            store.seal({"seconds": round(time.perf_counter() - started, 3)})
-    if damage(store.folder / "index", store.manifest["fingerprint"]):
-        SearchIndex.build(store.dim, store.blocks()).save(store.folder / "index", store.manifest["fingerprint"])
-    return store
-
-
-def _batch_size_begun(out: str | os.PathLike[str]) -> int | None:
-    """What an earlier run chose, so that it is not measured again."""
-    if not GradientStore.begun(out):
-        return None
-    chosen: int = GradientStore(out, sealed=False).manifest["batch_size"]
-    return chosen
-
-
-def _bases(store: GradientStore, engine: Engine, projection: Projection) -> Bases | None:
-    """What a fitted projection needs: the store's own, or fitted now and kept there."""
-    if not projection.fitted:
-        return None
-    bases = store.bases()
-    if bases is not None:
-        return bases
-    fitted = fit_bases(engine, projection, store.manifest["batch_size"])
-    store.write_bases(fitted)
-    return fitted

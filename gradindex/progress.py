@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+def note(text: str) -> None:
+    """A line for a person, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Show a bar and yield ``advance(n)``.

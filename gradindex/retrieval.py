@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .errors import ArgumentError, MismatchError, NonFiniteGradientError, check_k
+from .errors import ArgumentError, NonFiniteGradientError, check_k
 from .gradients import HALF, Engine, Precision, Products
 from .hits import Hits
 from .index import SearchIndex
+from .matching import check_task
 from .memory import in_halves
 from .progress import progress
 from .projection import Projection
-from .rows import RowMaker, describe
-from .store import GradientStore, differences
+from .rows import RowBatch, RowMaker
+from .store import GradientStore
 from .task import Task
 from .tree import preserved_random_state
 
@@ -98,7 +99,7 @@ def _exact(engine: Engine, items: list[Any], ids: NDArray[np.int64], role: str, 
 
 
 class Retriever:
-    """An open store, its index and its task, ready for queries. Make one with :func:`load`.
+    """An open store and its task, ready for queries. Make one with :func:`load`.
 
     Args:
         store: a complete store.
@@ -107,7 +108,7 @@ class Retriever:
 
     Raises:
         MismatchError: the task is not the store's; says what differs.
-        IndexFileError: the index is missing, damaged, or of other rows.
+        StoreError: the store is damaged.
     """
 
     def __init__(self, store: GradientStore, task: Task, device: str | None = None) -> None:
@@ -117,29 +118,17 @@ class Retriever:
         self._projection = Projection(**stored["projection"])
         self._unit_norm: bool = stored["unit_norm"]
         # Queries and exact scores take full precision, even where rows were made in half precision.
-        rough = stored["precision"] in HALF
-        self._engine = Engine(task, "float32" if rough else stored["precision"], device)
+        self._engine = Engine(task, "float32" if stored["precision"] in HALF else stored["precision"], device)
         with preserved_random_state(), self._engine as engine:
             engine.check_routes()
-            now = describe(engine, self._projection)
-            now["map"] |= {"precision": stored["precision"], "unit_norm": stored["unit_norm"]}
-            differing = differences(store.manifest, now)
-            if not differing and not self._losses_agree(engine, rough):
-                differing = ["the losses of training examples (so the model's code or the loss)"]
-        if differing:
-            raise MismatchError(
-                f"The task does not match {store.folder}: {'; '.join(differing)} differ. "
-                "Use the task that the store was built from, or build a new store."
-            )
+            check_task(store, engine)
         self._bases = store.bases()
-        self._index = SearchIndex.load(store.folder / "index", store.manifest["fingerprint"])
+        self._index = SearchIndex(store.dim, store.n_train, store.blocks)
 
-    def _losses_agree(self, engine: Engine, rough: bool) -> bool:
-        """Names and shapes cannot tell a changed activation or loss; two losses can."""
-        ids = np.array([0, self.store.n_train - 1])
-        then = self.store.losses(ids)
-        now = np.stack([engine.losses(c, self.task.first_and_last()) for c in range(engine.n_checkpoints)], 1)
-        return bool(np.allclose(then, now, rtol=0.1 if rough else 1e-2, atol=0.05 if rough else 1e-3))
+    @property
+    def unseen(self) -> int:
+        """How many of the task's training examples came after the store, which answers without them."""
+        return self.task.n_train - int(self.store.manifest["next_id"])
 
     def proponents(self, queries: int | Sequence[Any], k: int = 10, **options: Any) -> Hits:
         """The k training examples with the highest scores; options as in :meth:`search`."""
@@ -190,16 +179,20 @@ class Retriever:
         wanted = k if rerank == "none" else min(n, 10 * k if candidates is None else candidates)
         sign = -1.0 if opponents else 1.0
         with preserved_random_state(), self._engine as engine:
-            maker = RowMaker(engine, self._projection, self._bases, unit_norm=self._unit_norm)
-            rows, squares, _ = maker.rows(items, names, "query")
+            stored = self.store.manifest["factors"] is not None and rerank == "exact"
+            maker = RowMaker(engine, self._projection, self._bases, unit_norm=self._unit_norm, factors=stored)
+            query = maker.rows(items, names, "query")
             scores: NDArray[Any]
-            scores, ids = self._index.search(np.asarray(sign * rows, dtype=np.float32), wanted)
+            scores, ids = self._index.search(np.asarray(sign * query.rows, dtype=np.float32), wanted)
             if rerank == "exact":
                 union = np.unique(ids)
-                exact = sign * _exact(engine, items, union, "query", self.store.manifest["batch_size"])
+                if stored:
+                    exact = sign * self._by_factors(query, union)
+                else:
+                    exact = sign * _exact(engine, items, union, "query", self.store.manifest["batch_size"])
                 if self._unit_norm:
                     # The norm of a zero gradient is taken as 1: its cosine with anything is 0.
-                    norms = np.sqrt(np.outer(squares.sum(1), self.store.self_influence(union).sum(1)))
+                    norms = np.sqrt(np.outer(query.self_influence.sum(1), self.store.self_influence(union).sum(1)))
                     exact = exact / np.where(norms > 0, norms, 1.0)
                 found = np.take_along_axis(exact, np.searchsorted(union, ids), 1)
                 order = np.lexsort((ids, -found), axis=1)[:, :k]
@@ -209,7 +202,7 @@ class Retriever:
             ids=ids,
             scores=sign * scores,
             kind="opponents" if opponents else "proponents",
-            scored="exact" if rerank == "exact" else "projected",
+            scored=self._scored if rerank == "exact" else "projected",
             queries=tuple(names),
             measure="cosines of the gradients behind TracInCP" if self._unit_norm else "TracInCP scores",
             columns={name: self.store.column(name, ids) for name in self.store.columns},
@@ -217,6 +210,22 @@ class Retriever:
             show_train=None if show is None else lambda i: show(self.task.train[i]),
             show_query=None if show is None else lambda row: show(items[row]),
         )
+
+    @property
+    def _scored(self) -> str:
+        """What scores after re-scoring are: factors of gradients in half precision, or kept so, are not exact."""
+        kept, precision = self.store.manifest["factors"], self.store.manifest["map"]["precision"]
+        rough = [kind for kind in (kept, precision) if kind in HALF]
+        return f"{rough[0]}-factor" if kept and rough else "exact"
+
+    def _by_factors(self, query: RowBatch, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(n_query, len(ids)) sum over checkpoints and layers of (delta . delta')(x . x'), from stored factors."""
+        scores = np.zeros((len(query.rows), len(ids)))
+        for key, (activations, output_gradients) in self.store.factors(ids).items():
+            mine = query.factors[key]
+            products = (mine[1] @ output_gradients.astype(np.float32).T, mine[0] @ activations.astype(np.float32).T)
+            scores += products[0].astype(np.float64) * products[1]
+        return scores
 
     def _resolve(
         self, queries: int | Sequence[Any], source: Source
@@ -251,7 +260,7 @@ def load(folder: str | os.PathLike[str], task: Task, *, device: str | None = Non
         device: where to compute, such as ``"cuda"``, by default where the model is.
 
     Raises:
-        StoreError, IndexFileError: missing, damaged or not complete.
+        StoreError: missing, damaged or not complete.
         MismatchError: the task is not the store's; says what differs.
     """
     return Retriever(GradientStore(folder), task, device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .errors import NonFiniteGradientError
-from .factors import Gradients
+from .errors import NonFiniteGradientError, TaskError
+from .factors import Factors, Gradients, Layer
 from .gradients import Engine
 from .memory import available_bytes, batch_size_for, in_halves
 from .progress import progress
@@ -19,6 +20,44 @@ from .projection import Bases, Projection, SubspaceFit, hash64, key
 
 Norms = Literal["exact", "projected"]
 _FITTED_TO = 2000
+
+
+Sides = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """What is stored of b examples at C checkpoints.
+
+    Args:
+        rows: (b, dim) float32, a block for each checkpoint, side by side.
+        self_influence: (b, C) float64, eta_c ||grad l(w_c; z)||^2.
+        losses: (b, C) float64.
+        factors: by (checkpoint, layer), where asked for: activations (b, columns) and output gradients
+            (b, rows) of layers whose gradient is one outer product, times sqrt(eta_c).
+    """
+
+    rows: NDArray[np.float32]
+    self_influence: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    factors: Mapping[tuple[int, int], Sides]
+
+    @classmethod
+    def joined(cls, parts: Sequence[RowBatch]) -> RowBatch:
+        """Batches one after another."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def along(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
+            return np.concatenate(values)
+
+        sides = {key: [part.factors[key] for part in parts] for key in parts[0].factors}
+        return cls(
+            along([part.rows for part in parts]),
+            along([part.self_influence for part in parts]),
+            along([part.losses for part in parts]),
+            {key: (along([x for x, _ in pairs]), along([d for _, d in pairs])) for key, pairs in sides.items()},
+        )
 
 
 class RowMaker:
@@ -31,6 +70,9 @@ class RowMaker:
         norms: whether self-influence is ``"exact"`` or the squared norm of the row (``"projected"``).
         unit_norm: divide each row by the norm of its whole gradients, so that inner products
             estimate cosines.
+        factors: whether exact factors are made as well.
+        first: the number of the engine's first checkpoint among all of a store's, whose maps are
+            independent.
     """
 
     def __init__(
@@ -40,12 +82,15 @@ class RowMaker:
         bases: Bases | None = None,
         norms: Norms = "exact",
         unit_norm: bool = False,
+        factors: bool = False,
+        first: int = 0,
     ) -> None:
         self._exact_norms = norms == "exact"
-        self._unit_norm = unit_norm
+        self._unit_norm, self._factors, self._first = unit_norm, factors, first
         self._engine = engine
         like = torch.zeros((), dtype=engine.dtype, device=engine.device)
-        self._maps = [projection.for_checkpoint(c, engine.layers, like, bases) for c in range(engine.n_checkpoints)]
+        numbers = range(first, first + engine.n_checkpoints)
+        self._maps = [projection.for_checkpoint(c, engine.layers, like, bases) for c in numbers]
         self._block_dim = projection.block_dim(engine.layers)
 
     @property
@@ -53,30 +98,26 @@ class RowMaker:
         """Numbers in a row."""
         return self._block_dim * len(self._maps)
 
-    def rows(
-        self, items: list[Any], names: list[str], role: str
-    ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
-        """Rows (batch, dim), self-influence (batch, C) and losses (batch, C) of a batch.
+    def rows(self, items: list[Any], names: list[str], role: str) -> RowBatch:
+        """Rows of a batch, and what stands beside them.
 
         A batch that does not fit the memory is halved until it does.
 
         Raises:
             NonFiniteGradientError: names the example and the checkpoint.
             OutOfMemoryError: one example alone does not fit.
+            TaskError: factors were asked for, and a layer's gradient is not one outer product.
         """
         named = list(zip(items, names, strict=True))
-        parts = in_halves(lambda some: [self._rows(some, role)], named, names, lambda: self._engine.at)
-        rows, squares, losses = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return rows, squares, losses
+        return RowBatch.joined(in_halves(lambda some: [self._rows(some, role)], named, names, lambda: self._engine.at))
 
-    def _rows(
-        self, named: list[tuple[Any, str]], role: str
-    ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
+    def _rows(self, named: list[tuple[Any, str]], role: str) -> RowBatch:
         items = [item for item, _ in named]
         blocks, norms, losses = [], [], []
+        factors: dict[tuple[int, int], Sides] = {}
         for checkpoint in range(len(self._maps)):
             for loss_scale in self._engine.loss_scales:
-                block, squared, loss = self._at_checkpoint(checkpoint, items, role, loss_scale)
+                block, squared, loss, sides = self._at_checkpoint(checkpoint, items, role, loss_scale)
                 bad = ~(squared.isfinite() & block.isfinite().all(1))
                 if not bool(bad.any()):
                     break
@@ -89,27 +130,49 @@ class RowMaker:
             blocks.append(block)
             norms.append(squared)
             losses.append(loss.double())
+            factors |= {(self._first + checkpoint, number): pair for number, pair in sides.items()}
         squares, rows = torch.stack(norms, 1), torch.cat(blocks, 1)
         if self._unit_norm:
             rows = rows / _safe(squares.sum(1).sqrt())[:, None]
-        return rows.float().cpu().numpy(), squares.cpu().numpy(), torch.stack(losses, 1).cpu().numpy()
+        return RowBatch(
+            rows.float().cpu().numpy(), squares.cpu().numpy(), torch.stack(losses, 1).cpu().numpy(), factors
+        )
 
     def _at_checkpoint(
         self, checkpoint: int, items: list[Any], role: str, loss_scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Blocks (batch, block_dim), squared norms (batch,) and losses (batch,)."""
+    ) -> tuple[Tensor, Tensor, Tensor, dict[int, Sides]]:
+        """Blocks (batch, block_dim), squared norms (batch,), losses (batch,) and factors by layer."""
         engine, block_map = self._engine, self._maps[checkpoint]
         block = torch.zeros(len(items), self._block_dim, dtype=engine.dtype, device=engine.device)
         squared = torch.zeros(len(items), dtype=torch.float64, device=engine.device)
+        sides = {number: _no_sides(layer, len(items)) for number, layer in enumerate(engine.layers) if self._factors}
 
         def consume(number: int, gradients: Gradients) -> None:
+            if self._factors:
+                sides[number] = _sides(engine.layers[number], gradients)
             for part, some in gradients.parts():
                 block_map.add(block[part], number, some)
                 if self._exact_norms:
                     squared[part] += some.squared_norms()
 
         losses = engine.run(checkpoint, items, consume, role, loss_scale=loss_scale)
-        return block, squared if self._exact_norms else block.double().square().sum(1), losses
+        return block, squared if self._exact_norms else block.double().square().sum(1), losses, sides
+
+
+def _no_sides(layer: Layer, count: int) -> Sides:
+    """Of a layer that the loss does not depend on."""
+    return np.zeros((count, layer.columns), np.float32), np.zeros((count, layer.rows), np.float32)
+
+
+def _sides(layer: Layer, gradients: Gradients) -> Sides:
+    if not (isinstance(gradients, Factors) and gradients.rank_one):
+        raise TaskError(
+            f"The gradient of {layer.name or 'the model'} is not one outer product (it has positions, as in "
+            "convolutions and sequences, or no such form), so it has no exact factors to store. "
+            "Track linear layers without positions alone, with layers=, or build without factors."
+        )
+    activations, output_gradients = gradients.activations[:, 0], gradients.output_gradients[:, 0]
+    return activations.float().cpu().numpy(), output_gradients.float().cpu().numpy()
 
 
 def _safe(norms: Tensor) -> Tensor:
@@ -117,8 +180,14 @@ def _safe(norms: Tensor) -> Tensor:
     return norms.where(norms > 0, 1.0)
 
 
-def fit_bases(engine: Engine, projection: Projection, batch_size: int) -> Bases:
+def fit_bases(engine: Engine, projection: Projection, batch_size: int, first: int = 0) -> Bases:
     """Fit a projection to up to 2,000 training examples, chosen by its seed, at every checkpoint.
+
+    Args:
+        engine: entered, its routes checked.
+        projection: a fitted one.
+        batch_size: examples per pass.
+        first: as for :class:`RowMaker`.
 
     Returns:
         The bases by (checkpoint, layer), for :class:`RowMaker`.
@@ -137,8 +206,8 @@ def fit_bases(engine: Engine, projection: Projection, batch_size: int) -> Bases:
                     engine.run(c, items, consume)
                     advance(len(items))
 
-            fit = SubspaceFit(engine.layers, projection.dim, key(projection.seed, checkpoint), like)
-            bases |= {(checkpoint, number): sides for number, sides in enumerate(fit.sides(sample))}
+            fit = SubspaceFit(engine.layers, projection.dim, key(projection.seed, first + checkpoint), like)
+            bases |= {(first + checkpoint, number): sides for number, sides in enumerate(fit.sides(sample))}
     return bases
 
 
@@ -171,11 +240,10 @@ def describe(engine: Engine, projection: Projection, unit_norm: bool = False) ->
     """Everything that rows depend on, as JSON: two rows compare only when these agree.
 
     Returns:
-        ``map``: model, loss, layers, checkpoints, projection and precision; ``data``: the
-        number of training examples and their fingerprint.
+        Model, loss, layers, checkpoints, projection and precision.
     """
     task = engine.task
-    described = {
+    return {
         "model": [[name, list(tensor.shape)] for name, tensor in task.model.state_dict().items()],
         "loss": getattr(task.loss, "__qualname__", type(task.loss).__qualname__),
         "layers": [
@@ -196,4 +264,3 @@ def describe(engine: Engine, projection: Projection, unit_norm: bool = False) ->
         "preconditioner": task.preconditioner,
         "unit_norm": unit_norm,
     }
-    return {"map": described, "data": {"n_train": task.n_train, "fingerprint": task.data_fingerprint()}}

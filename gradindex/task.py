@@ -27,6 +27,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 _READ_TWICE = 8
 _SAMPLED = 64
+_SAMPLED_OF_SHARD = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +153,17 @@ class Task:
         with preserved_random_state():
             return digest([(int(i), self.train[int(i)]) for i in sampled]).hex()
 
+    def sample_digests(self, ids: NDArray[np.int64]) -> list[tuple[int, str]]:
+        """Ids and digests of up to 8 evenly spaced training examples among ``ids``."""
+        chosen = np.unique(np.linspace(0, len(ids) - 1, min(_SAMPLED_OF_SHARD, len(ids))).astype(np.int64))
+        with preserved_random_state():
+            return [(int(i), _example_digest(self.train[int(i)])) for i in ids[chosen]]
+
+    def differing(self, samples: Sequence[tuple[int, str]]) -> list[int]:
+        """Ids whose training examples are not those that :meth:`sample_digests` saw."""
+        with preserved_random_state():
+            return [i for i, then in samples if _example_digest(self.train[i]) != then]
+
     def check_reads_repeat(self) -> None:
         """Read a few training examples twice and refuse them if they differ.
 
@@ -169,6 +181,11 @@ class Task:
                 "tried do), so the data set is augmented at random and its ids mean nothing. "
                 "Give Task the same data without random transforms."
             )
+
+
+def _example_digest(item: Any) -> str:
+    """128 bits of the SHA-256 over an example's values, in hexadecimal."""
+    return digest(item).hex()[:32]
 
 
 def load_task(name: str) -> Task:
@@ -250,6 +267,8 @@ def _check_data_set(role: str, data: object) -> None:
 
 def _check_columns(role: str, columns: Mapping[str, Column], data: str, n: int) -> None:
     for name, values in columns.items():
+        if not name or "/" in name or name == ".":
+            raise TaskError(f"{role} has a column {name!r}, but a name must not be empty or hold a slash. Rename it.")
         if len(values) != n:
             raise TaskError(
                 f"{role}[{name!r}] has {len(values)} values, but {data} has {n} examples. Give one for each."

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,11 @@ import pytest
 from click.testing import CliRunner
 
 import gradindex
-from gradindex.cli import KINDS, PRECISIONS, main
+from gradindex.cli import main
+from gradindex.cli.fill import KINDS, PRECISIONS, ROW_TYPES
 from gradindex.gradients import Precision
 from gradindex.projection import Kind
+from gradindex.store import RowType
 
 TASK_FILE = """
 import os, sys
@@ -74,6 +77,7 @@ class Fails(Stops):
     def __getitem__(self, i): return 1 / 0
 def fails(): return replace(task, train=Fails())
 """
+INTERRUPTED = "Interrupted. What was finished is kept: run the same command again to go on.\n"
 NOTE = (
     "exact TracInCP scores; positive score = training on this example lowered the loss on the query (proponent); "
     "negative = raised it (opponent)"
@@ -180,10 +184,13 @@ def test_self_influence_needs_no_task(built):
 
 
 def test_info_says_what_a_store_holds(built):
-    assert call("info", "store").stdout == (
+    text = re.sub(r"[\d.]+ KiB", "SIZE", call("info", "store").stdout)
+    assert re.sub(r"\d+ s$", "SECONDS s", text, flags=re.MULTILINE) == (
         "toy: 12 rows of 3,072 numbers (complete)\n"
         "projection tensorsketch, 1024 a checkpoint, seed 0; gradients in float32\n"
-        "columns: name; index: flat\n"
+        "rows in float32; SIZE in 1 shards, made in SECONDS s\n"
+        "columns: name; search: exact over all rows\n"
+        "health: all files are there; `gradindex verify` reads them\n"
         "\n"
         "checkpoint  step  eta   weighting\n"
         "         0     0  0.3   given\n"
@@ -197,16 +204,14 @@ def test_info_says_what_a_store_holds(built):
 
 
 def test_verify_names_the_damage(built):
-    assert call("verify", "store").stdout == "store: 12 rows in 1 shards and the index are sound\n"
-    shard = built / "store" / "shards" / "00000.h5"
+    assert call("verify", "store").stdout == "store: 12 rows in 1 shards are sound\n"
+    shard = built / "store" / "shards" / "0001-00000.h5"
     content = bytearray(shard.read_bytes())
     content[-100] ^= 1
     shard.write_bytes(content)
     result = call("verify", "store")
     assert result.exit_code == 1
-    assert result.stderr == (
-        "Error: store/shards/00000.h5 has another checksum than when it was written (ids 0 to 11)\n"
-    )
+    assert result.stderr == "Error: store/shards/0001-00000.h5 is damaged in 1 of 10 blocks (ids 0 to 11)\n"
 
 
 BAD_TASKS = {
@@ -291,7 +296,7 @@ def test_wrong_usage_has_exit_code_2(built, arguments):
 def test_an_unfinished_build_says_how_to_go_on(work, monkeypatch):
     monkeypatch.setenv("STOP", "1")
     stopped = shell("build", "mine.py:stops", "--out", "store", "--batch-size", "2")
-    assert (stopped.returncode, stopped.stdout, stopped.stderr.strip()) == (1, "", "Aborted!")
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", INTERRUPTED)
     monkeypatch.delenv("STOP")
     assert "unfinished, 0 shards done" in call("info", "store").stdout
     asked = call("query", "store", "--task", "mine.py:stops", "-q", "0")
@@ -323,6 +328,7 @@ def test_looking_at_a_store_runs_no_code_of_the_task_and_no_torch(built, command
 def test_the_kinds_of_projection_are_those_of_the_package():
     assert list(get_args(Kind)) == KINDS
     assert list(get_args(Precision)) == PRECISIONS
+    assert list(get_args(RowType)) == ROW_TYPES
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["build", "--help"]])
@@ -358,11 +364,11 @@ def test_the_signal_of_control_c_ends_a_build_cleanly(work):
     command = [sys.executable, "-m", "gradindex.cli", "build", "mine.py:slow", "--out", "store", "--batch-size", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (work / "store" / "manifest.json").exists() and time.monotonic() < deadline:
+    while not (work / "store" / "pending.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors.strip()) == (1, "Aborted!")
+    assert (process.returncode, errors) == (130, INTERRUPTED)
     assert [path.name for path in (work / "store").rglob("*tmp*")] == []
 
 

@@ -1,5 +1,7 @@
 """The random maps: unbiased, the same everywhere, and the same number on both ways of computing them."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -156,12 +158,11 @@ def test_fitted_bases_stay_with_the_store(tmp_path):
     hits = gradindex.load(store.folder, task).proponents(range(12), k=12, source="train", rerank="none")
     rows = store.rows(np.arange(12))
     np.testing.assert_allclose(hits.scores, -np.sort(-rows @ rows.T, 1), rtol=1e-3, atol=1e-5)
-    path = store.folder / "bases.h5"
+    (path,) = store.folder.glob("bases-*.h5")
     path.write_bytes(path.read_bytes()[:-1])
-    assert "bases.h5 has" in store.verify()[0]
-    for action in (lambda: gradindex.load(store.folder, task), lambda: gradindex.build(task, store.folder, **options)):
-        with pytest.raises(StoreError, match=r"bases\.h5 .*its rows mean nothing without"):
-            action()
+    assert re.search(r"bases-\w+\.h5 is damaged \(.* bytes instead of", store.verify()[0])
+    with pytest.raises(StoreError, match=r"bases-.*rows mean nothing without it"):
+        gradindex.load(store.folder, task)
 
 
 def test_fitting_is_repeatable(tmp_path):

@@ -20,7 +20,6 @@ from .sketch import TensorSketch
 
 Kind = Literal["tensorsketch", "fitted", "kronecker", "gaussian", "rademacher", "none"]
 DEFAULT_DIM = 1024
-_NUMBER_BYTES = 4  # a store's rows are float32
 
 # By (checkpoint, layer): what was fitted to the output gradients (rows, a) and to the activations (columns, b).
 Bases = Mapping[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -41,7 +40,7 @@ class Projection:
         dim: numbers per checkpoint, at most; ``"none"`` ignores it.
         seed: chooses the random map, or the sample of ``"fitted"``.
         row_dim: instead of ``dim``, numbers in a whole row, at most: an equal share for each checkpoint.
-        row_bytes: instead of ``dim``, bytes of a whole row in the store (4 a number), at most.
+        row_bytes: instead of ``dim``, bytes of a whole row in the store, at most.
     """
 
     kind: Kind = "tensorsketch"
@@ -59,21 +58,30 @@ class Projection:
         if (self.dim != DEFAULT_DIM) + (self.row_dim is not None) + (self.row_bytes is not None) > 1:
             raise ArgumentError("Give one of dim, row_dim and row_bytes: they say the same in other units.")
 
-    def resolved(self, n_checkpoints: int) -> Projection:
+    def resolved(self, n_checkpoints: int, number_bytes: int = 4, block_bytes: int = 0) -> Projection:
         """The same with its size as ``dim``.
+
+        Args:
+            n_checkpoints: blocks in a row.
+            number_bytes: what a number takes in the store.
+            block_bytes: what a block takes besides, such as for a scale.
 
         Raises:
             ArgumentError: the row is too small to have a number for each checkpoint.
         """
         if self.row_dim is None and self.row_bytes is None:
             return self
-        unit, size = ("row_bytes", self.row_bytes) if self.row_dim is None else ("row_dim", self.row_dim)
-        each = n_checkpoints * (_NUMBER_BYTES if unit == "row_bytes" else 1)
-        if (size or 0) < each:
+        if self.row_dim is not None:
+            unit, size, number_bytes, block_bytes = "row_dim", self.row_dim, 1, 0
+        else:
+            unit, size = "row_bytes", self.row_bytes or 0
+        least = n_checkpoints * (number_bytes + block_bytes)
+        if size < least:
             raise ArgumentError(
-                f"{unit} is {size}, but must be at least {each}, for one number at each of {n_checkpoints} checkpoints."
+                f"{unit} is {size}, but must be at least {least}, for one number at each of {n_checkpoints} "
+                "checkpoints."
             )
-        return Projection(self.kind, (size or 0) // each, self.seed)
+        return Projection(self.kind, (size // n_checkpoints - block_bytes) // number_bytes, self.seed)
 
     @property
     def fitted(self) -> bool:

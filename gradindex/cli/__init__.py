@@ -1,0 +1,15 @@
+"""The command line: parse, call one function, show."""
+
+from __future__ import annotations
+
+from .ask import query, self_influence
+from .fill import add, add_checkpoint, build, demo
+from .keep import compact, export, info, merge, remove, seal, verify
+from .main import main
+
+for command in (
+    demo, build, add, add_checkpoint, query, self_influence, info, verify, remove, compact, merge, seal, export,
+):  # fmt: skip
+    main.add_command(command)
+
+__all__ = ["main"]

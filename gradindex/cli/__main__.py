@@ -1,0 +1,5 @@
+"""``python -m gradindex.cli``."""
+
+from . import main
+
+main()

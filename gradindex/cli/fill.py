@@ -1,0 +1,150 @@
+"""Commands that compute gradients: demo, build, add, add-checkpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .main import CHANNELS, DEVICE, FOLDER, PATH, WORKERS
+
+# As gradindex.projection.Kind, gradindex.gradients.Precision and gradindex.store.RowType, which would import
+# torch and NumPy for --help.
+KINDS = ["tensorsketch", "fitted", "kronecker", "gaussian", "rademacher", "none"]
+PRECISIONS = ["float32", "bfloat16", "float16", "float64"]
+ROW_TYPES = ["float32", "float16", "bfloat16", "int8"]
+
+
+@click.command()
+@click.option("--out", type=PATH, default="gradindex-demo", show_default=True, help="Folder for all that it makes.")
+def demo(out: Path) -> None:
+    """Try everything on real handwritten digits: train, build, ask, report.
+
+    Takes less than a minute on a CPU, needs the extra "demo", and prints the path of its report last.
+
+    Example: gradindex demo --out /tmp/gradindex-demo
+    """
+    from ..demo import run
+
+    click.echo(run(out))
+
+
+@click.command()
+@click.argument("task")
+@click.option("--out", required=True, type=PATH, metavar="DIR", help="Folder of the store.")
+@click.option("--projection", type=click.Choice(KINDS), default="tensorsketch", show_default=True)
+@click.option("--dim", type=int, help="Numbers per checkpoint, at most; by default 1024.")
+@click.option("--row-dim", type=int, help="Instead of --dim: numbers in a whole row, at most.")
+@click.option("--row-bytes", type=int, help="Instead of --dim: bytes of a whole row, at most.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random map.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
+@click.option(
+    "--row-type", type=click.Choice(ROW_TYPES), default="float32", show_default=True, help="How rows are kept."
+)
+@click.option(
+    "--factors",
+    type=click.Choice(["float32", "float16"]),
+    help="Also keep exact factors of linear layers: exact scores without a pass over training examples.",
+)
+@click.option(
+    "--self-influence",
+    type=click.Choice(["exact", "projected"]),
+    default="exact",
+    show_default=True,
+    help="Exact, or the squared norm of the row: faster, an estimate.",
+)
+@click.option("--unit-norm", is_flag=True, help="Rank by the cosine of the gradients instead of TracInCP.")
+@DEVICE
+@WORKERS
+@CHANNELS
+@click.option("--batch-size", type=int, help="Examples per pass; by default as many, up to 256, as --memory holds.")
+@click.option(
+    "--memory", metavar="SIZE", help="What a pass may take, such as 2G; by default a quarter of what is free."
+)
+@click.option("--shard-rows", type=int, default=8192, show_default=True, help="Rows per file, at least.")
+@click.option("--part", metavar="I/N", help="Make the I-th of N parts, beside others; then run `gradindex seal DIR`.")
+@click.option("--repair", is_flag=True, help="Compute damaged shards of the finished store again, and no others.")
+def build(
+    task: str, out: Path, projection: Any, dim: int | None, row_dim: int | None, row_bytes: int | None, seed: int,
+    memory: str | None, part: str | None, repair: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Build the store of TASK (path/to/file.py:name or package.module:name).
+
+    Run it again to go on after an interruption: finished shards are kept.
+
+    Example: gradindex build scripts/tasks/mnist.py:task --out /tmp/mnist
+    """
+    from .. import building, growth
+    from ..memory import parse_bytes
+    from ..projection import DEFAULT_DIM, Projection
+    from ..task import load_task
+
+    if sum(size is not None for size in (dim, row_dim, row_bytes)) > 1:
+        raise click.UsageError("Give one of --dim, --row-dim and --row-bytes.")
+    if repair:
+        if part is not None:
+            raise click.UsageError("Give --part or --repair, not both.")
+        said = growth.repair(load_task(task), out, **{n: options[n] for n in ("device", "workers", "channels_last")})
+        click.echo("\n".join(said) if said else f"{out} is sound: nothing to repair")
+        return
+    parts = None if part is None else re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+    if part is not None and parts is None:
+        raise click.UsageError(f"--part is {part!r}, but must look like 2/8, the second of eight.")
+    options["projection"] = Projection(projection, DEFAULT_DIM if dim is None else dim, seed, row_dim, row_bytes)
+    options["memory"] = None if memory is None else parse_bytes(memory)
+    if parts is not None:
+        building.build_part(load_task(task), out, (int(parts[1]), int(parts[2])), **options)
+        click.echo(f"{out}: part {part} is done; once all are, run: gradindex seal {out}")
+        return
+    store = building.build(load_task(task), out, **options)
+    click.echo(f"{out}: {store.n_train:,} rows of {store.dim:,} numbers, from {store.n_checkpoints} checkpoints")
+
+
+_TASK = click.option("--task", required=True, help="The task, now with more of these, as for build.")
+
+
+@click.command()
+@FOLDER
+@_TASK
+@DEVICE
+@WORKERS
+@CHANNELS
+def add(folder: Path, task: str, **options: Any) -> None:
+    """Add the training examples that the task has beyond those in the store.
+
+    The task's data begin with the examples that are there already; the new ones follow. Run it again to go on
+    after an interruption; meanwhile the store answers as before.
+
+    Example: gradindex add /tmp/mnist --task my_task.py:grown
+    """
+    from ..growth import add as run
+    from ..store import GradientStore
+    from ..task import load_task
+
+    before = GradientStore(folder).n_train
+    store = run(load_task(task), folder, **options)
+    click.echo(f"{folder}: {store.n_train - before:,} rows added, {store.n_train:,} in all")
+
+
+@click.command("add-checkpoint")
+@FOLDER
+@_TASK
+@DEVICE
+@WORKERS
+@CHANNELS
+def add_checkpoint(folder: Path, task: str, **options: Any) -> None:
+    """Add the checkpoints that the task has beyond those in the store; the others are not computed again.
+
+    Run it again to go on after an interruption; meanwhile the store answers as before.
+
+    Example: gradindex add-checkpoint /tmp/mnist --task my_task.py:longer
+    """
+    from ..growth import add_checkpoint as run
+    from ..store import GradientStore
+    from ..task import load_task
+
+    before = GradientStore(folder).n_checkpoints
+    store = run(load_task(task), folder, **options)
+    click.echo(f"{folder}: {store.n_checkpoints - before} checkpoints added, {store.n_checkpoints} in all")

@@ -1,0 +1,166 @@
+"""Commands that look after a store: info, verify, remove, compact, merge, seal, export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .main import FOLDER, JSON, PATH
+
+
+@click.command()
+@FOLDER
+@JSON
+def info(folder: Path, as_json: bool) -> None:
+    """Show what a store holds: rows, bytes, layers, checkpoints with their weights, projection, health.
+
+    Example: gradindex info /tmp/mnist
+    """
+    from ..hits import table
+    from ..store import overview
+
+    found = overview(folder)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    described = found["map"]
+    projection = described["projection"]
+    sketch = f", {projection['dim']} a checkpoint, seed {projection['seed']}" if projection["kind"] != "none" else ""
+    checkpoints = [
+        {
+            "checkpoint": number,
+            "step": item["step"],
+            "eta": ", ".join(f"{rate:.6g}" for rate in sorted(set(item["learning_rates"].values()))),
+            "weighting": item["weighting"],
+        }
+        for number, item in enumerate(described["checkpoints"])
+    ]
+    layers = [
+        {"layer": x["name"] or "(model)", "rows": x["shape"][0], "columns": x["shape"][1], "route": x["route"]}
+        for x in described["layers"]
+    ]
+    unit = ", rows of unit norm" if described["unit_norm"] else ""
+    factors = f", exact factors in {found['factors']}" if found["factors"] else ""
+    click.echo(
+        f"{found['task']}: {found['n_train']:,} rows of {found['dim']:,} numbers ({found['state']})\n"
+        f"projection {projection['kind']}{sketch}; gradients in {described['precision']}{unit}\n"
+        f"rows in {found['row_type']}{factors}; {_bytes(found['bytes'])} in {found['shards']} shards, "
+        f"made in {found['seconds']:,.0f} s\n"
+        f"columns: {', '.join(found['columns']) or 'none'}; search: {found['search']}\n"
+        f"health: {'; '.join(found['health'])}\n\n"
+        f"{table(checkpoints)}\n\n{table(layers)}"
+    )
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, {"bytes": "KiB", "KiB": "MiB", "MiB": "GiB", "GiB": "TiB"}[unit]
+    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
+
+
+@click.command()
+@FOLDER
+def verify(folder: Path) -> None:
+    """Read every file of a store and compare every block with its checksum.
+
+    Example: gradindex verify /tmp/mnist
+    """
+    from ..errors import StoreError
+    from ..store import GradientStore
+
+    store = GradientStore(folder)
+    problems = store.verify()
+    if problems:
+        raise StoreError("; ".join(problems))
+    click.echo(f"{folder}: {store.n_train:,} rows in {len(store.manifest['shards'])} shards are sound")
+
+
+@click.command()
+@FOLDER
+@click.option("--id", "ids", multiple=True, type=int, help="Training id to remove; repeatable.")
+@click.option("--ids-from", type=click.File(), help="A file with ids and blanks between; - for standard input.")
+def remove(folder: Path, ids: tuple[int, ...], ids_from: Any) -> None:
+    """Take training examples out of every answer, at once. Their room is freed by compact.
+
+    Example: gradindex remove /tmp/mnist --id 7 --id 12
+    """
+    if bool(ids) == (ids_from is not None):
+        raise click.UsageError("Give --id, or --ids-from.")
+    import numpy as np
+
+    from ..store import remove as run
+
+    words = [str(i) for i in ids] if ids_from is None else ids_from.read().split()
+    wrong = [word for word in words if not word.lstrip("-").isdigit()]
+    if wrong:
+        raise click.UsageError(f"{wrong[0]!r} is not an id. Write whole numbers.")
+    store = run(folder, np.array([int(word) for word in words], dtype=np.int64))
+    click.echo(f"{folder}: {store.n_train:,} rows are left")
+
+
+@click.command()
+@FOLDER
+def compact(folder: Path) -> None:
+    """Free the room of removed rows and join small shards. Ids stay as they are.
+
+    Run it again to go on after an interruption; meanwhile the store answers as before.
+
+    Example: gradindex compact /tmp/mnist
+    """
+    from ..store import compact as run
+    from ..store import overview
+
+    before = overview(folder)["bytes"]
+    store = run(folder)
+    now = overview(folder)["bytes"]
+    click.echo(f"{folder}: {store.n_train:,} rows in {_bytes(now)}, {_bytes(before - now)} less than before")
+
+
+@click.command()
+@FOLDER
+@click.argument("others", nargs=-1, required=True, type=PATH, metavar="OTHER...")
+@click.option("--offset", type=int, help="Added to the ids of the first OTHER; the next follow. By default ids stay.")
+def merge(folder: Path, others: tuple[Path, ...], offset: int | None) -> None:
+    """Copy the rows of stores that were built apart with the same map into DIR.
+
+    Run it again to go on after an interruption; meanwhile the store answers as before.
+
+    Example: gradindex merge /tmp/mnist /tmp/more --offset 20000
+    """
+    from ..store import merge as run
+
+    store = run(folder, others, offset=offset)
+    click.echo(f"{folder}: {store.n_train:,} rows, ids up to {store.manifest['next_id'] - 1}")
+
+
+@click.command()
+@FOLDER
+def seal(folder: Path) -> None:
+    """Complete a build whose parts were made with `build --part`.
+
+    Example: gradindex seal /tmp/mnist
+    """
+    from ..store import seal as run
+
+    store = run(folder)
+    click.echo(f"{folder}: {store.n_train:,} rows of {store.dim:,} numbers, from {store.n_checkpoints} checkpoints")
+
+
+@click.command()
+@FOLDER
+@click.argument("out", type=PATH, metavar="OUT")
+def export(folder: Path, out: Path) -> None:
+    """Write rows and scores for other programs: OUT.parquet (extra "parquet"), or a folder of NumPy files.
+
+    Example: gradindex export /tmp/mnist /tmp/rows.parquet
+    """
+    from ..store import GradientStore
+    from ..store import export as run
+
+    store = GradientStore(folder)
+    click.echo(f"{run(store, out)}: {store.n_train:,} rows of {store.dim:,} numbers")

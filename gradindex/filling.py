@@ -1,0 +1,108 @@
+"""Computing the shards of a job: what building and growing a store share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Subset
+
+from .gradients import Engine, Precision
+from .index import SearchIndex
+from .progress import note, progress
+from .projection import Bases, Projection
+from .rows import RowBatch, RowMaker
+from .store import GradientStore, Job, Part, read_bases
+from .task import Task
+from .tree import preserved_random_state
+
+
+def consecutive(first: int, end: int, shard_rows: int) -> list[dict[str, Any]]:
+    """A plan of shards for the ids from ``first`` to ``end``."""
+    return [{"ids": [[start, min(start + shard_rows, end)]], "sources": []} for start in range(first, end, shard_rows)]
+
+
+@contextmanager
+def running(task: Task, precision: Precision, device: str | None, channels_last: bool | None) -> Iterator[Engine]:
+    """The engine of a task whose data and routes are checked, and a FAISS that can be used later."""
+    SearchIndex.require()
+    task.check_reads_repeat()
+    with preserved_random_state(), Engine(task, precision, device, channels_last) as engine:
+        engine.check_routes()
+        yield engine
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Sums depend on the number of threads: a build that goes on takes as many as it began with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def row_maker(engine: Engine, manifest: Mapping[str, Any], bases: Bases | None, first: int = 0) -> RowMaker:
+    """Makes rows as a manifest says; ``first`` as in :class:`RowMaker`."""
+    described = manifest["map"]
+    return RowMaker(
+        engine,
+        Projection(**described["projection"]),
+        bases,
+        manifest["self_influence"],
+        described["unit_norm"] and first == 0,  # blocks that are added get their norm with the others
+        manifest["factors"] is not None,
+        first,
+    )
+
+
+def fill(
+    job: Job, engine: Engine, task: Task, workers: int, part: Part | None = None, beside: GradientStore | None = None
+) -> None:
+    """Compute the missing shards of a job, the whole or the blocks that go beside those of a store."""
+    digest, first = job.after["map"]["bases"], 0 if beside is None else beside.n_checkpoints
+    bases = None if digest is None else read_bases(job.folder, digest)
+    maker, columns = row_maker(engine, job.after, bases, first), task.column_arrays("train")
+    job.tidy(part)
+    done, total = job.rows_done(part)
+    if done:
+        note(f"{job.folder}: going on, {done:,} of {total:,} rows are there")
+    with threads(job.after["threads"]), progress("gradients", total, "rows", done) as advance:
+        for planned in job.missing(part):
+            ids = job.ids(planned)
+            chosen = {name: values[ids] for name, values in columns.items()}
+            with job.shard(planned, chosen, task.sample_digests(ids)) as writer:
+                for some, batch in batches(maker, task, ids, job.after, workers):
+                    whole = batch if beside is None else _beside(beside, some, batch)
+                    writer.append(whole.rows, whole.self_influence, whole.losses, whole.factors)
+                    advance(len(some))
+
+
+def _beside(store: GradientStore, ids: NDArray[np.int64], later: RowBatch) -> RowBatch:
+    """What a store has of some examples, with the blocks of later checkpoints after its own."""
+    rows, new = store.rows(ids), later.rows
+    norms = np.concatenate([store.self_influence(ids), later.self_influence], 1)
+    if store.manifest["map"]["unit_norm"]:
+        whole = np.where(norms.sum(1) > 0, norms.sum(1), 1.0)
+        rows = rows * np.sqrt(norms[:, : store.n_checkpoints].sum(1) / whole).astype(np.float32)[:, None]
+        new = new / np.sqrt(whole).astype(np.float32)[:, None]
+    factors = {} if store.manifest["factors"] is None else store.factors(ids)
+    losses = np.concatenate([store.losses(ids), later.losses], 1)
+    return RowBatch(np.concatenate([rows, new], 1), norms, losses, {**factors, **later.factors})
+
+
+def batches(
+    maker: RowMaker, task: Task, ids: NDArray[np.int64], manifest: Mapping[str, Any], workers: int
+) -> Iterator[tuple[NDArray[np.int64], RowBatch]]:
+    """Ids and rows, batch by batch."""
+    subset: Subset[Any] = Subset(task.train, ids.tolist())  # type: ignore[arg-type]  # or any sequence
+    start = 0
+    for items in DataLoader(subset, manifest["batch_size"], collate_fn=list, num_workers=workers):
+        some = ids[start : start + len(items)]
+        start += len(items)
+        yield some, maker.rows(items, [f"Training example {i}" for i in some], "train")

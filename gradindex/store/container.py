@@ -1,0 +1,241 @@
+"""Files of arrays: plain HDF5 to others, mapped and verified block by block here (owns h5py).
+
+HDF5 lays the arrays out, contiguous and at known places. They are then written and read at these places,
+so that no damaged metadata is ever parsed: a *seal* beside the file holds the places and a checksum of every
+block of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import StoreError
+from ..files import discard, flushing, put_in_place, storing, temporary_for, write_checked
+
+# 16 KiB: a row read at random costs little more than its own bytes, and checksums add 0.1% to a file.
+BLOCK_BYTES = 1 << 14
+_DIGEST_BYTES = 16
+_ALIGNED_TO = 64
+
+# Shape and type of an array.
+Spec = tuple[tuple[int, ...], str]
+
+
+class Writer:
+    """Writes into the arrays of a file that :func:`writing` laid out."""
+
+    def __init__(self, path: Path, temporary: Path, places: Mapping[str, dict[str, Any]]) -> None:
+        self._path, self._places = path, places
+        self._file = temporary.open("r+b", buffering=0)
+
+    def put(self, name: str, start: int, values: NDArray[Any]) -> None:
+        """Write ``values`` at positions from ``start`` on of the first axis.
+
+        Raises:
+            StoreError: they cannot be written; the disk is full, for one.
+        """
+        place = self._places[name]
+        content = np.ascontiguousarray(values, dtype=place["dtype"])
+        if content.shape[1:] != tuple(place["shape"][1:]) or start + len(content) > place["shape"][0]:
+            raise ValueError(f"{name} is {place['shape']}, but {content.shape} came for {start}")
+        rest = memoryview(content.reshape(-1).view(np.uint8).data)
+        with storing(self._path):
+            self._file.seek(place["offset"] + start * _item_bytes(place))
+            while rest:
+                rest = rest[self._file.write(rest) :]
+
+    def close(self) -> None:
+        """End writing."""
+        self._file.close()
+
+
+@contextmanager
+def writing(
+    path: Path, specs: Mapping[str, Spec], attributes: Mapping[str, Any], about: Mapping[str, Any]
+) -> Iterator[Writer]:
+    """Lay out an HDF5 file, have it filled, and seal it; whatever goes wrong, nothing is left of it.
+
+    Args:
+        path: ends in ``.h5``; the seal gets the suffix ``.json`` and is written last.
+        specs: shape and little-endian type of each array, by its path in the file.
+        attributes: of the file, ``"NAME"``, or of an array, ``"ARRAY@NAME"``.
+        about: what else the seal says, as JSON.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    temporary = temporary_for(path)
+    try:
+        with storing(path):
+            places = _lay_out(temporary, specs, attributes)
+            writer = Writer(path, temporary, places)
+        try:
+            yield writer
+        finally:
+            writer.close()
+        with storing(path):
+            with flushing(temporary):
+                digests = _block_digests(temporary)
+            seal = {"bytes": temporary.stat().st_size, "block_bytes": BLOCK_BYTES, "arrays": places}
+            put_in_place(temporary, path)
+            write_checked(path.with_suffix(".json"), {**about, **seal, "blocks": digests.hex()})
+    finally:
+        discard(temporary)
+
+
+def _lay_out(path: Path, specs: Mapping[str, Spec], attributes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    import h5py  # reading needs none of it
+
+    early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    early.set_layout(h5py.h5d.CONTIGUOUS)
+    early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    places = {}
+    aligned = {"alignment_threshold": 1, "alignment_interval": _ALIGNED_TO}
+    with h5py.File(path, "w", libver=("v110", "v110"), **aligned) as file:
+        for name, (shape, kind) in specs.items():
+            dtype = np.dtype(kind)
+            stored = h5py.string_dtype("utf-8", dtype.itemsize) if dtype.kind == "S" else dtype
+            data = file.create_dataset(name, shape, stored, dcpl=early)
+            places[name] = {"offset": data.id.get_offset(), "dtype": dtype.str, "shape": list(shape)}
+        for name, value in attributes.items():
+            array, _, attribute = name.rpartition("@")
+            (file[array] if array else file).attrs[attribute] = value
+    return places
+
+
+def _block_digests(path: Path) -> bytearray:
+    digests, block = bytearray(), bytearray(BLOCK_BYTES)
+    with path.open("rb") as file:
+        while count := file.readinto(block):
+            digests += _digest(memoryview(block)[:count])
+    return digests
+
+
+def _digest(block: memoryview) -> bytes:
+    return hashlib.sha256(block).digest()[:_DIGEST_BYTES]
+
+
+def _item_bytes(place: Mapping[str, Any]) -> int:
+    shape: list[int] = place["shape"]
+    size: int = np.dtype(place["dtype"]).itemsize
+    return math.prod(shape[1:]) * size
+
+
+class Container:
+    """A sealed file, mapped read-only; every block is compared with its checksum before it is first handed out.
+
+    A file that another process cuts short while it is mapped ends this one (SIGBUS), as with any map; files
+    here are only ever replaced whole.
+
+    Args:
+        path: the HDF5 file.
+        seal: what :func:`writing` put beside it, already checked.
+
+    Raises:
+        StoreError: the file is not as long as when it was sealed.
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path, seal: Mapping[str, Any]) -> None:
+        self.path, self._places = path, seal["arrays"]
+        self._block_bytes: int = seal["block_bytes"]
+        self._digests = bytes.fromhex(seal["blocks"])
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != seal["bytes"]:
+                raise StoreError(f"{path} has {size} bytes instead of {seal['bytes']}")
+            self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self._sound = np.zeros(len(self._digests) // _DIGEST_BYTES, dtype=bool)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks."""
+        return len(self._sound)
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Arrays whose path starts with ``prefix``."""
+        return [name for name in self._places if name.startswith(prefix)]
+
+    def spec(self, name: str) -> Spec:
+        """Shape and type of an array."""
+        return tuple(self._places[name]["shape"]), self._places[name]["dtype"]
+
+    def view(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Positions ``start`` to ``stop`` of an array: a read-only view of the file, its blocks verified.
+
+        Raises:
+            StoreError: a block is damaged.
+        """
+        place = self._places[name]
+        stop = place["shape"][0] if stop is None else stop
+        each = _item_bytes(place)
+        if stop > start:
+            first, last = place["offset"] + start * each, place["offset"] + stop * each - 1
+            self._verify(np.arange(first // self._block_bytes, last // self._block_bytes + 1), name)
+        return self._all(name)[start:stop]
+
+    def take(self, name: str, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """A copy of the given positions of an array, only the blocks that they touch verified.
+
+        Raises:
+            StoreError: a block is damaged.
+        """
+        place = self._places[name]
+        each = _item_bytes(place)
+        starts = place["offset"] + positions * each
+        first, last = starts // self._block_bytes, (starts + each - 1) // self._block_bytes
+        widest = int((last - first).max()) if len(positions) else -1
+        touched = [np.minimum(first + step, last) for step in range(widest + 1)]
+        if touched:
+            self._verify(np.unique(np.concatenate(touched)), name)
+        taken: NDArray[Any] = self._all(name)[positions]
+        return taken
+
+    def damaged(self) -> list[int]:
+        """Numbers of all damaged blocks of the file, every block read anew."""
+        return [number for number in range(len(self._sound)) if not self._matches(number)]
+
+    def positions_in(self, blocks: list[int]) -> tuple[int, int] | None:
+        """First and last position, of any array, that one of the blocks holds a part of; ``None`` for none."""
+        found: list[tuple[int, int]] = []
+        for place in self._places.values():
+            each, offset, count = _item_bytes(place), place["offset"], place["shape"][0]
+            for block in blocks:
+                low = (block * self._block_bytes - offset) // each
+                high = ((block + 1) * self._block_bytes - 1 - offset) // each
+                if high >= 0 and low < count:
+                    found.append((max(low, 0), min(high, count - 1)))
+        return (min(low for low, _ in found), max(high for _, high in found)) if found else None
+
+    def _all(self, name: str) -> NDArray[Any]:
+        place = self._places[name]
+        count = math.prod(place["shape"])
+        return np.frombuffer(self._bytes, place["dtype"], count, place["offset"]).reshape(place["shape"])
+
+    def _verify(self, blocks: NDArray[np.int64], name: str) -> None:
+        for number in blocks[~self._sound[blocks]]:
+            if not self._matches(int(number)):
+                raise StoreError(
+                    f"{self.path} is damaged (block {number}, in {name}). Run `gradindex verify` to see all damage, "
+                    "and `gradindex build --repair` to compute damaged shards again."
+                )
+            self._sound[number] = True
+
+    def _matches(self, number: int) -> bool:
+        start = number * self._block_bytes
+        expected = self._digests[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES]
+        return _digest(self._bytes[start : start + self._block_bytes]) == expected

@@ -1,0 +1,85 @@
+"""How rows are stored: float32, float16, bfloat16 or int8, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ArgumentError
+
+RowType = Literal["float32", "float16", "bfloat16", "int8"]
+ROW_TYPES: tuple[str, ...] = get_args(RowType)
+
+STORED: Mapping[str, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}
+_LARGEST_HALF = float(np.finfo(np.float16).max)
+
+
+def number_bytes(row_type: str) -> tuple[int, int]:
+    """What a number takes, and what a block takes besides."""
+    check_row_type(row_type)
+    return np.dtype(STORED[row_type]).itemsize, 4 if row_type == "int8" else 0
+
+
+def check_row_type(row_type: str) -> None:
+    """Refuse a type that rows cannot have."""
+    if row_type not in ROW_TYPES:
+        raise ArgumentError(f"row_type is {row_type!r}, but must be one of: {', '.join(ROW_TYPES)}.")
+
+
+def encode(
+    rows: NDArray[np.float32], row_type: str, n_checkpoints: int, name: Callable[[int], str]
+) -> dict[str, NDArray[Any]]:
+    """Rows as they are stored.
+
+    Args:
+        rows: (m, dim) float32.
+        row_type: one of ``ROW_TYPES``.
+        n_checkpoints: blocks in a row; each has a scale of its own in int8.
+        name: what to call the row at a position, for the error.
+
+    Returns:
+        ``rows`` (m, dim), and for int8 ``scales`` (m, n_checkpoints) float32: a number is its code
+        times its block's scale.
+
+    Raises:
+        ArgumentError: a number is too large for the type.
+    """
+    if row_type == "float32":
+        return {"rows": rows}
+    if row_type == "int8":
+        blocks = rows.reshape(len(rows), n_checkpoints, -1)
+        scales = np.abs(blocks).max(2) / np.float32(127)
+        codes = np.rint(blocks / np.where(scales > 0, scales, 1)[:, :, None])
+        return {"rows": codes.astype(np.int8).reshape(rows.shape), "scales": scales.astype(np.float32)}
+    if row_type == "float16":
+        _refuse(np.abs(rows).max(1, initial=0) > _LARGEST_HALF, rows, row_type, name)
+        return {"rows": rows.astype(np.float16)}
+    bits = np.ascontiguousarray(rows).view(np.uint32)
+    # To the nearest, ties to even: what is cut off moves the rest up by one where it is more than half.
+    codes = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+    _refuse(((codes & 0x7F80) == 0x7F80).any(1), rows, row_type, name)
+    return {"rows": codes}
+
+
+def _refuse(too_large: NDArray[np.bool_], rows: NDArray[np.float32], row_type: str, name: Callable[[int], str]) -> None:
+    if too_large.any():
+        row = int(too_large.argmax())
+        raise ArgumentError(
+            f"{name(row)} has a number of size {np.abs(rows[row]).max():.4g} in its row, more than {row_type} holds. "
+            "Store the rows as float32, or as int8, which has a scale for each row."
+        )
+
+
+def decode(rows: NDArray[Any], scales: NDArray[np.float32] | None, row_type: str) -> NDArray[np.float32]:
+    """The rows that :func:`encode` stored: (m, dim) float32; of float32 the same array, not a copy."""
+    if row_type == "float32":
+        return rows
+    if row_type == "bfloat16":
+        return (rows.astype(np.uint32) << 16).view(np.float32)
+    decoded = rows.astype(np.float32)
+    if scales is not None:
+        decoded.reshape(len(rows), scales.shape[1], -1)[...] *= scales[:, :, None]
+    return decoded

@@ -1,0 +1,165 @@
+"""Open shards: their ids, their arrays, and how many stay open."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import StoreError
+from ..files import read_checked
+from . import runs
+from .container import Container
+from .encoding import decode
+from .manifest import MANIFEST, SHARDS
+
+_TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
+# Each open shard holds a file descriptor, of which a process has 256 on some systems.
+_OPEN_AT_ONCE = 128
+
+FACTOR_SIDES = ("activations", "output_gradients")
+
+
+def factor_name(checkpoint: int, layer: int, side: str) -> str:
+    """Where a shard keeps one side of the exact factors of a layer at a checkpoint."""
+    return f"factors/{checkpoint}/{layer}/{side}"
+
+
+class TooManyOpenError(StoreError):
+    """This process may open no further file."""
+
+
+class Shard:
+    """One sealed file of rows.
+
+    Args:
+        folder: the store's.
+        entry: the manifest's entry, or one with ``seal`` ``None`` while no manifest holds it yet.
+
+    Raises:
+        StoreError: it is damaged or does not belong here.
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, folder: Path, entry: Mapping[str, Any]) -> None:
+        path = folder / SHARDS / f"{entry['name']}.h5"
+        try:
+            self.seal = read_checked(path.with_suffix(".json"))
+        except ValueError as error:
+            raise StoreError(f"{path.with_suffix('.json')} is damaged ({error})") from None
+        if entry["seal"] not in (None, self.seal["sha256"]):
+            raise StoreError(f"{path.with_suffix('.json')} is not the one that the manifest names")
+        self.arrays = Container(path, self.seal)
+        self.row_type: str = self.seal["row_type"]
+
+    @cached_property
+    def ids(self) -> NDArray[np.int64]:
+        """(m,) ascending, removed ones as well."""
+        return runs.to_ids(self.seal["ids"])
+
+    def positions(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where ids lie that are in this shard."""
+        (start, _), *more = self.seal["ids"]
+        return np.searchsorted(self.ids, ids) if more else ids - start
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        """(stop - start, dim) float32; where rows are stored so, a view of the file."""
+        scales = self.arrays.view("scales", start, stop) if "scales" in self.arrays else None
+        return decode(self.arrays.view("rows", start, stop), scales, self.row_type)
+
+    def take(self, name: str, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """A copy of an array's values at ``positions``: rows decoded, text as strings."""
+        values = self.arrays.take(name, positions)
+        if name == "rows":
+            scales = self.arrays.take("scales", positions) if "scales" in self.arrays else None
+            return decode(values, scales, self.row_type)
+        return np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
+
+
+def opened(folder: Path, entry: Mapping[str, Any]) -> Shard:
+    """Open a shard of a store, with errors that say what to do.
+
+    Raises:
+        StoreError: it is missing or damaged, or too many files are open.
+    """
+    path = folder / SHARDS / f"{entry['name']}.h5"
+    try:
+        return Shard(folder, entry)
+    except StoreError as error:
+        problem = str(error)
+    except OSError as error:
+        if error.errno in _TOO_MANY_OPEN:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            raise TooManyOpenError(
+                f"{path} cannot be opened: this process has all the files open that it may ({limit}). "
+                "Close some, or raise the limit with `ulimit -n`."
+            ) from None
+        missing = error.errno == errno.ENOENT
+        problem = f"{error.filename or path} {'is missing' if missing else f'cannot be opened: {error.strerror}'}"
+    raise StoreError(
+        f"{problem}. Run `gradindex verify {folder}` to see all damage, and `gradindex build --repair` to compute "
+        "damaged shards again."
+    )
+
+
+def problem_of(folder: Path, entry: Mapping[str, Any]) -> str | None:
+    """Read a whole shard: a sentence that says what is damaged, and the ids that it holds; ``None`` if it is sound."""
+    everything = f"(ids {entry['first']} to {entry['last']})"
+    try:
+        shard = Shard(folder, entry)
+    except StoreError as error:
+        return f"{error} {everything}"
+    except OSError as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be opened: {error.strerror}"
+        return f"{error.filename} {reason} {everything}"
+    damaged = shard.arrays.damaged()
+    if not damaged:
+        return None
+    places = shard.arrays.positions_in(damaged)
+    blocks = f"{shard.arrays.path} is damaged in {len(damaged)} of {shard.arrays.blocks} blocks"
+    if places is None:
+        return f"{blocks}, which hold no row but what other readers need"
+    return f"{blocks} (ids {shard.ids[places[0]]} to {shard.ids[places[1]]})"
+
+
+class OpenShards:
+    """Shards by their number in the manifest, opened when asked for; safe to share among threads."""
+
+    def __init__(self, folder: Path, entries: Sequence[Mapping[str, Any]], generation: int) -> None:
+        self._folder, self._entries, self._generation = folder, entries, generation
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, number: int) -> Shard:
+        with self._lock:
+            if number in self._open:
+                self._open.move_to_end(number)
+                return self._open[number]
+            while len(self._open) >= _OPEN_AT_ONCE:
+                self._open.popitem(last=False)
+            shard = self._opened(number)
+            self._open[number] = shard
+            return shard
+
+    def _opened(self, number: int) -> Shard:
+        try:
+            return opened(self._folder, self._entries[number])
+        except TooManyOpenError:
+            if not self._open:
+                raise
+            self._open.clear()
+            return opened(self._folder, self._entries[number])
+        except StoreError:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                if read_checked(self._folder / MANIFEST)["generation"] != self._generation:
+                    raise StoreError(f"{self._folder} has changed since it was opened. Open it again.") from None
+            raise

@@ -1,0 +1,66 @@
+"""Make data/golden/: small stores of format version 1 that the tests read, one for each type of rows.
+
+Run it only when the format gets a new version: what is in data/golden/ must stay readable for ever.
+
+    python scripts/golden_store.py OUT
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+import gradindex
+from gradindex.projection import Projection
+
+
+def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Squared error of each example."""
+    return functional.mse_loss(model(batch[0]), batch[1], reduction="none").sum(1)
+
+
+def make_task(folder: Path) -> gradindex.Task:
+    """A linear model with weights 1/8, 2/8, ... at two checkpoints, and ten examples of whole numbers."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    checkpoints = []
+    for number, rate in enumerate((0.5, 0.25)):
+        with torch.no_grad():
+            model[0].weight.copy_((torch.arange(6).reshape(2, 3) + number) / 8)
+            model[0].bias.copy_(torch.tensor([1.0, -1.0]))
+        torch.save(model.state_dict(), folder / f"w_{number}.pt")
+        checkpoints.append(gradindex.Checkpoint(folder / f"w_{number}.pt", learning_rate=rate, step=number))
+    x = (torch.arange(30).reshape(10, 3) % 7 - 3).float()
+    y = (torch.arange(20).reshape(10, 2) % 5 - 2).float()
+    columns = {"word": ["a", "é", "日本", "", "e", "f", "g", "h", "i", "j"], "odd": np.arange(10) % 2 == 1}
+    return gradindex.Task(model=model, loss=loss, train=TensorDataset(x, y), checkpoints=checkpoints, columns=columns)
+
+
+def main(out: Path) -> None:
+    """Write one store for each type."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = make_task(Path(folder))
+        for row_type in ("float32", "float16", "bfloat16", "int8"):
+            store = gradindex.build(
+                task,
+                out / row_type,
+                projection=Projection("none"),
+                row_type=row_type,
+                factors="float16" if row_type == "float16" else "float32",
+                batch_size=2,
+                shard_rows=6,
+            )
+            gradindex.remove(store.folder, np.array([3]))
+            (store.folder / "log.jsonl").unlink()
+            for lock in store.folder.glob("lock*"):
+                lock.unlink()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
