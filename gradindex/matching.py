@@ -43,6 +43,8 @@ def _losses_agree(store: GradientStore, engine: Engine) -> bool:
     """Names and shapes cannot tell a changed activation or loss; two losses can."""
     rough = store.manifest["map"]["precision"] in HALF
     ids = store.first_and_last()
+    if not len(ids):  # every shard is damaged, and to be computed again
+        return True
     items = [engine.task.train[int(i)] for i in ids]
     now = np.stack([engine.losses(c, items) for c in range(engine.n_checkpoints)], 1)
     return bool(np.allclose(store.losses(ids), now, rtol=0.1 if rough else 1e-2, atol=0.05 if rough else 1e-3))

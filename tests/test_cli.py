@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
+import pyarrow.parquet
 import pytest
 from click.testing import CliRunner
 
@@ -41,6 +43,12 @@ def broken(): raise FileNotFoundError("no data here")
 def scalar(): return replace(task, loss=lambda model, batch: toys.cross_entropy(model, batch).mean())
 def first_layer(): return replace(task, layers="0")
 def wrong_layer(): return replace(task, layers="head")
+def grown(): return toys.make_task(FOLDER, name="toy", n_train=15, columns={{"name": [f"n{{i}}" for i in range(15)]}})
+def fewer(): return replace(task, checkpoints=task.checkpoints[:2])
+def part_of(ids): return replace(grown(), train=torch.utils.data.Subset(grown().train, ids),
+    columns={{"name": [f"n{{i}}" for i in ids]}})
+def low(): return part_of(range(9))
+def high(): return part_of(range(9, 15))
 def shorter(): return replace(task, train=list(task.train)[:6], columns={{}})
 def empty(): return replace(task, train=[], columns={{}})
 def no_eta(): return replace(task, checkpoints=[replace(c, learning_rate=None) for c in task.checkpoints])
@@ -259,6 +267,19 @@ BAD_BUILDS = {
     "no store": (["query", "gone", "--task", "mine.py:task", "-q", "0"], "gone is not a gradindex store"),
     "info of nothing": (["info", "gone"], "gone is not a gradindex store"),
     "verify of nothing": (["verify", "."], ". is not a gradindex store"),
+    "part": (["build", "mine.py:task", "--out", "new", "--part", "3/2"], "part is 3/2, but must be from 1/2 to 2/2"),
+    "no id": (["remove", "store", "--id", "12"], "There is no training id 12"),
+    "all ids": (["remove", "store", *[x for i in range(12) for x in ("--id", str(i))]], "example would be left"),
+    "remove of nothing": (["remove", "gone", "--id", "1"], "gone is not a gradindex store"),
+    "compact of nothing": (["compact", "gone"], "gone is not a gradindex store"),
+    "merge of nothing": (["merge", "store", "gone"], "gone is not a gradindex store"),
+    "merge of itself": (["merge", "store", "store"], "A store is named twice"),
+    "seal of nothing": (["seal", "gone"], "gone is not a gradindex store"),
+    "export of nothing": (["export", "gone", "out"], "gone is not a gradindex store"),
+    "add to nothing": (["add", "gone", "--task", "mine.py:task"], "gone is not a gradindex store"),
+    "add of fewer": (["add", "store", "--task", "mine.py:low"], "data length (12 stored, 9 now)"),
+    "repair of nothing": (["build", "mine.py:task", "--out", "gone", "--repair"], "gone is not a gradindex store"),
+    "row bytes": (["build", "mine.py:task", "--out", "new", "--row-bytes", "5"], "row_bytes is 5, but must"),
 }  # fmt: skip
 
 
@@ -283,6 +304,11 @@ USAGE = [
     ["build", "mine.py:task"],
     ["build", "mine.py:task", "--out", "new", "--projection", "gauss"],
     ["rebuild"],
+    ["build", "mine.py:task", "--out", "new", "--part", "3"],
+    ["build", "mine.py:task", "--out", "new", "--part", "1/2", "--repair"],
+    ["remove", "store"],
+    ["remove", "store", "--id", "1", "--ids-from", "-"],
+    ["merge", "store"],
 ]
 
 
@@ -304,6 +330,90 @@ def test_an_unfinished_build_says_how_to_go_on(work, monkeypatch):
     assert "has not finished (0 of 1 shards). Run the same `gradindex build` again" in asked.stderr
     assert call("build", "mine.py:stops", "--out", "store").exit_code == 0
     assert call("query", "store", "--task", "mine.py:stops", "-q", "0", "-k", "1").exit_code == 0
+
+
+def test_parts_are_built_side_by_side_and_sealed(work):
+    for part in ("2/2", "1/2"):
+        result = call("build", "mine.py:task", "--out", "store", "--part", part, "--shard-rows", 4, "--batch-size", 2)
+        assert result.stdout == f"store: part {part} is done; once all are, run: gradindex seal store\n"
+    assert "unfinished, 3 shards done" in call("info", "store").stdout
+    assert "12 of 12 rows are made" in call("info", "store").stdout
+    assert call("seal", "store").stdout == "store: 12 rows of 3,072 numbers, from 3 checkpoints\n"
+    assert call("verify", "store").exit_code == 0
+
+
+def test_a_store_grows_shrinks_and_is_compacted(work):
+    call("build", "mine.py:low", "--out", "store", "--dim", 8)
+    assert call("add", "store", "--task", "mine.py:grown").stdout == "store: 6 rows added, 15 in all\n"
+    assert call("add", "store", "--task", "mine.py:grown").stdout == "store: 0 rows added, 15 in all\n"
+    assert call("remove", "store", "--id", 3, "--id", 14).stdout == "store: 13 rows are left\n"
+    assert call("remove", "store", "--ids-from", "-", input="4 5\n6\n").stdout == "store: 10 rows are left\n"
+    assert "5 removed rows still take room; `gradindex compact` frees it" in call("info", "store").stdout
+    assert re.fullmatch(r"store: 10 rows in [\d.]+ KiB, [\d.]+ KiB less than before\n", call("compact", "store").stdout)
+    hits = json.loads(call("query", "store", "--task", "mine.py:grown", "-q", 0, "-k", 10, "--json").stdout)
+    assert {hit["id"] for hit in hits["records"]} == {0, 1, 2, 7, 8, 9, 10, 11, 12, 13}
+    assert all(hit["name"] == f"n{hit['id']}" for hit in hits["records"])
+
+
+def test_a_task_that_has_grown_is_asked_with_a_word(work):
+    call("build", "mine.py:low", "--out", "store", "--dim", 8)
+    result = call("query", "store", "--task", "mine.py:grown", "-q", 0, "-k", 9)
+    assert result.stderr == (
+        "store lacks 6 training examples of the task, which it answers without. "
+        "To add them: gradindex add store --task mine.py:grown\n"
+    )
+
+
+def test_checkpoints_are_added_and_stores_merged(work):
+    call("build", "mine.py:fewer", "--out", "store")
+    assert call("add-checkpoint", "store", "--task", "mine.py:task").stdout == "store: 1 checkpoints added, 3 in all\n"
+    for name in ("low", "high"):
+        call("build", f"mine.py:{name}", "--out", name)
+    assert call("merge", "low", "high", "--offset", 9).stdout == "low: 15 rows, ids up to 14\n"
+    assert call("query", "low", "--task", "mine.py:grown", "-q", 0, "-k", 15).exit_code == 0
+
+
+def test_damage_is_repaired_alone(built):
+    shard = built / "store" / "shards" / "0001-00000.h5"
+    before = snapshot(built / "store")
+    assert call("build", "mine.py:task", "--out", "store", "--repair").stdout == "store is sound: nothing to repair\n"
+    content = bytearray(shard.read_bytes())
+    content[40_000] ^= 1
+    shard.write_bytes(content)
+    result = call("build", "mine.py:task", "--out", "store", "--repair")
+    assert result.stdout.endswith("shards/0001-00000.h5 is damaged in 1 of 10 blocks (ids 2 to 4): computed again\n")
+    after = snapshot(built / "store")
+    assert {p: c for p, c in after.items() if p.name != "log.jsonl"} == {
+        p: c for p, c in before.items() if p.name != "log.jsonl"
+    }
+
+
+@pytest.mark.parametrize("out", ["rows.parquet", "folder"])
+def test_rows_and_scores_are_exported(built, out):
+    call("remove", "store", "--id", 5)
+    assert call("export", "store", out).stdout == f"{out}: 11 rows of 3,072 numbers\n"
+    store = gradindex.GradientStore("store")
+    if out == "folder":
+        names = {path.stem: np.load(path) for path in (built / out).rglob("*.npy")}
+    else:
+        table = pyarrow.parquet.read_table(out).to_pydict()
+        names = {name.removeprefix("columns."): np.array(values) for name, values in table.items()}
+        names |= {"ids": names["id"], "rows": names["row"]}
+    for name, expected in {
+        "ids": store.ids, "rows": store.rows(store.ids), "self_influence": store.self_influence(),
+        "losses": store.losses(), "name": store.column("name"),
+    }.items():  # fmt: skip
+        np.testing.assert_array_equal(names[name], expected)
+    again = call("export", "store", out)
+    assert (again.exit_code, again.stderr) == (1, f"Error: {out} exists. Choose another name.\n")
+    assert [path.name for path in built.iterdir() if "tmp-" in path.name] == []
+
+
+def test_parquet_without_its_package_is_explained(built, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    result = call("export", "store", "rows.parquet")
+    assert "needs the package pyarrow. Install it: pip install 'gradindex[parquet]'" in result.stderr
+    assert not (built / "rows.parquet").exists()
 
 
 def test_traceback_shows_where_an_error_came_from(work):

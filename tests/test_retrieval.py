@@ -10,7 +10,7 @@ from torch import nn
 
 import gradindex
 from gradindex import retrieval
-from gradindex.errors import ArgumentError, MismatchError, StoreError
+from gradindex.errors import ArgumentError, MismatchError, StoreError, TaskError
 from gradindex.projection import Projection
 
 
@@ -54,6 +54,45 @@ def test_projected_scores_are_the_rows_inner_products(built):
     hits = gradindex.load(folder, task).proponents([2, 5], k=12, source="train", rerank="none")
     rows = store.rows(np.arange(12))
     np.testing.assert_allclose(hits.scores, np.take_along_axis(rows[[2, 5]] @ rows.T, hits.ids, 1), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kept", "label", "tolerance"), [("float32", "exact", 1e-5), ("float16", "float16-factor", 1e-2)]
+)
+def test_stored_factors_give_exact_scores_without_a_pass_over_training_examples(
+    tmp_path, monkeypatch, kept, label, tolerance
+):
+    task = toys.make_task(tmp_path)
+    gradindex.build(task, tmp_path / "store", projection=Projection(dim=8), factors=kept)
+    retriever = gradindex.load(tmp_path / "store", task)
+    truth = gradindex.exact_scores(task, list(task.query))
+    monkeypatch.setattr(retrieval, "_exact", lambda *_: pytest.fail("training examples were run through the model"))
+    for kind, sign in (("proponents", 1), ("opponents", -1)):
+        hits = getattr(retriever, kind)(range(4), k=12)
+        assert (hits.scored, hits.note.split(" TracInCP")[0]) == (label, label)
+        np.testing.assert_allclose(
+            hits.scores, np.take_along_axis(truth, hits.ids, 1), rtol=tolerance, atol=tolerance * np.abs(truth).max()
+        )
+        assert (np.diff(sign * hits.scores) <= 0).all()
+    assert retriever.proponents(0, k=3, rerank="none").scored == "projected"
+
+
+def test_factors_need_layers_whose_gradients_are_one_outer_product(tmp_path):
+    task = toys.make_task(tmp_path, toys.convolutional(), shape=(2, 8, 8))
+    with pytest.raises(TaskError, match=r"The gradient of \d is not one outer product.*Track linear layers without"):
+        gradindex.build(task, tmp_path / "store", factors="float32")
+    assert not (tmp_path / "store").exists()
+    last = replace(task, layers="6")
+    store = gradindex.build(last, tmp_path / "store", factors="float32")
+    assert [x.shape for x in store.factors(np.array([3, 1]))[2, 0]] == [(2, 17), (2, 3)]
+    with pytest.raises(ArgumentError, match="has no factors. Build a store with factors='float32'"):
+        gradindex.build(last, tmp_path / "plain").factors(np.array([0]))
+
+
+def test_factors_of_rough_gradients_are_labelled(tmp_path):
+    task = toys.make_task(tmp_path)
+    gradindex.build(task, tmp_path / "store", factors="float32", precision="bfloat16")
+    assert gradindex.load(tmp_path / "store", task).proponents(0, k=2).scored == "bfloat16-factor"
 
 
 def test_queries_in_turns_give_the_same_scores(built, monkeypatch):

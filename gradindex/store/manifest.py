@@ -78,7 +78,10 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}. Check the folder.") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is damaged ({error}). Restore it from a copy, or build again elsewhere.") from None
+        way_out = "Restore it from a copy, or build again elsewhere."
+        if path.name == PENDING:
+            way_out = "Delete it to give up the change that it plans, and give the command again."
+        raise StoreError(f"{path} is damaged ({error}). {way_out}") from None
     unknown = [feature for feature in value["needs"] if feature not in FEATURES]
     if unknown:
         raise StoreError(f"{path.parent} uses {', '.join(unknown)}, which this gradindex does not know. Upgrade it.")

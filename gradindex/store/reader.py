@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import heapq
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from . import runs
 from .bases import Bases, read_bases
 from .job import progress_of
 from .manifest import FIXED, MANIFEST, PENDING, read_manifest
-from .shards import FACTOR_SIDES, OpenShards, factor_name, problem_of
+from .shards import FACTOR_SIDES, OpenShards, factor_name, opened, problem_of, read_seal
 
 # What `blocks` hands out at once.
 _PIECE_BYTES = 16 << 20
@@ -58,6 +58,7 @@ class GradientStore:
 
     def _serve(self, entries: list[dict[str, Any]]) -> None:
         self._entries = entries
+        self._runs: dict[int, runs.Runs] = {}
         self._firsts = np.array([entry["first"] for entry in entries], dtype=np.int64)
         self._shards = OpenShards(self.folder, entries, self.manifest["generation"])
 
@@ -89,13 +90,14 @@ class GradientStore:
                     found.append([start, stop])
         return found
 
-    def shard_runs(self, number: int) -> Sequence[Sequence[int]]:
+    def shard_runs(self, number: int) -> runs.Runs:
         """The ids of a shard, removed ones as well."""
         entry = self._entries[number]
         if entry["rows"] == entry["last"] - entry["first"] + 1:
             return [[entry["first"], entry["last"] + 1]]
-        found: list[list[int]] = self._shards[number].seal["ids"]
-        return found
+        if number not in self._runs:
+            self._runs[number] = opened(self.folder, entry, read_seal)["ids"]
+        return self._runs[number]
 
     @property
     def columns(self) -> list[str]:

@@ -7,10 +7,10 @@ import errno
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from . import runs
 from .container import Container
 from .encoding import decode
 from .manifest import MANIFEST, SHARDS
+
+T = TypeVar("T")
 
 _TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 # Each open shard holds a file descriptor, of which a process has 256 on some systems.
@@ -38,12 +40,29 @@ class TooManyOpenError(StoreError):
     """This process may open no further file."""
 
 
+def read_seal(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The seal of a shard.
+
+    Raises:
+        StoreError: it is damaged, or not the one that the manifest names.
+        OSError: it cannot be read.
+    """
+    path = folder / SHARDS / f"{entry['name']}.json"
+    try:
+        seal = read_checked(path)
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged ({error})") from None
+    if seal["sha256"] != entry["seal"]:
+        raise StoreError(f"{path} is not the one that the manifest names")
+    return seal
+
+
 class Shard:
     """One sealed file of rows.
 
     Args:
         folder: the store's.
-        entry: the manifest's entry, or one with ``seal`` ``None`` while no manifest holds it yet.
+        entry: the manifest's.
 
     Raises:
         StoreError: it is damaged or does not belong here.
@@ -51,14 +70,8 @@ class Shard:
     """
 
     def __init__(self, folder: Path, entry: Mapping[str, Any]) -> None:
-        path = folder / SHARDS / f"{entry['name']}.h5"
-        try:
-            self.seal = read_checked(path.with_suffix(".json"))
-        except ValueError as error:
-            raise StoreError(f"{path.with_suffix('.json')} is damaged ({error})") from None
-        if entry["seal"] not in (None, self.seal["sha256"]):
-            raise StoreError(f"{path.with_suffix('.json')} is not the one that the manifest names")
-        self.arrays = Container(path, self.seal)
+        self.seal = read_seal(folder, entry)
+        self.arrays = Container(folder / SHARDS / f"{entry['name']}.h5", self.seal)
         self.row_type: str = self.seal["row_type"]
 
     @cached_property
@@ -85,15 +98,15 @@ class Shard:
         return np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
 
 
-def opened(folder: Path, entry: Mapping[str, Any]) -> Shard:
-    """Open a shard of a store, with errors that say what to do.
+def opened(folder: Path, entry: Mapping[str, Any], action: Callable[[Path, Mapping[str, Any]], T]) -> T:
+    """Open a shard of a store, or do something else with it, with errors that say what to do.
 
     Raises:
         StoreError: it is missing or damaged, or too many files are open.
     """
     path = folder / SHARDS / f"{entry['name']}.h5"
     try:
-        return Shard(folder, entry)
+        return action(folder, entry)
     except StoreError as error:
         problem = str(error)
     except OSError as error:
@@ -152,12 +165,12 @@ class OpenShards:
 
     def _opened(self, number: int) -> Shard:
         try:
-            return opened(self._folder, self._entries[number])
+            return opened(self._folder, self._entries[number], Shard)
         except TooManyOpenError:
             if not self._open:
                 raise
             self._open.clear()
-            return opened(self._folder, self._entries[number])
+            return opened(self._folder, self._entries[number], Shard)
         except StoreError:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 if read_checked(self._folder / MANIFEST)["generation"] != self._generation:

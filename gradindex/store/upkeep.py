@@ -262,7 +262,7 @@ def _copy(job: Job, sources: Mapping[str, GradientStore]) -> None:
             parts: list[tuple[Shard, NDArray[np.int64]]] = []
             samples: list[tuple[int, str]] = []
             for name, shard_name, shift in planned["sources"]:
-                shard = opened(sources[name].folder, entries[name, shard_name])
+                shard = opened(sources[name].folder, entries[name, shard_name], Shard)
                 ids = np.intersect1d(wanted, shard.ids + shift)
                 parts.append((shard, shard.positions(ids - shift)))
                 kept = set(ids.tolist())
