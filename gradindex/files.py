@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         flush(temporary)
-        put_in_place(temporary, path)
+        put_in_place((temporary, path))
     finally:
         discard(temporary)
 
@@ -53,10 +53,11 @@ def temporary_for(path: Path) -> Path:
     return path.with_name(f"{path.name}{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a file that was flushed to disk."""
-    temporary.replace(path)
-    flush(path.parent)
+def put_in_place(*renamed: tuple[Path, Path]) -> None:
+    """Rename files of one folder, which were flushed to disk, in their order."""
+    for temporary, path in renamed:
+        temporary.replace(path)
+    flush(renamed[0][1].parent)
 
 
 def discard(*paths: Path) -> None:
@@ -116,10 +117,16 @@ def digest_of(value: Any) -> str:
 
 def write_checked(path: Path, value: Mapping[str, Any]) -> str:
     """Write an object as JSON with its own digest as the key ``sha256``; returns the digest."""
-    digest = digest_of(value)
-    with replacing(path) as temporary:  # on one line: lists of ids and checksums are long
-        temporary.write_text(json.dumps({**value, "sha256": digest}) + "\n")
+    text, digest = with_checksum(value)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
     return digest
+
+
+def with_checksum(value: Mapping[str, Any]) -> tuple[str, str]:
+    """The text that :func:`write_checked` writes, on one line, for lists of ids are long; and the digest."""
+    digest = digest_of(value)
+    return json.dumps({**value, "sha256": digest}) + "\n", digest
 
 
 def read_checked(path: Path) -> dict[str, Any]:

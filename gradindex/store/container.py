@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import StoreError
-from ..files import discard, flushing, put_in_place, storing, temporary_for, write_checked
+from ..files import discard, flush, flushing, put_in_place, storing, temporary_for, with_checksum
 
 # 16 KiB: a row read at random costs little more than its own bytes, and checksums add 0.1% to a file.
 BLOCK_BYTES = 1 << 14
@@ -72,7 +72,8 @@ def writing(
     Raises:
         StoreError: it cannot be written.
     """
-    temporary = temporary_for(path)
+    seal_path = path.with_suffix(".json")
+    temporary, seal_temporary = temporary_for(path), temporary_for(seal_path)
     try:
         with storing(path):
             places = _lay_out(temporary, specs, attributes)
@@ -83,12 +84,13 @@ def writing(
             writer.close()
         with storing(path):
             with flushing(temporary):
-                digests = _block_digests(temporary)
-            seal = {"bytes": temporary.stat().st_size, "block_bytes": BLOCK_BYTES, "arrays": places}
-            put_in_place(temporary, path)
-            write_checked(path.with_suffix(".json"), {**about, **seal, "blocks": digests.hex()})
+                seal = {"bytes": temporary.stat().st_size, "block_bytes": BLOCK_BYTES, "arrays": places}
+                seal["blocks"] = _block_digests(temporary).hex()
+                seal_temporary.write_text(with_checksum({**about, **seal})[0])
+                flush(seal_temporary)
+            put_in_place((temporary, path), (seal_temporary, seal_path))
     finally:
-        discard(temporary)
+        discard(temporary, seal_temporary)
 
 
 def _lay_out(path: Path, specs: Mapping[str, Spec], attributes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

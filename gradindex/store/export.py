@@ -69,7 +69,7 @@ def _to_numpy(store: GradientStore, path: Path, temporary: Path) -> None:
     with storing(path):
         for file_path in temporary.rglob("*.npy"):
             flush(file_path)
-        put_in_place(temporary, path)
+        put_in_place((temporary, path))
 
 
 def _to_parquet(store: GradientStore, path: Path, temporary: Path) -> None:
@@ -103,4 +103,4 @@ def _to_parquet(store: GradientStore, path: Path, temporary: Path) -> None:
                 writer.close()
     with storing(path):
         flush(temporary)
-        put_in_place(temporary, path)
+        put_in_place((temporary, path))

@@ -1,0 +1,286 @@
+"""The store at 1.28 million rows of 512 float16: writing, opening, gathering, memory, a full disk; rows of other types.
+
+Makes its store in --folder (1.4 GB twice, for compaction writes a second one before it drops the first), which needs
+no data; the recall of float16, bfloat16 and int8 rows is measured on the MNIST task.
+
+    python scripts/bench/store.py [--quick] [--json] [--data DIR] [--save FILE]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from harness import Bench
+from torch.utils.data import Subset
+
+import gradindex
+from gradindex.evaluation import recall_at_k
+from gradindex.store.container import writing
+
+DIM, GATHERED = 512, 1000
+ANONYMOUS_LIMIT_GB = 1.2
+
+
+def main() -> None:
+    """Measure and print."""
+    bench = Bench("The store", __doc__)
+    n = 50_000 if bench.quick else 1_281_167
+    with tempfile.TemporaryDirectory(prefix="gradindex-store-", dir=os.environ.get("GRADINDEX_CACHE")) as name:
+        folder = Path(name)
+        write_speed(bench, folder, 8 if bench.quick else 64)
+        jobs(bench, folder / "store", n)
+        opening_and_gathering(bench, folder / "store")
+        layouts(bench, folder, 20_000 if bench.quick else 200_000)
+        full_disk(bench, 3 if bench.quick else 20)
+        row_types(bench, folder)
+    bench.finish()
+
+
+def write_speed(bench: Bench, folder: Path, shards: int) -> None:
+    """Shards of 16 MiB as a build writes them, each flushed and sealed, against the same bytes in a plain file."""
+    rows = np.random.default_rng(0).standard_normal((8192, DIM)).astype(np.float32)
+    content = rows.tobytes()
+    seconds: dict[str, list[float]] = {"plain": [], "flushed": [], "store": []}
+
+    def plain(path: Path, every: int) -> None:
+        with path.open("wb", buffering=0) as file:
+            for number in range(shards):
+                file.write(content)
+                if (number + 1) % every == 0:
+                    os.fsync(file.fileno())
+
+    def store(part: Path) -> None:
+        for number in range(shards):
+            with writing(part / f"{number}.h5", {"rows": (rows.shape, "<f4")}, {}, {}) as writer:
+                for start in range(0, len(rows), 256):
+                    writer.put("rows", start, rows[start : start + 256])
+
+    for _ in range(3):  # in turns, on a machine that is shared
+        for kind in seconds:
+            part = folder / kind
+            part.mkdir()
+            started = time.perf_counter()
+            if kind == "store":
+                store(part)
+            else:
+                plain(part / "plain", shards if kind == "plain" else 1)
+            seconds[kind].append(time.perf_counter() - started)
+            shutil.rmtree(part)
+    medians = {kind: float(np.median(values)) for kind, values in seconds.items()}
+    size = shards * len(content)
+    bench.figure(f"plain writing of {size >> 20:,} MiB, flushed at the end", size / medians["plain"] / 1e6, "MB/s")
+    bench.figure("plain writing, flushed every 16 MiB", size / medians["flushed"] / 1e6, "MB/s")
+    bench.bar("writing shards, of plain writing flushed at the end", medians["plain"] / medians["store"], "x", 0.7)
+    bench.figure("writing shards, of plain writing flushed every 16 MiB", medians["flushed"] / medians["store"], "x")
+
+
+def jobs(bench: Bench, folder: Path, n: int) -> None:
+    """Build, verify, search, rank, remove, compact and export, each in a process of its own."""
+    steps: dict[str, str] = {
+        "build": "gradindex.build(task, folder, projection=Projection('none'), row_type='float16', batch_size=256)",
+        "verify": "assert gradindex.GradientStore(folder).verify() == []",
+        "search 10 queries": "gradindex.load(folder, task).proponents(range(10), k=100, rerank='none')",
+        "self-influence ranking": "gradindex.GradientStore(folder).top_self_influence(1000)",
+        "remove 1%": f"gradindex.remove(folder, np.random.default_rng(0).choice({n}, {n} // 100, replace=False))",
+        "compact": "gradindex.compact(folder)",
+    }
+    for name, code in steps.items():
+        taken, anonymous = in_a_process(code, folder, n)
+        bench.figure(f"{name}, {n:,} rows", taken, "s")
+        if name == "self-influence ranking":
+            bench.figure(f"{name}: anonymous memory", anonymous, "GB")
+        else:
+            bench.bar(f"{name}: anonymous memory", anonymous, "GB", ANONYMOUS_LIMIT_GB, at_most=True)
+    rows = gradindex.GradientStore(folder).n_train
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    bench.figure("bytes on disk a row, beyond its 1,024", size / rows - 2 * DIM, "bytes")
+
+
+RUN = """
+import json, sys, threading, time
+import numpy as np
+import gradindex
+from pathlib import Path
+from gradindex.projection import Projection
+sys.path.insert(0, {bench!r})
+from numbers_task import make_task
+from store import Anonymous
+folder = {folder!r}
+task = make_task({n}, Path(folder).parent)
+with Anonymous() as memory:
+    started = time.perf_counter()
+    {code}
+    taken = time.perf_counter() - started
+print(json.dumps([taken, memory.peak_gb]))
+"""
+
+
+class Anonymous:
+    """The most anonymous memory that this process takes meanwhile; mapped files are not counted."""
+
+    def __enter__(self) -> Anonymous:
+        self.peak_gb, self._over = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.02):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    self.peak_gb = max(self.peak_gb, int(line.split()[1]) * 1024 / 1e9)
+
+
+def in_a_process(code: str, folder: Path, n: int) -> tuple[float, float]:
+    """Seconds and anonymous gigabytes."""
+    program = RUN.format(bench=str(Path(__file__).parent), folder=str(folder), n=n, code=code)
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    taken, peak = json.loads(done.stdout.splitlines()[-1])
+    return taken, peak
+
+
+def timed(action: Callable[[], Any], times: int) -> float:
+    """Median milliseconds."""
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - started)
+    return 1000 * float(np.median(seconds))
+
+
+def opening_and_gathering(bench: Bench, folder: Path) -> None:
+    """Files are warm: they were just written."""
+    generator = np.random.default_rng(1)
+    bench.bar("opening", timed(lambda: gradindex.GradientStore(folder), 20), "ms", 50, at_most=True)
+    store = gradindex.GradientStore(folder)
+    ids = store.ids
+
+    def gather() -> None:
+        store.rows(generator.choice(ids, GATHERED))
+
+    started = time.perf_counter()
+    gather()
+    bench.figure("the first 1,000 random rows, every seal read", 1000 * (time.perf_counter() - started), "ms")
+    bench.bar("1,000 random rows, most blocks met for the first time", timed(gather, 20), "ms", 20, at_most=True)
+    for _ in store.blocks():
+        pass
+    bench.bar("1,000 random rows, all blocks verified before", timed(gather, 100), "ms", 20, at_most=True)
+
+
+def layouts(bench: Bench, folder: Path, n: int) -> None:
+    """The same rows in HDF5's own ways: 1,000 at random, warm."""
+    rows = np.random.default_rng(2).standard_normal((n, DIM)).astype(np.float16)
+    kinds: dict[str, dict[str, Any]] = {
+        "HDF5 contiguous, no checksum": {},
+        "HDF5 chunks of 16 rows, Fletcher-32": {"chunks": (16, DIM), "fletcher32": True},
+        "HDF5 chunks of 256 rows, Fletcher-32": {"chunks": (256, DIM), "fletcher32": True},
+    }
+    generator = np.random.default_rng(3)
+    for name, options in kinds.items():
+        with h5py.File(folder / "layout.h5", "w") as file:
+            file.create_dataset("rows", data=rows, **options)
+        with h5py.File(folder / "layout.h5", "r") as file:
+            data = file["rows"]
+            taken = timed(lambda: data[np.unique(generator.integers(0, n, GATHERED))], 5)  # noqa: B023  # used at once
+        bench.figure(f"1,000 of {n:,} rows, {name}", taken, "ms")
+    (folder / "layout.h5").unlink()
+
+
+TOY = """
+import sys
+sys.path.insert(0, {bench!r})
+from pathlib import Path
+from numbers_task import make_task
+import gradindex
+from gradindex.errors import StoreError
+from gradindex.projection import Projection
+try:
+    gradindex.build(make_task(8000, Path({task!r})), {folder!r}, projection=Projection("none"), batch_size=100,
+                    shard_rows=400)
+except StoreError as error:
+    print(error)
+    sys.exit(1)
+"""
+
+
+def full_disk(bench: Bench, times: int) -> None:
+    """Builds on a small memory disk that is full at a random point; then it gets room, and the build goes on."""
+    with tempfile.TemporaryDirectory(prefix="gradindex-disk-") as name:
+        folder = Path(name) / "disk"
+        folder.mkdir()
+        generator, clean = np.random.default_rng(4), 0
+        whole = None
+        program = TOY.format(bench=str(Path(__file__).parent), folder=str(folder / "store"), task=name)
+        for number in range(times + 1):
+            size = "64m" if number == 0 else f"{int(generator.integers(64, 17_000))}k"
+            mounted = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+            if subprocess.run(mounted, stderr=subprocess.DEVNULL, check=False).returncode:
+                print("full disk: left out, for mounting a memory disk needs the rights of root")
+                return
+            try:
+                first = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+                if number == 0:
+                    whole = contents(folder / "store")
+                    continue
+                said = "cannot be written: No space left on device. What was finished is kept." in first.stdout
+                subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+                again = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+                same = again.returncode == 0 and contents(folder / "store") == whole
+                clean += first.returncode == 1 and said and same
+            finally:
+                subprocess.run(["umount", str(folder)], check=True)
+        bench.bar(
+            f"full disk at {times} random points: a clean error, and the build goes on", clean / times, "share", 1
+        )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file that lasts."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "log.jsonl"
+    }
+
+
+def row_types(bench: Bench, folder: Path) -> None:
+    """MNIST task: what the rows' type costs in recall, by the rows alone and after re-scoring."""
+    import mnist
+
+    task = mnist.task()
+    queries = range(50 if bench.quick else task.n_query)
+    task = replace(task, query=Subset(task.query, queries), query_columns={})
+    truth = gradindex.exact_scores(task, [task.query[i] for i in queries])
+    for row_type in ("float32", "float16", "bfloat16", "int8"):
+        store = gradindex.build(task, folder / row_type, row_type=row_type)
+        retriever = gradindex.load(store.folder, task)
+        size = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
+        bench.figure(f"MNIST, {row_type}: bytes on disk a row", size / store.n_train, "bytes")
+        proposed = retriever.proponents(queries, k=100, rerank="none").ids
+        settled = retriever.proponents(queries, k=100, candidates=1000).ids
+        bench.figure(f"MNIST, {row_type}: recall@100 of the rows alone", recall_at_k(truth, proposed, 100).mean(), "")
+        value, label = recall_at_k(truth, settled, 100).mean(), f"MNIST, {row_type}: recall@100 after re-scoring"
+        bench.bar(label, value, "", 0.98) if row_type == "int8" else bench.figure(label, value, "")
+        shutil.rmtree(store.folder)
+
+
+if __name__ == "__main__":
+    main()
