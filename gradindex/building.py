@@ -13,6 +13,7 @@ import torch
 from .errors import ArgumentError, MismatchError
 from .filling import consecutive, fill, running
 from .gradients import Engine, Precision
+from .matching import check_task
 from .projection import Projection
 from .rows import Norms, RowMaker, describe, fit_bases, pick_batch_size
 from .store import (
@@ -48,6 +49,7 @@ def build(
     batch_size: int | None = None,
     memory: int | None = None,
     shard_rows: int = 8192,
+    bases_from: str | os.PathLike[str] | None = None,
 ) -> GradientStore:
     """Build the store of a task; call it again to go on after an interruption.
 
@@ -76,6 +78,8 @@ def build(
         memory: bytes that a pass may take beside the weights, by default a quarter of the
             machine's free memory, or half of what a CUDA device has free.
         shard_rows: rows per file, rounded up to whole batches.
+        bases_from: another store with the same map but for its bases, whose bases a fitted projection
+            takes, so that the two can be merged.
 
     Returns:
         The complete store.
@@ -85,7 +89,7 @@ def build(
     """
     options = _Options(
         projection, precision, self_influence, unit_norm, row_type, factors, device, channels_last, workers,
-        batch_size, memory, shard_rows,
+        batch_size, memory, shard_rows, bases_from,
     )  # fmt: skip
     _build(task, Path(out), None, options)
     return GradientStore(out)
@@ -125,6 +129,7 @@ class _Options:
     batch_size: int | None
     memory: int | None
     shard_rows: int
+    bases_from: str | os.PathLike[str] | None
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("memory", 1), ("shard_rows", 1), ("workers", 0)):
@@ -153,16 +158,16 @@ def _build(task: Task, folder: Path, part: Part | None, options: _Options) -> No
             "row_type": row_type,
             "factors": options.factors,
             "self_influence": options.self_influence,
-            "columns": {name: values.dtype.kind for name, values in task.column_arrays("train").items()},
+            "columns": task.column_types(),
         }
         if GradientStore.complete(folder):
-            _check_built(GradientStore(folder), described, task)
+            _check_built(GradientStore(folder), described, engine)
             return
         if options.factors is not None:  # before hours of other work
             RowMaker(engine, Projection("none"), factors=True).rows(task.first_and_last(), ["first", "last"], "train")
         with claimed(folder, part, new=True):
             if GradientStore.complete(folder):  # in the meantime, by another process
-                _check_built(GradientStore(folder), described, task)
+                _check_built(GradientStore(folder), described, engine)
                 return
             job = _begin_build(task, folder, engine, projection, options, described)
             fill(job, engine, task, options.workers, part)
@@ -180,24 +185,41 @@ def _begin_build(
     if batch_size is None:
         batch_size = pick_batch_size(engine, projection, norms, options.memory)
     shard_rows = -(-options.shard_rows // batch_size) * batch_size
-    bases = write_bases(folder, fit_bases(engine, projection, batch_size)) if projection.fitted else None
-    described["map"] |= {"bases": bases}
+    described["map"] |= {"bases": None, "fitted_to": None}
+    if options.bases_from is not None:
+        described["map"] |= _bases_of(GradientStore(options.bases_from), folder, described)
+    elif projection.fitted:
+        fitted = fit_bases(engine, projection, batch_size, task.n_train)
+        described["map"] |= {"bases": write_bases(folder, fitted), "fitted_to": task.n_train}
     described |= {"fingerprint": fingerprint(described["map"]), "batch_size": batch_size, "shard_rows": shard_rows}
     described |= {"threads": torch.get_num_threads()}
     return Job.begin(folder, "build", described, consecutive(0, task.n_train, shard_rows))
 
 
-def _check_built(store: GradientStore, described: Mapping[str, Any], task: Task) -> None:
+def _bases_of(other: GradientStore, folder: Path, described: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a map that says which bases are used, those of another store, which are copied."""
+    bases = other.bases()
+    differing = differences(other.manifest, {"map": described["map"] | {"bases": other.manifest["map"]["bases"]}})
+    differing = [name for name in differing if name != "fitted_to"]
+    if bases is None or differing:
+        raise MismatchError(
+            f"{other.folder} has no bases for {folder}: {'; '.join(differing or ['projection'])} differ. "
+            "Give a store that was built with the same task and a fitted projection."
+        )
+    return {"bases": write_bases(folder, bases), "fitted_to": other.manifest["map"]["fitted_to"]}
+
+
+def _check_built(store: GradientStore, described: Mapping[str, Any], engine: Engine) -> None:
     """A finished build is left as it is, if it is this one."""
+    task, stored = engine.task, store.manifest["next_id"]
     differing = differences(store.manifest, described)
-    stored = store.manifest["next_id"]
+    grown = stored < task.n_train and not differing
     if stored != task.n_train:
         differing.insert(0, f"data length ({stored} stored, {task.n_train} now)")
-    elif task.differing(store.samples()):
-        differing.append("data")
-    if differing:
-        grown = " To add training examples: gradindex add." if task.n_train > stored and len(differing) == 1 else ""
-        raise MismatchError(
-            f"{store.folder} holds a build of another task: {'; '.join(differing)} differ. "
-            f"Choose another folder, or delete this one.{grown}"
-        )
+    if not differing:
+        check_task(store, engine)
+        return
+    raise MismatchError(
+        f"{store.folder} holds a build of another task: {'; '.join(differing)} differ. "
+        f"Choose another folder, or delete this one.{' To add training examples: gradindex add.' if grown else ''}"
+    )

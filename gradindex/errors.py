@@ -43,6 +43,10 @@ class IndexFileError(GradIndexError, RuntimeError):
     """A search index is missing, damaged, or belongs to other rows."""
 
 
+class RecallError(GradIndexError, RuntimeError):
+    """No index keeps the recall that was asked for."""
+
+
 class DimensionMismatchError(GradIndexError, ValueError):
     """Two arrays whose last axes must agree do not."""
 

@@ -67,6 +67,14 @@ def discard(*paths: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file is there; a name that no file can have is not."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
     """Turn the operating system's errors on writing ``path`` into one that a person can act on.
@@ -136,8 +144,17 @@ def read_checked(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is damaged.
     """
+    return checked(path.read_bytes())
+
+
+def checked(content: bytes) -> dict[str, Any]:
+    """The object in what :func:`write_checked` wrote, with ``sha256``.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(content)
     except RecursionError:
         raise ValueError("it is not JSON") from None
     if not isinstance(value, dict) or "sha256" not in value:
@@ -180,8 +197,8 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
                 f"{path.parent} is on a file system without locks ({error.strerror}). Make sure that no other process "
                 "writes there and set GRADINDEX_LOCKS=off, or choose another folder."
             ) from None
+        file.truncate(0)  # what a process wrote that was killed
         if not shared:
-            file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
         try:

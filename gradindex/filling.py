@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Subset
 
 from .gradients import Engine, Precision
-from .index import SearchIndex
+from .index import require
+from .matching import check_losses
 from .progress import note, progress
 from .projection import Bases, Projection
 from .rows import RowBatch, RowMaker
-from .store import GradientStore, Job, Part, read_bases
+from .store import GradientStore, Job, Part, read_bases, runs
 from .task import Task
 from .tree import preserved_random_state
 
@@ -29,7 +30,7 @@ def consecutive(first: int, end: int, shard_rows: int) -> list[dict[str, Any]]:
 @contextmanager
 def running(task: Task, precision: Precision, device: str | None, channels_last: bool | None) -> Iterator[Engine]:
     """The engine of a task whose data and routes are checked, and a FAISS that can be used later."""
-    SearchIndex.require()
+    require()
     task.check_reads_repeat()
     with preserved_random_state(), Engine(task, precision, device, channels_last) as engine:
         engine.check_routes()
@@ -67,16 +68,16 @@ def fill(
     """Compute the missing shards of a job, the whole or the blocks that go beside those of a store."""
     digest, first = job.after["map"]["bases"], 0 if beside is None else beside.n_checkpoints
     bases = None if digest is None else read_bases(job.folder, digest)
-    maker, columns = row_maker(engine, job.after, bases, first), task.column_arrays("train")
+    maker = row_maker(engine, job.after, bases, first)
     job.tidy(part)
     done, total = job.rows_done(part)
+    check_losses(engine, job.made(16), first, job.folder)
     if done:
         note(f"{job.folder}: going on, {done:,} of {total:,} rows are there")
     with threads(job.after["threads"]), progress("gradients", total, "rows", done) as advance:
         for planned in job.missing(part):
-            ids = job.ids(planned)
-            chosen = {name: values[ids] for name, values in columns.items()}
-            with job.shard(planned, chosen, task.sample_digests(ids)) as writer:
+            ids = runs.to_ids(planned["ids"])
+            with job.shard(planned, task.column_arrays("train", ids), task.sample_digests(ids)) as writer:
                 for some, batch in batches(maker, task, ids, job.after, workers):
                     whole = batch if beside is None else _beside(beside, some, batch)
                     writer.append(whole.rows, whole.self_influence, whole.losses, whole.factors)

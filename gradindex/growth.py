@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .errors import MismatchError, StoreError
+from .files import storing
 from .filling import batches, consecutive, fill, row_maker, running, threads
+from .gradients import Engine
 from .matching import check_task
 from .projection import Projection
 from .rows import describe, fit_bases
-from .store import GradientStore, Job, changing, fingerprint, rewritten, write_bases
+from .store import (
+    GradientStore,
+    Job,
+    changing,
+    digest_of_bases,
+    fingerprint,
+    kept,
+    live_plan,
+    rewritten,
+    write_bases,
+)
 from .task import Task
 
 
@@ -46,15 +56,15 @@ def add(
         GradIndexError: the task, its data or the folder cannot be used; the store stays as it was.
     """
     with changing(folder, "add") as store:
-        manifest, columns = store.manifest, task.column_arrays("train")
+        manifest = store.manifest
         with running(task, manifest["map"]["precision"], device, channels_last) as engine:
             check_task(store, engine)
-            _check_columns(store, columns)
+            _check_columns(store, task)
             first = manifest["next_id"]
             if first == task.n_train:
                 return store
             new = np.arange(first, task.n_train, dtype=np.int64)
-            after = {**store.kept(), "next_id": task.n_train, "data": task.data_fingerprint(new)}
+            after = {**kept(store), "next_id": task.n_train, "data": task.data_fingerprint(new)}
             plan = consecutive(first, task.n_train, manifest["shard_rows"])
             job = Job.begin(store.folder, "add", after, plan, manifest["shards"])
             fill(job, engine, task, workers)
@@ -92,22 +102,26 @@ def add_checkpoint(
             check_task(store, engine)
         if len(task.checkpoints) == n:
             return store
+        if Job.pending(store.folder) is None:  # hours of work that a damaged shard would end
+            problems = store.verify()
+            if problems:
+                raise StoreError(f"{problems[0]}. Repair it first: gradindex build TASK --out {store.folder} --repair.")
         later = replace(task, checkpoints=task.checkpoints[n:])
         with running(later, precision, device, channels_last) as engine:
-            projection, unit_norm = Projection(**manifest["map"]["projection"]), manifest["map"]["unit_norm"]
-            described = describe(engine, projection, unit_norm)
+            projection = Projection(**manifest["map"]["projection"])
+            described = describe(engine, projection, manifest["map"]["unit_norm"])
             if described["layers"] != manifest["map"]["layers"]:
                 raise MismatchError(
                     f"The new checkpoints of {store.folder} need other routes for the layers. Build a new store."
                 )
             map_ = {**manifest["map"], "checkpoints": manifest["map"]["checkpoints"] + described["checkpoints"]}
             if projection.fitted and Job.pending(store.folder) is None:
-                fitted = fit_bases(engine, projection, manifest["batch_size"], first=n)
+                fitted = fit_bases(engine, projection, manifest["batch_size"], map_["fitted_to"], first=n)
                 map_["bases"] = write_bases(store.folder, {**(store.bases() or {}), **fitted})
             block_dim = manifest["dim"] // n
-            after = {**store.kept(), "map": map_, "fingerprint": fingerprint(map_), "removed": []}
+            after = {**kept(store), "map": map_, "fingerprint": fingerprint(map_), "removed": []}
             after |= {"dim": block_dim * (n + engine.n_checkpoints), "data": None}
-            job = Job.begin(store.folder, "add-checkpoint", after, store.live_plan())
+            job = Job.begin(store.folder, "add-checkpoint", after, live_plan(store))
             fill(job, engine, later, workers, beside=store)
             job.finish()
     return GradientStore(folder)
@@ -140,37 +154,57 @@ def repair(
     said = []
     with changing(folder) as store:
         manifest = store.manifest
-        projection = Projection(**manifest["map"]["projection"])
-        damaged = list(store.damaged())
-        basis = _damaged_bases(store)
+        damaged, basis = list(store.damaged()), _damaged_bases(store)
         if not damaged and basis is None:
             return []
         with running(task, manifest["map"]["precision"], device, channels_last) as engine:
+            intact = store.without([number for number, _ in damaged])
+            check_task(intact, engine)
+            _check_columns(intact, task)
             if basis is not None:
-                with threads(manifest["threads"]):
-                    fitted = fit_bases(engine, projection, manifest["batch_size"])
-                if write_bases(store.folder, fitted) != manifest["map"]["bases"]:
-                    raise StoreError(f"{basis} Fitting them again gives others.")
+                _refit(store, engine, basis)
                 said.append(f"{basis} They were fitted again.")
-            check_task(store.without([number for number, _ in damaged]), engine)
             maker = row_maker(engine, manifest, store.bases())
-            columns = task.column_arrays("train")
-            _check_columns(store, columns)
             for number, problem in damaged:
-                with rewritten(store, number, columns, task.sample_digests) as (ids, writer):
+                columns = partial(task.column_arrays, "train")
+                with (
+                    threads(manifest["threads"]),
+                    rewritten(store, number, columns, task.sample_digests) as (ids, writer),
+                ):
                     for _, batch in batches(maker, task, ids, manifest, workers):
                         writer.append(batch.rows, batch.self_influence, batch.losses, batch.factors)
                 said.append(f"{problem}: computed again")
     return said
 
 
-def _check_columns(store: GradientStore, columns: Mapping[str, NDArray[Any]]) -> None:
-    kinds = {name: values.dtype.kind for name, values in columns.items()}
-    if kinds != store.manifest["columns"]:
+def _refit(store: GradientStore, engine: Engine, problem: str) -> None:
+    """Fit the bases again, with the examples that they were fitted to."""
+    manifest = store.manifest
+    projection, n = Projection(**manifest["map"]["projection"]), manifest["map"]["fitted_to"]
+    with threads(manifest["threads"]):
+        fitted = fit_bases(engine, projection, manifest["batch_size"], n)
+    if digest_of_bases(fitted) != manifest["map"]["bases"]:
+        raise StoreError(f"{problem} Fitting them again gives others, on this machine or with this version of torch.")
+    with storing(store.folder):
+        write_bases(store.folder, fitted)
+
+
+def _check_columns(store: GradientStore, task: Task) -> None:
+    """Columns must be the same, and have the values that are stored, as far as some tell."""
+    types, ids = task.column_types(), store.spread_ids(64)
+    differing = [name for name in {**types, **store.manifest["columns"]} if types.get(name) != _type_of(store, name)]
+    if not differing:
+        now = task.column_arrays("train", ids)
+        differing = [name for name in types if not np.array_equal(now[name], store.column(name, ids))]
+    if differing:
         raise MismatchError(
-            f"The task does not match {store.folder}: columns differ ({', '.join(store.columns) or 'none'} stored, "
-            f"{', '.join(kinds) or 'none'} now). Give the same columns."
+            f"The task does not match {store.folder}: columns differ ({', '.join(differing)}). Give the same columns."
         )
+
+
+def _type_of(store: GradientStore, name: str) -> str | None:
+    found: str | None = store.manifest["columns"].get(name)
+    return found
 
 
 def _damaged_bases(store: GradientStore) -> str | None:

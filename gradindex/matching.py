@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import MismatchError
 from .gradients import HALF, Engine
@@ -10,9 +14,12 @@ from .projection import Projection
 from .rows import describe
 from .store import GradientStore, differences
 
+# Examples whose losses are compared.
+_COMPARED = 16
+
 
 def check_task(store: GradientStore, engine: Engine) -> None:
-    """Compare everything that rows depend on: the map, some examples of each shard, and two losses.
+    """Compare everything that rows depend on: the map, some examples of each shard, and some losses.
 
     The task may have more training examples than the store has rows: they were not added yet.
 
@@ -28,23 +35,45 @@ def check_task(store: GradientStore, engine: Engine) -> None:
     differing = differences(store.manifest, {"map": now | {"precision": stored["precision"]}})
     if store.manifest["next_id"] > task.n_train:
         differing.append(f"data length ({store.manifest['next_id']} stored, {task.n_train} now)")
-    elif not differing and task.differing(store.samples()):
-        differing.append(f"data (training example {task.differing(store.samples())[0]}, for one)")
-    elif not differing and not _losses_agree(store, engine):
-        differing.append("the losses of training examples (so the model's code or the loss)")
+    elif not differing:
+        changed = task.differing(store.samples())
+        if changed:
+            differing.append(f"data (training example {changed[0]}, for one)")
     if differing:
         raise MismatchError(
             f"The task does not match {store.folder}: {'; '.join(differing)} differ. "
             "Use the task that the store was built from, or build a new store."
         )
+    ids = store.spread_ids(_COMPARED)
+    rough = stored["precision"] in HALF
+    check_losses(engine, list(zip(ids.tolist(), store.losses(ids), strict=True)), 0, store.folder, rough)
 
 
-def _losses_agree(store: GradientStore, engine: Engine) -> bool:
-    """Names and shapes cannot tell a changed activation or loss; two losses can."""
-    rough = store.manifest["map"]["precision"] in HALF
-    ids = store.first_and_last()
-    if not len(ids):  # every shard is damaged, and to be computed again
-        return True
-    items = [engine.task.train[int(i)] for i in ids]
-    now = np.stack([engine.losses(c, items) for c in range(engine.n_checkpoints)], 1)
-    return bool(np.allclose(store.losses(ids), now, rtol=0.1 if rough else 1e-2, atol=0.05 if rough else 1e-3))
+def check_losses(
+    engine: Engine, stored: Sequence[tuple[int, NDArray[np.float64]]], first: int, folder: Path, rough: bool = False
+) -> None:
+    """Names and shapes cannot tell a changed activation, loss or example; losses can.
+
+    Args:
+        engine: entered.
+        stored: ids and their losses (C,) at all of the store's checkpoints.
+        first: the number of the engine's first checkpoint among these.
+        folder: the store's, for the error.
+        rough: whether they were computed in half precision.
+
+    Raises:
+        MismatchError: one differs.
+    """
+    if not stored:
+        return
+    items = [engine.task.train[i] for i, _ in stored]
+    now = np.stack([engine.losses(checkpoint, items) for checkpoint in range(engine.n_checkpoints)], 1)
+    then = np.stack([losses for _, losses in stored])[:, first : first + engine.n_checkpoints]
+    rough = rough or engine.precision in HALF
+    agree = np.isclose(then, now, rtol=0.1 if rough else 1e-2, atol=0.05 if rough else 1e-3, equal_nan=True).all(1)
+    if not agree.all():
+        raise MismatchError(
+            f"The task does not match {folder}: the losses of training examples (of {stored[int(agree.argmin())][0]}, "
+            "for one; so the model's code, the loss or the example) differ. "
+            "Use the task that the store was built from, or build a new store."
+        )

@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .errors import ArgumentError, NonFiniteGradientError, check_k
+from .candidates import Candidates
+from .errors import ArgumentError, NonFiniteGradientError, StoreError, check_k
 from .gradients import HALF, Engine, Precision, Products
 from .hits import Hits
-from .index import SearchIndex
+from .index import require
 from .matching import check_task
 from .memory import in_halves
 from .progress import progress
 from .projection import Projection
 from .rows import RowBatch, RowMaker
-from .store import GradientStore
+from .store import GradientStore, runs
 from .task import Task
 from .tree import preserved_random_state
 
@@ -65,7 +66,7 @@ def exact_scores(
     items = list(items)
     if not items:
         raise ArgumentError("There are no queries. Give at least one item.")
-    ids = np.arange(task.n_train, dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)
+    ids = np.arange(task.n_train, dtype=np.int64) if ids is None else runs.as_ids(ids)
     wrong = ids[(ids < 0) | (ids >= task.n_train)]
     if len(wrong):
         raise ArgumentError(f"There is no training id {wrong[0]}; ids go from 0 to {task.n_train - 1}.")
@@ -112,7 +113,7 @@ class Retriever:
     """
 
     def __init__(self, store: GradientStore, task: Task, device: str | None = None) -> None:
-        self.store = store
+        require()
         self.task = task
         stored = store.manifest["map"]
         self._projection = Projection(**stored["projection"])
@@ -123,7 +124,25 @@ class Retriever:
             engine.check_routes()
             check_task(store, engine)
         self._bases = store.bases()
-        self._index = SearchIndex(store.dim, store.n_train, store.blocks)
+        self._opened = store, Candidates(store)
+
+    @property
+    def store(self) -> GradientStore:
+        """The store as it is now: what was added answers, what was removed does not.
+
+        Raises:
+            StoreError: its rows are other ones now, or it is gone.
+        """
+        return self._now()[0]
+
+    def _now(self) -> tuple[GradientStore, Candidates]:
+        store, candidates = self._opened
+        if not store.current:
+            now = GradientStore(store.folder)
+            if now.manifest["fingerprint"] != store.manifest["fingerprint"]:
+                raise StoreError(f"{store.folder} has other rows than when it was opened. Load it again.")
+            self._opened = store, candidates = now, Candidates(now)
+        return store, candidates
 
     @property
     def unseen(self) -> int:
@@ -158,7 +177,7 @@ class Retriever:
             k: how many, from 1 to n_train.
             opponents: the lowest scores instead of the highest.
             source: where positions are looked up; the query loss is explained either way.
-            candidates: how many the index proposes for exact re-scoring, by default 10 k.
+            candidates: how many rows are re-scored exactly, by default 10 k, or what the index was tuned to.
             rerank: ``"exact"``, or ``"none"`` for the index's own estimates.
 
         Returns:
@@ -167,7 +186,8 @@ class Retriever:
         Raises:
             ArgumentError: ``k``, a position or an option is out of range.
         """
-        n = self.store.n_train
+        store, searched = self._now()
+        n = store.n_train
         check_k(k, n)
         if rerank not in ("exact", "none"):
             raise ArgumentError(f"rerank is {rerank!r}, but must be 'exact' or 'none'.")
@@ -176,23 +196,25 @@ class Retriever:
                 f"candidates is {candidates}, but must be at least k, {k}, and goes with rerank='exact' alone."
             )
         items, names, query_columns = self._resolve(queries, source)
-        wanted = k if rerank == "none" else min(n, 10 * k if candidates is None else candidates)
+        wanted = (
+            k if rerank == "none" else min(n, _default_candidates(searched, k) if candidates is None else candidates)
+        )
         sign = -1.0 if opponents else 1.0
         with preserved_random_state(), self._engine as engine:
-            stored = self.store.manifest["factors"] is not None and rerank == "exact"
+            stored = store.manifest["factors"] is not None and rerank == "exact"
             maker = RowMaker(engine, self._projection, self._bases, unit_norm=self._unit_norm, factors=stored)
             query = maker.rows(items, names, "query")
             scores: NDArray[Any]
-            scores, ids = self._index.search(np.asarray(sign * query.rows, dtype=np.float32), wanted)
+            scores, ids = searched.search(np.asarray(sign * query.rows, dtype=np.float32), wanted)
             if rerank == "exact":
                 union = np.unique(ids)
                 if stored:
-                    exact = sign * self._by_factors(query, union)
+                    exact = sign * _by_factors(store, query, union)
                 else:
-                    exact = sign * _exact(engine, items, union, "query", self.store.manifest["batch_size"])
+                    exact = sign * _exact(engine, items, union, "query", store.manifest["batch_size"])
                 if self._unit_norm:
                     # The norm of a zero gradient is taken as 1: its cosine with anything is 0.
-                    norms = np.sqrt(np.outer(query.self_influence.sum(1), self.store.self_influence(union).sum(1)))
+                    norms = np.sqrt(np.outer(query.self_influence.sum(1), store.self_influence(union).sum(1)))
                     exact = exact / np.where(norms > 0, norms, 1.0)
                 found = np.take_along_axis(exact, np.searchsorted(union, ids), 1)
                 order = np.lexsort((ids, -found), axis=1)[:, :k]
@@ -202,30 +224,32 @@ class Retriever:
             ids=ids,
             scores=sign * scores,
             kind="opponents" if opponents else "proponents",
-            scored=self._scored if rerank == "exact" else "projected",
+            scored=_scored(store) if rerank == "exact" else "projected",
             queries=tuple(names),
             measure="cosines of the gradients behind TracInCP" if self._unit_norm else "TracInCP scores",
-            columns={name: self.store.column(name, ids) for name in self.store.columns},
+            columns={name: store.column(name, ids) for name in store.columns},
             query_columns=query_columns,
             show_train=None if show is None else lambda i: show(self.task.train[i]),
             show_query=None if show is None else lambda row: show(items[row]),
         )
 
     @property
-    def _scored(self) -> str:
-        """What scores after re-scoring are: factors of gradients in half precision, or kept so, are not exact."""
-        kept, precision = self.store.manifest["factors"], self.store.manifest["map"]["precision"]
-        rough = [kind for kind in (kept, precision) if kind in HALF]
-        return f"{rough[0]}-factor" if kept and rough else "exact"
+    def search_note(self) -> str:
+        """How rows are searched: with which index and recall, or all of them."""
+        return self._now()[1].how
 
-    def _by_factors(self, query: RowBatch, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(n_query, len(ids)) sum over checkpoints and layers of (delta . delta')(x . x'), from stored factors."""
-        scores = np.zeros((len(query.rows), len(ids)))
-        for key, (activations, output_gradients) in self.store.factors(ids).items():
-            mine = query.factors[key]
-            products = (mine[1] @ output_gradients.astype(np.float32).T, mine[0] @ activations.astype(np.float32).T)
-            scores += products[0].astype(np.float64) * products[1]
-        return scores
+    def query_rows(self, queries: int | Sequence[Any], source: Source = "query") -> NDArray[np.float32]:
+        """(n_query, dim) float32 rows of queries, as :meth:`search` takes them."""
+        items, names, _ = self._resolve(queries, source)
+        with preserved_random_state(), self._engine as engine:
+            maker = RowMaker(engine, self._projection, self._bases, unit_norm=self._unit_norm)
+            return maker.rows(items, names, "query").rows
+
+    def exact_scores(self, queries: int | Sequence[Any], source: Source = "query") -> NDArray[Any]:
+        """(n_query, n_train) exact TracInCP of every row's training example, in the order of the store's ids."""
+        items, _, _ = self._resolve(queries, source)
+        with preserved_random_state(), self._engine as engine:
+            return _exact(engine, items, self.store.ids, "query", self.store.manifest["batch_size"])
 
     def _resolve(
         self, queries: int | Sequence[Any], source: Source
@@ -247,7 +271,7 @@ class Retriever:
         for q in chosen:
             if not 0 <= q < n:
                 raise ArgumentError(f"There is no {source} example {q}; positions go from 0 to {n - 1}.")
-        columns = {name: values[chosen] for name, values in self.task.column_arrays(source).items()}
+        columns = self.task.column_arrays(source, [int(q) for q in chosen])
         return [data[int(q)] for q in chosen], [f"{source} {q}" for q in chosen], columns
 
 
@@ -264,3 +288,25 @@ def load(folder: str | os.PathLike[str], task: Task, *, device: str | None = Non
         MismatchError: the task is not the store's; says what differs.
     """
     return Retriever(GradientStore(folder), task, device)
+
+
+def _default_candidates(searched: Candidates, k: int) -> int:
+    """As many as the index was tuned to propose, which then hold the top-k with the recall that it promises."""
+    return 10 * k if searched.index is None else max(k, searched.effort(k).proposals)
+
+
+def _scored(store: GradientStore) -> str:
+    """What scores after re-scoring are: factors of gradients in half precision, or kept so, are not exact."""
+    kept, precision = store.manifest["factors"], store.manifest["map"]["precision"]
+    rough = [kind for kind in (kept, precision) if kind in HALF]
+    return f"{rough[0]}-factor" if kept and rough else "exact"
+
+
+def _by_factors(store: GradientStore, query: RowBatch, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(n_query, len(ids)) sum over checkpoints and layers of (delta . delta')(x . x'), from stored factors."""
+    scores = np.zeros((len(query.rows), len(ids)))
+    for key, (activations, output_gradients) in store.factors(ids).items():
+        mine = query.factors[key]
+        products = (mine[1] @ output_gradients.astype(np.float32).T, mine[0] @ activations.astype(np.float32).T)
+        scores += products[0].astype(np.float64) * products[1]
+    return scores

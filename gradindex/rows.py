@@ -180,20 +180,21 @@ def _safe(norms: Tensor) -> Tensor:
     return norms.where(norms > 0, 1.0)
 
 
-def fit_bases(engine: Engine, projection: Projection, batch_size: int, first: int = 0) -> Bases:
+def fit_bases(engine: Engine, projection: Projection, batch_size: int, n: int, first: int = 0) -> Bases:
     """Fit a projection to up to 2,000 training examples, chosen by its seed, at every checkpoint.
 
     Args:
         engine: entered, its routes checked.
         projection: a fitted one.
         batch_size: examples per pass.
+        n: the first n training examples are those to choose from.
         first: as for :class:`RowMaker`.
 
     Returns:
         The bases by (checkpoint, layer), for :class:`RowMaker`.
     """
     task = engine.task
-    order = np.argsort(hash64(key(projection.seed, "sample"), task.n_train), kind="stable")
+    order = np.argsort(hash64(key(projection.seed, "sample"), n), kind="stable")
     ids = np.sort(order[:_FITTED_TO])
     like = torch.zeros((), dtype=engine.dtype, device=engine.device)
     bases: dict[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]] = {}

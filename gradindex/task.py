@@ -23,11 +23,12 @@ from .errors import ArgumentError, GradIndexError, TaskError
 from .tree import digest, preserved_random_state
 
 Column = Sequence[Any] | NDArray[Any] | Tensor
+Arrays = dict[str, NDArray[Any]]
 Loss = Callable[[nn.Module, Any], Tensor]
 
 _READ_TWICE = 8
 _SAMPLED = 64
-_SAMPLED_OF_SHARD = 8
+_PIECE = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,15 +135,21 @@ class Task:
         """``layers`` as a tuple."""
         return (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
 
-    def column_arrays(self, role: str) -> dict[str, NDArray[Any]]:
-        """The columns of ``"train"`` or ``"query"`` as NumPy arrays (strings as ``str_``)."""
-        return {name: _as_column(values) for name, values in self._columns_of(role).items()}
+    def column_arrays(self, role: str, positions: Sequence[int] | NDArray[np.int64] | None = None) -> Arrays:
+        """Columns of ``"train"`` or ``"query"`` examples, of all or some, as NumPy arrays (strings as ``str_``)."""
+        n = self.n_train if role == "train" else self.n_query
+        chosen = np.arange(n) if positions is None else np.asarray(positions, dtype=np.int64)
+        return {name: _at(values, chosen) for name, values in self._columns_of(role).items()}
+
+    def column_types(self) -> dict[str, str]:
+        """Types of the columns of ``train`` in NumPy's notation, little-endian; ``"U"`` for text."""
+        return {name: _column_type(values) for name, values in self.columns.items()}
 
     def _columns_of(self, role: str) -> Mapping[str, Column]:
         return self.columns if role == "train" else self.query_columns
 
     def data_fingerprint(self, ids: NDArray[np.int64] | None = None) -> str:
-        """SHA-256 over up to 64 evenly spaced training examples and their ids.
+        """SHA-256 over up to 64 evenly spaced training examples and their ids, and over all values of columns.
 
         Args:
             ids: (m,) int64, the examples that are meant; by default all.
@@ -151,11 +158,14 @@ class Task:
             ids = np.arange(self.n_train, dtype=np.int64)
         sampled = ids[np.unique(np.linspace(0, len(ids) - 1, min(_SAMPLED, len(ids))).astype(np.int64))]
         with preserved_random_state():
-            return digest([(int(i), self.train[int(i)]) for i in sampled]).hex()
+            examples = digest([(int(i), self.train[int(i)]) for i in sampled])
+        pieces = (ids[start : start + _PIECE] for start in range(0, len(ids), _PIECE))
+        columns = [digest(self.column_arrays("train", piece)) for piece in pieces] if self.columns else []
+        return digest([examples, *columns]).hex()
 
-    def sample_digests(self, ids: NDArray[np.int64]) -> list[tuple[int, str]]:
-        """Ids and digests of up to 8 evenly spaced training examples among ``ids``."""
-        chosen = np.unique(np.linspace(0, len(ids) - 1, min(_SAMPLED_OF_SHARD, len(ids))).astype(np.int64))
+    def sample_digests(self, ids: NDArray[np.int64], limit: int = 8) -> list[tuple[int, str]]:
+        """Ids and digests of up to ``limit`` evenly spaced training examples among ``ids``."""
+        chosen = np.unique(np.linspace(0, len(ids) - 1, min(limit, len(ids))).astype(np.int64))
         with preserved_random_state():
             return [(int(i), _example_digest(self.train[int(i)])) for i in ids[chosen]]
 
@@ -273,12 +283,39 @@ def _check_columns(role: str, columns: Mapping[str, Column], data: str, n: int) 
             raise TaskError(
                 f"{role}[{name!r}] has {len(values)} values, but {data} has {n} examples. Give one for each."
             )
-        kind = _as_column(values).dtype.kind
-        if kind not in "biufU":
+        try:
+            kind = _column_type(values)
+        except UnicodeEncodeError as error:
+            raise TaskError(f"{role}[{name!r}] holds text that is no Unicode ({error.reason}). Replace it.") from None
+        if " " in kind or (kind != "U" and kind[1:2] not in "biuf"):
             raise TaskError(
-                f"{role}[{name!r}] holds values of kind {kind!r}, but must hold numbers, booleans or strings."
+                f"{role}[{name!r}] holds values of type {kind}, but must hold numbers, booleans or strings, "
+                "one for each example."
             )
 
 
-def _as_column(values: Column) -> NDArray[Any]:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+def _at(values: Column, positions: NDArray[np.int64]) -> NDArray[Any]:
+    """Some values of a column; a list is never turned into an array as a whole, which long texts would make large."""
+    if isinstance(values, torch.Tensor):
+        return np.asarray(values.detach().cpu().numpy()[positions])
+    if isinstance(values, np.ndarray):
+        return np.asarray(values[positions])
+    return np.asarray([values[int(i)] for i in positions])
+
+
+def _column_type(values: Column) -> str:
+    """The type of a column in NumPy's notation, little-endian; ``"U"`` for text.
+
+    Raises:
+        UnicodeEncodeError: a text cannot be encoded.
+    """
+    found: set[np.dtype[Any]] = set()
+    for start in range(0, len(values), _PIECE):
+        piece = _at(values, np.arange(start, min(start + _PIECE, len(values))))
+        if piece.ndim != 1:
+            return f"{piece.dtype} with {piece.ndim} axes"
+        if piece.dtype.kind == "U":
+            np.char.encode(piece, "utf-8")
+        found.add(np.dtype("U1") if piece.dtype.kind == "U" else piece.dtype)
+    joined = np.result_type(*found) if found else np.dtype(float)
+    return "U" if joined.kind == "U" else joined.newbyteorder("<").str

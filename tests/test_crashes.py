@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import toys
+from torch.utils.data import Subset, TensorDataset
 
 import gradindex
 from gradindex import files
-from gradindex.errors import StoreError
+from gradindex.errors import MismatchError, StoreError
 from gradindex.projection import Projection
-from gradindex.store import GradientStore, container
+from gradindex.store import GradientStore, container, upkeep
 
 # Forks a builder for each line that it reads: a child costs milliseconds where a new process costs seconds.
 NURSERY = """
@@ -27,7 +29,7 @@ import faiss, h5py, torch
 torch.set_num_threads(1)
 import gradindex, gradindex.building, toys
 from pathlib import Path
-from gradindex.errors import StoreError
+from gradindex.errors import MismatchError, StoreError
 from gradindex.projection import Projection
 task = toys.make_task(Path(sys.argv[2]), n_train=60, columns={"word": [f"w{i}" for i in range(60)]})
 print("ready", flush=True)
@@ -217,38 +219,79 @@ def test_verify_finds_every_damage_of_a_shard(built):
         path.write_bytes(content)
 
 
-def test_damaged_shards_are_repaired_alone(built, tmp_path):
-    task, folder = built
-    before = lasting(folder)
-    assert gradindex.repair(task, folder) == []
-    shard = folder / "shards" / "0001-00001.h5"
-    content = bytearray(shard.read_bytes())
+def contents(folder):
+    """Shards in the order of ids."""
+    entries = GradientStore(folder).manifest["shards"]
+    return [(folder / "shards" / f"{entry['name']}.h5").read_bytes() for entry in entries]
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 8
-    shard.write_bytes(content)
+    path.write_bytes(content)
+
+
+def test_damaged_shards_are_repaired_alone(built):
+    task, folder = built
+    before = contents(folder)
+    assert gradindex.repair(task, folder) == []
+    flip(folder / "shards" / "0001-00001.h5")
     untouched = (folder / "shards" / "0001-00000.h5").stat().st_mtime_ns
     (said,) = gradindex.repair(task, folder)
     assert "0001-00001.h5 is damaged" in said
     assert said.endswith(": computed again")
-    assert lasting(folder) == before
+    assert contents(folder) == before
     assert (folder / "shards" / "0001-00000.h5").stat().st_mtime_ns == untouched
-    for name in ("0001-00000.h5", "0001-00000.json"):
-        (folder / "shards" / name).unlink()
+    for suffix in (".h5", ".json"):
+        name = GradientStore(folder).manifest["shards"][0]["name"]
+        (folder / "shards" / f"{name}{suffix}").unlink()
         gradindex.repair(task, folder)
-        assert lasting(folder) == before
+        assert contents(folder) == before
+    bases = {path.name: path.read_bytes() for path in folder.glob("bases-*")}
     for path in folder.glob("bases-*"):
         path.write_bytes(path.read_bytes()[:-3])
     assert "They were fitted again" in gradindex.repair(task, folder)[0]
+    assert {path.name: path.read_bytes() for path in folder.glob("bases-*")} == bases
+    assert len(list((folder / "shards").iterdir())) == 4
+
+
+def test_bases_are_fitted_again_as_they_were_before_the_store_grew(tmp_path):
+    task = toys.make_task(tmp_path, n_train=40)
+    first = replace(task, train=Subset(task.train, range(25)))
+    gradindex.build(first, tmp_path / "store", projection=Projection("fitted", dim=24), batch_size=10)
+    gradindex.add(task, tmp_path / "store")
+    (path,) = (tmp_path / "store").glob("bases-*.h5")
+    path.unlink()
+    assert "They were fitted again" in gradindex.repair(task, tmp_path / "store")[0]
+
+
+def test_a_repair_with_other_data_is_refused(built, tmp_path):
+    task, folder = built
+    x, y = task.train.tensors
+    other = x.clone()
+    other[20:] *= -1
+    flip(folder / "shards" / "0001-00001.h5")
+    before = lasting(folder)
+    changed = replace(task, train=TensorDataset(other, y))
+    with pytest.raises(MismatchError, match=r"of 0001-00001 \(ids 20 to 39\) are not those that"):
+        gradindex.repair(changed, folder)
+    (folder / "shards" / "0001-00001.json").unlink()
+    with pytest.raises(MismatchError, match=r"of 0001-00001 \(ids 20 to 39\) are not those that"):
+        gradindex.repair(changed, folder)
+    before.pop("shards/0001-00001.json")
     assert lasting(folder) == before
 
 
-def test_a_repair_that_gives_other_bytes_is_the_stores_from_then_on(built):
+def test_a_repair_of_a_compacted_shard_that_is_killed_can_be_given_again(built, monkeypatch):
     task, folder = built
-    gradindex.compact(folder)
-    shard = sorted((folder / "shards").glob("*.h5"))[0]
-    before = gradindex.GradientStore(folder)
-    rows = before.rows(before.ids)
-    shard.unlink()
-    gradindex.repair(task, folder)
+    store = gradindex.compact(folder)
+    rows = store.rows(store.ids)
+    flip(sorted((folder / "shards").glob("*.h5"))[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(upkeep, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            gradindex.repair(task, folder)
+    assert "computed again" in gradindex.repair(task, folder)[0]
     store = gradindex.GradientStore(folder)
     assert store.verify() == []
     np.testing.assert_allclose(store.rows(store.ids), rows, rtol=1e-5, atol=1e-6)

@@ -9,7 +9,7 @@ import toys
 
 import gradindex
 from gradindex.errors import ArgumentError, DependencyError, DimensionMismatchError
-from gradindex.index import SearchIndex
+from gradindex.index import SearchIndex, require
 
 ROWS = np.random.default_rng(0).standard_normal((20, 6)).astype(np.float32)
 QUERY = np.random.default_rng(1).standard_normal((3, 6)).astype(np.float32)
@@ -74,7 +74,7 @@ def test_blocks_of_any_size_and_ids_with_gaps_give_the_same_answer():
 def test_missing_faiss_names_both_extras(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(DependencyError, match=r"pip install 'gradindex\[cpu\]' or 'gradindex\[gpu\]'"):
-        SearchIndex.require()
+        require()
 
 
 def test_a_build_without_faiss_is_refused_before_any_work(tmp_path, monkeypatch):
@@ -93,11 +93,11 @@ def test_faiss_gpu_without_its_cuda_wheels_is_explained(monkeypatch):
     monkeypatch.delitem(sys.modules, "faiss")
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     with pytest.raises(DependencyError, match=r"libcublas.so.12 is missing.*gradindex\[cpu\]"):
-        SearchIndex.require()
+        require()
 
 
 def test_two_faiss_packages_are_refused(monkeypatch):
     both = {"faiss": ["faiss-gpu", "faiss-cpu", "faiss-cpu"]}
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: both)
     with pytest.raises(DependencyError, match="faiss-cpu and faiss-gpu are both installed"):
-        SearchIndex.require()
+        require()

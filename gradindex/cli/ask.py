@@ -67,10 +67,10 @@ def query(
 
 @click.command("self-influence")
 @FOLDER
-@click.option("-k", default=20, show_default=True, help="How many.")
+@click.option("-k", type=int, help="How many; by default 20, or all if there are fewer.")
 @JSON
 @CSV
-def self_influence(folder: Path, k: int, as_json: bool, as_csv: bool) -> None:
+def self_influence(folder: Path, k: int | None, as_json: bool, as_csv: bool) -> None:
     """Show the training examples with the highest self-influence: mislabelled, rare or ambiguous.
 
     Example: gradindex self-influence /tmp/mnist -k 20
@@ -79,7 +79,7 @@ def self_influence(folder: Path, k: int, as_json: bool, as_csv: bool) -> None:
     from ..store import GradientStore
 
     store = GradientStore(folder)
-    ids, scores = store.top_self_influence(k)
+    ids, scores = store.top_self_influence(min(20, store.n_train) if k is None else k)
     columns = {name: store.column(name, ids) for name in store.columns}
     records = [
         {"rank": rank + 1, "id": int(i), "self_influence": float(scores[rank])}

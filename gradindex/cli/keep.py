@@ -19,10 +19,13 @@ def info(folder: Path, as_json: bool) -> None:
 
     Example: gradindex info /tmp/mnist
     """
+    from ..candidates import Candidates
     from ..hits import table
-    from ..store import overview
+    from ..store import GradientStore, overview
 
     found = overview(folder)
+    if found["state"] == "complete":
+        found["search"] = Candidates(GradientStore(folder)).how
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -49,7 +52,7 @@ def info(folder: Path, as_json: bool) -> None:
         f"projection {projection['kind']}{sketch}; gradients in {described['precision']}{unit}\n"
         f"rows in {found['row_type']}{factors}; {_bytes(found['bytes'])} in {found['shards']} shards, "
         f"made in {found['seconds']:,.0f} s\n"
-        f"columns: {', '.join(found['columns']) or 'none'}; search: {found['search']}\n"
+        f"columns: {', '.join(found['columns']) or 'none'}; search: {found.get('search', 'when it is complete')}\n"
         f"health: {'; '.join(found['health'])}\n\n"
         f"{table(checkpoints)}\n\n{table(layers)}"
     )
@@ -95,11 +98,11 @@ def remove(folder: Path, ids: tuple[int, ...], ids_from: Any) -> None:
 
     from ..store import remove as run
 
-    words = [str(i) for i in ids] if ids_from is None else ids_from.read().split()
-    wrong = [word for word in words if not word.lstrip("-").isdigit()]
-    if wrong:
-        raise click.UsageError(f"{wrong[0]!r} is not an id. Write whole numbers.")
-    store = run(folder, np.array([int(word) for word in words], dtype=np.int64))
+    try:
+        wanted = np.array([int(i) for i in (ids or ids_from.read().split())], dtype=np.int64)
+    except (ValueError, OverflowError) as error:  # no numbers, no text, or too large
+        raise click.UsageError(f"These are no ids: {str(error)[:100]}. Write whole numbers.") from None
+    store = run(folder, wanted)
     click.echo(f"{folder}: {store.n_train:,} rows are left")
 
 

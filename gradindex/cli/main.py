@@ -17,7 +17,7 @@ from ..errors import GradIndexError
 # Commands that go on where they were when they are given again.
 _RESUMABLE = ("build", "add", "add-checkpoint", "compact", "merge")
 
-PATH = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a path, the function says
 FOLDER = click.argument("folder", metavar="DIR", type=PATH)
 DEVICE = click.option("--device", help="Where to compute, such as cuda; by default where the task's model is.")
 WORKERS = click.option("--workers", default=0, show_default=True, help="Processes that read examples.")

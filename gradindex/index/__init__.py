@@ -1,3 +1,7 @@
 """Index: rows in, the largest inner products out."""
 
+from .compact import CompactIndex as CompactIndex
+from .compact import Shape as Shape
+from .compact import damage as damage
 from .flat import SearchIndex as SearchIndex
+from .flat import require as require

@@ -26,15 +26,6 @@ class SearchIndex:
     def __init__(self, dim: int, n_train: int, blocks: Callable[[], Blocks]) -> None:
         self._dim, self.n_train, self._blocks = dim, n_train, blocks
 
-    @staticmethod
-    def require() -> None:
-        """Check that FAISS can be used, before hours of other work.
-
-        Raises:
-            DependencyError: it is missing, broken, or installed twice.
-        """
-        _faiss()
-
     def search(self, query: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The rows with the largest inner products.
 
@@ -51,15 +42,9 @@ class SearchIndex:
             DimensionMismatchError: the query has another dimension than the rows.
             ArgumentError: ``k`` is out of range, or the query is not finite.
         """
-        if query.ndim != 2 or query.shape[1] != self._dim:
-            raise DimensionMismatchError(
-                f"The query has shape {query.shape}, but the index needs (n_query, {self._dim}). "
-                "Use the task that the store was built from."
-            )
+        query = checked_query(query, self._dim)
         check_k(k, self.n_train)
-        if not np.isfinite(query).all():
-            raise ArgumentError("The query has NaN or infinite numbers.")
-        faiss, query = _faiss(), np.ascontiguousarray(query, dtype=np.float32)
+        faiss = load_faiss()
         scores = np.empty((len(query), 0), dtype=np.float32)
         ids = np.empty((len(query), 0), dtype=np.int64)
         for some, rows in self._blocks():
@@ -67,19 +52,41 @@ class SearchIndex:
                 continue
             rows = np.ascontiguousarray(rows, dtype=np.float32)
             found, places = faiss.knn(query, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
-            scores, ids = np.concatenate([scores, found], 1), np.concatenate([ids, some[places]], 1)
-            order = np.lexsort((ids, -scores), axis=1)[:, :k]
-            scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+            scores, ids = ranked(np.concatenate([scores, found], 1), np.concatenate([ids, some[places]], 1), k)
         return scores, ids
 
 
-def _faiss() -> Any:
-    packages = sorted(set(importlib.metadata.packages_distributions().get("faiss", [])))
-    if len(packages) > 1:
-        raise DependencyError(
-            f"{' and '.join(packages)} are both installed and overwrite each other's files. "
-            "Uninstall all of them, then install one: pip install 'gradindex[cpu]' or 'gradindex[gpu]'."
+def checked_query(query: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
+    """Queries as FAISS takes them: (n_query, dim) contiguous float32.
+
+    Raises:
+        DimensionMismatchError: they have another shape.
+        ArgumentError: they are not finite.
+    """
+    if query.ndim != 2 or query.shape[1] != dim:
+        raise DimensionMismatchError(
+            f"The query has shape {query.shape}, but the index needs (n_query, {dim}). "
+            "Use the task that the store was built from."
         )
+    if not np.isfinite(query).all():
+        raise ArgumentError("The query has NaN or infinite numbers.")
+    return np.ascontiguousarray(query, dtype=np.float32)
+
+
+def ranked(
+    scores: NDArray[np.float32], ids: NDArray[np.int64], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k best of each row, by score descending, then id ascending."""
+    order = np.lexsort((ids, -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+
+
+def load_faiss() -> Any:
+    """The module.
+
+    Raises:
+        DependencyError: it is missing or broken.
+    """
     try:
         import faiss
     except (ImportError, RuntimeError) as error:  # faiss-gpu without its CUDA wheels raises RuntimeError
@@ -87,3 +94,18 @@ def _faiss() -> Any:
             f"FAISS cannot be imported ({error}). Install one: pip install 'gradindex[cpu]' or 'gradindex[gpu]'."
         ) from None
     return faiss
+
+
+def require() -> None:
+    """Check that FAISS can be used, before hours of other work.
+
+    Raises:
+        DependencyError: it is missing, broken, or installed twice.
+    """
+    packages = sorted(set(importlib.metadata.packages_distributions().get("faiss", [])))
+    if len(packages) > 1:
+        raise DependencyError(
+            f"{' and '.join(packages)} are both installed and overwrite each other's files. "
+            "Uninstall all of them, then install one: pip install 'gradindex[cpu]' or 'gradindex[gpu]'."
+        )
+    load_faiss()

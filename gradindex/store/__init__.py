@@ -1,6 +1,8 @@
 """The store: rows that are never lost, never wrong, never all in memory (docs/format.md)."""
 
+from . import runs as runs
 from .bases import Bases as Bases
+from .bases import digest_of_bases as digest_of_bases
 from .bases import read_bases as read_bases
 from .bases import write_bases as write_bases
 from .encoding import ROW_TYPES as ROW_TYPES
@@ -18,6 +20,8 @@ from .overview import overview as overview
 from .reader import GradientStore as GradientStore
 from .upkeep import changing as changing
 from .upkeep import compact as compact
+from .upkeep import kept as kept
+from .upkeep import live_plan as live_plan
 from .upkeep import merge as merge
 from .upkeep import remove as remove
 from .upkeep import rewritten as rewritten

@@ -19,6 +19,11 @@ Bases = dict[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]]
 _SIDES = ("output_gradients", "activations")
 
 
+def digest_of_bases(bases: Mapping[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]]) -> str:
+    """What a map names bases by: the digest of their content."""
+    return _digest(_arrays(bases))
+
+
 def write_bases(folder: Path, bases: Mapping[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]]) -> str:
     """Keep bases under a name of their own content; returns its digest, for the map.
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import StoreError
+from ..errors import ArgumentError, StoreError
 from ..files import discard, flush, flushing, put_in_place, storing, temporary_for, with_checksum
 
 # 16 KiB: a row read at random costs little more than its own bytes, and checksums add 0.1% to a file.
@@ -209,13 +209,14 @@ class Container:
     Args:
         path: the HDF5 file.
         seal: what :func:`writing` put beside it, already checked.
+        sound: which blocks were found sound before, where the file was open before; shared with this one.
 
     Raises:
         StoreError: the file is not as long as when it was sealed.
         OSError: it cannot be opened.
     """
 
-    def __init__(self, path: Path, seal: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, seal: Mapping[str, Any], sound: NDArray[np.bool_] | None = None) -> None:
         self.path, self._places = path, seal["arrays"]
         self._block_bytes: int = seal["block_bytes"]
         self._digests = bytes.fromhex(seal["blocks"])
@@ -224,7 +225,7 @@ class Container:
             if size != seal["bytes"]:
                 raise StoreError(f"{path} has {size} bytes instead of {seal['bytes']}")
             self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        self._sound = np.zeros(len(self._digests) // _DIGEST_BYTES, dtype=bool)
+        self.sound = np.zeros(len(self._digests) // _DIGEST_BYTES, dtype=bool) if sound is None else sound
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -232,7 +233,7 @@ class Container:
     @property
     def blocks(self) -> int:
         """The number of blocks."""
-        return len(self._sound)
+        return len(self.sound)
 
     def names(self, prefix: str = "") -> list[str]:
         """Arrays whose path starts with ``prefix``."""
@@ -246,10 +247,13 @@ class Container:
         """Positions ``start`` to ``stop`` of an array: a read-only view of the file, its blocks verified.
 
         Raises:
+            ArgumentError: there are no such positions.
             StoreError: a block is damaged.
         """
         place = self._places[name]
         stop = place["shape"][0] if stop is None else stop
+        if not 0 <= start <= stop <= place["shape"][0]:
+            raise ArgumentError(f"Positions {start} to {stop} are not among those of {name}, 0 to {place['shape'][0]}.")
         each = _item_bytes(place)
         if stop > start:
             first, last = place["offset"] + start * each, place["offset"] + stop * each - 1
@@ -274,8 +278,18 @@ class Container:
         return taken
 
     def damaged(self) -> list[int]:
-        """Numbers of all damaged blocks of the file, every block read anew."""
-        return [number for number in range(len(self._sound)) if not self._matches(number)]
+        """Numbers of all damaged blocks of the file, every block read anew, and not through the map.
+
+        Raises:
+            OSError: the disk does not give them.
+        """
+        found, block = [], bytearray(self._block_bytes)
+        with self.path.open("rb") as file:
+            for number in range(self.blocks):
+                count = file.readinto(block)
+                if _digest(memoryview(block)[:count]) != self._expected(number):
+                    found.append(number)
+        return found
 
     def positions_in(self, blocks: list[int]) -> tuple[int, int] | None:
         """First and last position, of any array, that one of the blocks holds a part of; ``None`` for none."""
@@ -295,15 +309,14 @@ class Container:
         return np.frombuffer(self._bytes, place["dtype"], count, place["offset"]).reshape(place["shape"])
 
     def _verify(self, blocks: NDArray[np.int64], name: str) -> None:
-        for number in blocks[~self._sound[blocks]]:
-            if not self._matches(int(number)):
+        for number in blocks[~self.sound[blocks]].tolist():
+            start = number * self._block_bytes
+            if _digest(self._bytes[start : start + self._block_bytes]) != self._expected(number):
                 raise StoreError(
                     f"{self.path} is damaged (block {number}, in {name}). Run `gradindex verify` to see all damage, "
                     "and `gradindex build --repair` to compute damaged shards again."
                 )
-            self._sound[number] = True
+            self.sound[number] = True
 
-    def _matches(self, number: int) -> bool:
-        start = number * self._block_bytes
-        expected = self._digests[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES]
-        return _digest(self._bytes[start : start + self._block_bytes]) == expected
+    def _expected(self, number: int) -> bytes:
+        return self._digests[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES]

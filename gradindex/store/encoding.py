@@ -30,7 +30,7 @@ def check_row_type(row_type: str) -> None:
 
 
 def encode(
-    rows: NDArray[np.float32], row_type: str, n_checkpoints: int, name: Callable[[int], str]
+    rows: NDArray[np.float32], row_type: str, n_checkpoints: int, name: Callable[[int], str], what: str = "rows"
 ) -> dict[str, NDArray[Any]]:
     """Rows as they are stored.
 
@@ -39,6 +39,7 @@ def encode(
         row_type: one of ``ROW_TYPES``.
         n_checkpoints: blocks in a row; each has a scale of its own in int8.
         name: what to call the row at a position, for the error.
+        what: what the rows are, for the error.
 
     Returns:
         ``rows`` (m, dim), and for int8 ``scales`` (m, n_checkpoints) float32: a number is its code
@@ -52,24 +53,28 @@ def encode(
     if row_type == "int8":
         blocks = rows.reshape(len(rows), n_checkpoints, -1)
         scales = np.abs(blocks).max(2) / np.float32(127)
-        codes = np.rint(blocks / np.where(scales > 0, scales, 1)[:, :, None])
+        scales = np.where(scales >= np.finfo(np.float32).tiny, scales, 0)  # below, a quotient is anything
+        codes = np.rint(np.where(scales[:, :, None] > 0, blocks, 0) / np.where(scales > 0, scales, 1)[:, :, None])
         return {"rows": codes.astype(np.int8).reshape(rows.shape), "scales": scales.astype(np.float32)}
     if row_type == "float16":
-        _refuse(np.abs(rows).max(1, initial=0) > _LARGEST_HALF, rows, row_type, name)
+        _refuse(np.abs(rows).max(1, initial=0) > _LARGEST_HALF, rows, row_type, name, what)
         return {"rows": rows.astype(np.float16)}
     bits = np.ascontiguousarray(rows).view(np.uint32)
     # To the nearest, ties to even: what is cut off moves the rest up by one where it is more than half.
     codes = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
-    _refuse(((codes & 0x7F80) == 0x7F80).any(1), rows, row_type, name)
+    _refuse(((codes & 0x7F80) == 0x7F80).any(1), rows, row_type, name, what)
     return {"rows": codes}
 
 
-def _refuse(too_large: NDArray[np.bool_], rows: NDArray[np.float32], row_type: str, name: Callable[[int], str]) -> None:
+def _refuse(
+    too_large: NDArray[np.bool_], rows: NDArray[np.float32], row_type: str, name: Callable[[int], str], what: str
+) -> None:
     if too_large.any():
         row = int(too_large.argmax())
+        way_out = "float32, or as int8, which has a scale for each row." if what == "rows" else "float32."
         raise ArgumentError(
-            f"{name(row)} has a number of size {np.abs(rows[row]).max():.4g} in its row, more than {row_type} holds. "
-            "Store the rows as float32, or as int8, which has a scale for each row."
+            f"{name(row)} has a number of size {np.abs(rows[row]).max():.4g} in its {what}, more than {row_type} "
+            f"holds. Store the {what} as {way_out}"
         )
 
 

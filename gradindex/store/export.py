@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import DependencyError, StoreError
 from ..files import discard, flush, put_in_place, storing, temporary_for
@@ -46,29 +48,39 @@ def export(store: GradientStore, out: str | os.PathLike[str]) -> Path:
     return path
 
 
+def _pieces(store: GradientStore) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
+    """Ids and all that is stored of them, piece by piece, with progress."""
+    with progress("exporting", store.n_train, "rows") as advance:
+        for ids, rows in store.blocks():
+            if len(ids):
+                values: dict[str, NDArray[Any]] = {"rows": rows, "losses": store.losses(ids)}
+                values["self_influence"] = store.self_influence(ids)
+                values |= {f"columns/{name}": store.column(name, ids) for name in store.columns}
+                yield ids, values
+                advance(len(ids))
+
+
 def _to_numpy(store: GradientStore, path: Path, temporary: Path) -> None:
-    ids = store.ids
+    kinds = {
+        name: kind if kind != "U" else f"<U{store.longest(name)}" for name, kind in store.manifest["columns"].items()
+    }
+    shapes = {"ids": ("<i8", ()), "rows": ("<f4", (store.dim,))}
+    shapes |= dict.fromkeys(("self_influence", "losses"), ("<f8", (store.n_checkpoints,)))
+    shapes |= {f"columns/{name}": (kind, ()) for name, kind in kinds.items()}
     with storing(path):
         (temporary / "columns").mkdir(parents=True)
-        np.save(temporary / "ids.npy", ids)
-        with (temporary / "rows.npy").open("wb") as file:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), store.dim)}
-            np.lib.format.write_array_header_1_0(file, header)
-    with progress("exporting", len(ids), "rows") as advance, (temporary / "rows.npy").open("ab") as file:
-        for some, rows in store.blocks():
-            with storing(path):
-                file.write(np.ascontiguousarray(rows, dtype="<f4").data)
-            advance(len(some))
-    for name, values in (("self_influence", store.self_influence()), ("losses", store.losses())):
+        for name, (kind, shape) in shapes.items():
+            header = {"descr": kind, "fortran_order": False, "shape": (store.n_train, *shape)}
+            with (temporary / f"{name}.npy").open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+    for ids, values in _pieces(store):
         with storing(path):
-            np.save(temporary / f"{name}.npy", values)
-    for name in store.columns:
-        column = store.column(name)
-        with storing(path):
-            np.save(temporary / "columns" / f"{name}.npy", column)
+            for name, array in {"ids": ids, **values}.items():
+                with (temporary / f"{name}.npy").open("ab") as file:
+                    file.write(np.ascontiguousarray(array, dtype=shapes[name][0]).tobytes())
     with storing(path):
-        for file_path in temporary.rglob("*.npy"):
-            flush(file_path)
+        for made in temporary.rglob("*.npy"):
+            flush(made)
         put_in_place((temporary, path))
 
 
@@ -80,27 +92,28 @@ def _to_parquet(store: GradientStore, path: Path, temporary: Path) -> None:
         raise DependencyError(
             f"{path} needs the package pyarrow. Install it: pip install 'gradindex[parquet]', or export to a folder."
         ) from None
-
-    def lists(values: Any, size: int) -> Any:
-        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), size)
-
-    writer: Any = None
+    of_type: Callable[[str], Any] = lambda kind: pa.string() if kind == "U" else pa.from_numpy_dtype(np.dtype(kind))  # noqa: E731
+    fields = [("id", pa.int64()), ("row", pa.list_(pa.float32(), store.dim))]
+    fields += [(name, pa.list_(pa.float64(), store.n_checkpoints)) for name in ("self_influence", "losses")]
+    fields += [(f"columns.{name}", of_type(kind)) for name, kind in store.manifest["columns"].items()]
+    schema = pa.schema(fields)
+    with storing(path):
+        writer = pq.ParquetWriter(temporary, schema)
     try:
-        with progress("exporting", store.n_train, "rows") as advance:
-            for ids, rows in store.blocks():
-                table: dict[str, Any] = {"id": pa.array(ids), "row": lists(rows, store.dim)}
-                table["self_influence"] = lists(store.self_influence(ids), store.n_checkpoints)
-                table["losses"] = lists(store.losses(ids), store.n_checkpoints)
-                table |= {f"columns.{name}": pa.array(store.column(name, ids)) for name in store.columns}
-                with storing(path):
-                    piece = pa.table(table)
-                    writer = writer or pq.ParquetWriter(temporary, piece.schema)
-                    writer.write_table(piece)
-                advance(len(ids))
-    finally:
-        if writer is not None:
+        for ids, values in _pieces(store):
+            named = {"id": ids, "row": values["rows"], **values}
+            arrays = [_arrow(pa, named[field.replace("columns.", "columns/", 1)]) for field, _ in fields]
             with storing(path):
-                writer.close()
+                writer.write_table(pa.table(arrays, schema=schema))
+    finally:
+        with storing(path):
+            writer.close()
     with storing(path):
         flush(temporary)
         put_in_place((temporary, path))
+
+
+def _arrow(pa: Any, array: NDArray[Any]) -> Any:
+    if array.ndim == 1:
+        return pa.array(array)
+    return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])

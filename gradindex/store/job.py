@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import socket
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,17 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, MismatchError, StoreError
-from ..files import digest_of, discard, leftovers, locked, read_checked, storing, write_checked
+from ..files import digest_of, discard, is_there, leftovers, locked, read_checked, storing, write_checked
 from . import runs
 from .bases import base_files
 from .container import Spec, Writer, writing
 from .encoding import STORED, encode
-from .manifest import FORMAT, LOCK, MANIFEST, PENDING, SHARDS, VERSION, differences, read_manifest, read_pending
-from .shards import FACTOR_SIDES, factor_name
+from .manifest import FORMAT, INDEX, LOCK, MANIFEST, PENDING, SHARDS, VERSION, differences, read_manifest, read_pending
+from .shards import FACTOR_SIDES, Shard, factor_name
 
 # The i-th of n parts of a job's shards, from 1 on.
 Part = tuple[int, int]
 _LOG = "log.jsonl"
+_OUR_SHARDS = re.compile(r"\d{4,}-\d{5,}\.(h5|json)(\.tmp-.*)?")
 
 
 @contextmanager
@@ -40,14 +42,14 @@ def claimed(folder: Path, part: Part | None = None, *, new: bool = False) -> Ite
 
     Args:
         folder: the store's.
-        part: let those in who make another part.
+        part: let those in who make another part of as many.
         new: make the folder, unless something else is in it.
 
     Raises:
         StoreError: another process has it, it cannot be written, or it holds something else.
     """
-    if new and folder.exists() and (not folder.is_dir() or any(not _ours(path.name) for path in folder.iterdir())):
-        raise StoreError(f"{folder} is not empty and holds no gradindex store. Choose another folder.")
+    if new:
+        _check_free(folder)
     with contextlib.ExitStack() as stack:
         with storing(folder):
             if new:
@@ -55,11 +57,33 @@ def claimed(folder: Path, part: Part | None = None, *, new: bool = False) -> Ite
             stack.enter_context(locked(folder / LOCK, shared=part is not None))
             if part is not None:
                 stack.enter_context(locked(folder / f"{LOCK}-{part[0]}-of-{part[1]}"))
+                for other in folder.glob(f"{LOCK}-*-of-*"):
+                    if not other.name.endswith(f"-of-{part[1]}"):  # other parts would be of the same shards
+                        with locked(other):
+                            pass
         yield
 
 
+def _check_free(folder: Path) -> None:
+    """Refuse to make a store where something else is, or what is left of one."""
+    shards = folder / SHARDS
+    with storing(folder):
+        if not folder.exists():
+            return
+        here = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+        inside = [path.name for path in shards.iterdir()] if shards.is_dir() else []
+    if any(not _ours(name) for name in here) or any(not _OUR_SHARDS.fullmatch(name) for name in inside):
+        raise StoreError(f"{folder} is not empty and holds no gradindex store. Choose another folder.")
+    if inside and not is_there(folder / MANIFEST) and not is_there(folder / PENDING):
+        raise StoreError(
+            f"{folder} holds shards, but neither {MANIFEST} nor {PENDING}, which say what they are. "
+            "Restore it from a copy, or delete the folder."
+        )
+
+
 def _ours(name: str) -> bool:
-    return name in (MANIFEST, PENDING, SHARDS, _LOG) or name.startswith((LOCK, "bases-", f"{MANIFEST}.", f"{PENDING}."))
+    own = name in (MANIFEST, PENDING, SHARDS, INDEX, _LOG, LOCK)
+    return own or name.startswith((f"{LOCK}-", "bases-", f"{MANIFEST}.tmp-", f"{PENDING}.tmp-"))
 
 
 class Job:
@@ -112,7 +136,7 @@ class Job:
         with storing(folder / PENDING), locked(folder / f"{LOCK}-plan", wait=True):
             job = cls.pending(folder)
             if job is not None:
-                job._check_same(kind, after)
+                job._check_same(after)
                 return job
             named = [{"name": f"{generation:04d}-{number:05d}", **planned} for number, planned in enumerate(plan)]
             header = {"format": FORMAT, "version": VERSION, "needs": [], "job": kind}
@@ -120,10 +144,8 @@ class Job:
             write_checked(folder / PENDING, pending)
         return cls(folder, pending)
 
-    def _check_same(self, kind: str, after: Mapping[str, Any]) -> None:
+    def _check_same(self, after: Mapping[str, Any]) -> None:
         way_out = f"Finish it with the same command as before, or delete {self.folder / PENDING} to give it up."
-        if kind != self.kind:
-            raise MismatchError(f"{self.folder} has an unfinished `{self.kind}`, and this is `{kind}`. {way_out}")
         # Bases fitted by two processes can differ in their last digits; those of the plan hold.
         unfitted = {**after, "map": {name: value for name, value in after["map"].items() if name != "bases"}}
         differing = differences(self.after, unfitted)
@@ -132,14 +154,16 @@ class Job:
             differing.append(f"data length ({lengths[0]} then, {lengths[1]} now)")
         elif self.after["data"] != after["data"]:
             differing.append("data")
-        if differing:
-            task = "another task" if kind == "build" else f"another `{kind}`"
+        if not differing:
+            return
+        if self.kind == "build":
             raise MismatchError(
-                f"{self.folder} holds a build of {task}: {'; '.join(differing)} differ. "
+                f"{self.folder} holds a build of another task: {'; '.join(differing)} differ. "
                 "Choose another folder, or delete this one."
-                if kind == "build"
-                else f"{self.folder} has an unfinished `{kind}` of other data: {'; '.join(differing)} differ. {way_out}"
             )
+        raise MismatchError(
+            f"{self.folder} has an unfinished `{self.kind}` of other data: {'; '.join(differing)} differ. {way_out}"
+        )
 
     def missing(self, part: Part | None = None) -> list[dict[str, Any]]:
         """The planned shards that are still to be made, all or those of a part."""
@@ -152,10 +176,6 @@ class Job:
         """Delete what killed processes left of the shards that are still to be made."""
         for planned in self.missing(part):
             discard(*leftovers(self.folder / SHARDS, planned["name"]))
-
-    def ids(self, planned: Mapping[str, Any]) -> NDArray[np.int64]:
-        """The ids of a planned shard."""
-        return runs.to_ids(planned["ids"])
 
     def rows_done(self, part: Part | None = None) -> tuple[int, int]:
         """How many rows are made, and how many there are to be, in all or in a part."""
@@ -194,9 +214,19 @@ class Job:
         discard(self.folder / PENDING)
         sweep(self.folder)
 
+    def made(self, limit: int) -> list[tuple[int, NDArray[np.float64]]]:
+        """The first id of up to ``limit`` shards that are made, and its losses (C,)."""
+        entries = [entry for planned in self.plan if (entry := self._entry(planned)) is not None]
+        shards = [Shard(self.folder, entry) for entry in entries[:: max(1, len(entries) // limit)]]
+        return [(int(shard.ids[0]), shard.arrays.view("losses", 0, 1)[0]) for shard in shards]
+
     @contextmanager
     def shard(
-        self, planned: Mapping[str, Any], columns: Mapping[str, NDArray[Any]], samples: Sequence[tuple[int, str]]
+        self,
+        planned: Mapping[str, Any],
+        columns: Mapping[str, NDArray[Any]],
+        samples: Sequence[tuple[int, str]],
+        specs: Mapping[str, Spec] | None = None,
     ) -> Iterator[ShardWriter]:
         """Make one shard: whole and sealed when the block ends well, else not there.
 
@@ -204,17 +234,19 @@ class Job:
             planned: of the plan.
             columns: values for its ids.
             samples: ids and digests of some of its examples.
+            specs: shapes and types of arrays, where they are copied; by default those of computed rows.
 
         Raises:
             StoreError: it cannot be written.
         """
         started = time.perf_counter()
-        with shard_writer(self.folder, self.after, planned, columns, samples) as writer:
+        with shard_writer(self.folder, self.after, planned, columns, samples, specs) as writer:
             yield writer
         note = {"job": self.kind, "shard": planned["name"], "rows": runs.count(planned["ids"])}
         note |= {"seconds": round(time.perf_counter() - started, 3), "host": socket.gethostname()}
-        with storing(self.folder / _LOG), (self.folder / _LOG).open("a") as log:
-            log.write(json.dumps(note) + "\n")  # beside the manifest, which is the same whenever a store is made
+        # Beside the manifest, which is the same whenever a store is made; and nothing depends on it.
+        with contextlib.suppress(OSError), (self.folder / _LOG).open("a") as log:
+            log.write(json.dumps(note) + "\n")
 
 
 class ShardWriter:
@@ -248,7 +280,7 @@ class ShardWriter:
         arrays |= {"self_influence": self_influence, "losses": losses}
         for (checkpoint, layer), sides in factors.items():
             for side, values in zip(FACTOR_SIDES, sides, strict=True):
-                (stored,) = encode(values, kind, 1, name).values()
+                (stored,) = encode(values, kind, 1, name, "factors").values()
                 arrays[factor_name(checkpoint, layer, side)] = stored
         for array, values in arrays.items():
             self.raw.put(array, place, values)
@@ -262,15 +294,18 @@ def shard_writer(
     planned: Mapping[str, Any],
     columns: Mapping[str, NDArray[Any]],
     samples: Sequence[tuple[int, str]],
+    specs: Mapping[str, Spec] | None = None,
 ) -> Iterator[ShardWriter]:
     """See :meth:`Job.shard`."""
     ids = runs.to_ids(planned["ids"])
-    values = {f"columns/{name}": as_stored(column) for name, column in columns.items()}
-    specs = {**_specs(after, len(ids)), **{name: (column.shape, column.dtype.str) for name, column in values.items()}}
+    values = {f"columns/{name}": as_stored(column, after["columns"][name]) for name, column in columns.items()}
+    all_specs: dict[str, Spec] = {"ids": ((len(ids),), "<i8")}
+    all_specs |= _specs(after, len(ids)) if specs is None else specs
+    all_specs |= {name: (column.shape, column.dtype.str) for name, column in values.items()}
     attributes = {"format": FORMAT, "version": VERSION, "map": after["fingerprint"], "rows@row_type": after["row_type"]}
     about = {"name": planned["name"], "map": after["fingerprint"], "ids": planned["ids"]}
     about |= {"row_type": after["row_type"], "samples": [list(sample) for sample in samples]}
-    with writing(folder / SHARDS / f"{planned['name']}.h5", specs, attributes, about) as raw:
+    with writing(folder / SHARDS / f"{planned['name']}.h5", all_specs, attributes, about) as raw:
         for name, column in {"ids": ids, **values}.items():
             raw.put(name, 0, column)
         yield ShardWriter(raw, after, ids)
@@ -278,7 +313,7 @@ def shard_writer(
 
 def _specs(after: Mapping[str, Any], count: int) -> dict[str, Spec]:
     checkpoints = len(after["map"]["checkpoints"])
-    specs: dict[str, Spec] = {"ids": ((count,), "<i8"), "rows": ((count, after["dim"]), STORED[after["row_type"]])}
+    specs: dict[str, Spec] = {"rows": ((count, after["dim"]), STORED[after["row_type"]])}
     if after["row_type"] == "int8":
         specs["scales"] = ((count, checkpoints), "<f4")
     specs |= dict.fromkeys(("self_influence", "losses"), ((count, checkpoints), "<f8"))
@@ -290,12 +325,12 @@ def _specs(after: Mapping[str, Any], count: int) -> dict[str, Spec]:
     return specs
 
 
-def as_stored(column: NDArray[Any]) -> NDArray[Any]:
-    """A column as a shard holds it: text in UTF-8, padded with zeros; numbers little-endian."""
-    if column.dtype.kind in "US":
-        encoded = np.char.encode(column, "utf-8") if column.dtype.kind == "U" else column
-        return encoded.astype(f"S{max(1, encoded.dtype.itemsize)}")
-    return column.astype(column.dtype.newbyteorder("<"))
+def as_stored(column: NDArray[Any], kind: str) -> NDArray[Any]:
+    """A column as a shard holds it: text in UTF-8, padded with zeros; numbers in the column's type."""
+    if kind != "U":
+        return column.astype(kind)
+    encoded = column if column.dtype.kind == "S" else np.char.encode(column.astype(str), "utf-8")
+    return encoded.astype(f"S{max(1, encoded.dtype.itemsize)}")
 
 
 def entry_of(name: str, seal: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,7 +372,8 @@ def sweep(folder: Path) -> None:
     named = {f"{entry['name']}{suffix}" for entry in manifest["shards"] for suffix in (".h5", ".json")}
     digest = manifest["map"]["bases"]
     bases = set() if digest is None else base_files(digest)
-    discard(*(path for path in (folder / SHARDS).iterdir() if path.name not in named))
+    shards = [path for path in (folder / SHARDS).glob("*") if _OUR_SHARDS.fullmatch(path.name)]
+    discard(*(path for path in shards if path.name not in named))
     discard(*(path for path in folder.glob("bases-*") if path.name not in bases), *leftovers(folder))
 
 

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
-from ..files import digest_of, read_checked
+from ..files import checked, digest_of, is_there
 
 FORMAT, VERSION = "gradindex-store", 1
 MANIFEST, PENDING, LOCK = "manifest.json", "pending.json", "lock"
-SHARDS = "shards"
+SHARDS, INDEX = "shards", "index"
 # What a manifest may list under "needs": parts of the format that came after version 1 and cannot be ignored.
 FEATURES: tuple[str, ...] = ()
 
-# What a store keeps for good; all else in a manifest changes with its shards.
-FIXED = (
-    "task",
-    "map",
-    "fingerprint",
-    "dim",
-    "row_type",
-    "factors",
-    "self_influence",
-    "columns",
-    "batch_size",
-    "threads",
-    "shard_rows",
-)
+# What changes with the shards; a change keeps all else, also what a later version may have added.
+CHANGING = ("format", "version", "generation", "shards", "sha256")
 
 
 def fingerprint(described: Mapping[str, Any]) -> str:
@@ -44,7 +32,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         StoreError: there is none, it is damaged, or of another version.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if not is_there(path):
         raise StoreError(
             f"{folder} is not a gradindex store (no {MANIFEST}). Build one: gradindex build TASK --out DIR."
         )
@@ -61,12 +49,13 @@ def read_pending(folder: Path) -> dict[str, Any] | None:
         StoreError: it is damaged, or of another version.
     """
     path = folder / PENDING
-    return _read(path) if path.is_file() else None
+    return _read(path) if is_there(path) else None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        version = _version(path)
+        content = path.read_bytes()
+        version = _version(content)
         if version == 0:
             raise StoreError(f"{path.parent} has format version 0, of a trial version. Build it again.")
         if version > VERSION:
@@ -74,12 +63,12 @@ def _read(path: Path) -> dict[str, Any]:
                 f"{path.parent} has format version {version}, but this gradindex reads up to {VERSION}. "
                 "Upgrade gradindex."
             )
-        value = read_checked(path)
+        value = checked(content)
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}. Check the folder.") from None
     except (ValueError, KeyError, TypeError) as error:
-        way_out = "Restore it from a copy, or build again elsewhere."
-        if path.name == PENDING:
+        way_out = "Restore it from a copy, or delete the folder and build again."
+        if path.name == PENDING and (path.parent / MANIFEST).exists():
             way_out = "Delete it to give up the change that it plans, and give the command again."
         raise StoreError(f"{path} is damaged ({error}). {way_out}") from None
     unknown = [feature for feature in value["needs"] if feature not in FEATURES]
@@ -88,15 +77,14 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-def _version(path: Path) -> int:
-    """Read before the checksum, whose rule may change with it."""
-    try:
-        value = json.loads(path.read_bytes())
-    except RecursionError:
-        raise ValueError("it is not JSON") from None
-    if value["format"] != FORMAT:
+def _version(content: bytes) -> int:
+    """Found before the checksum is looked at, whose rule may change with it; no number but in its place is taken."""
+    found = re.match(rb'\s*{\s*"format": "([^"]*)",\s*"version": (\d+),', content)
+    if found is None:
+        raise ValueError("it does not begin as a manifest does")
+    if found[1].decode(errors="replace") != FORMAT:
         raise ValueError("another format")
-    return int(value["version"])
+    return int(found[2])
 
 
 def differences(stored: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
+from ..files import is_there
 from . import runs
+from .bases import base_files
 from .job import Job, seconds_spent
-from .manifest import MANIFEST, PENDING, SHARDS
+from .manifest import MANIFEST, SHARDS
 from .reader import GradientStore
 
 
@@ -18,15 +21,22 @@ def overview(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         The manifest without its shards and removed ids, and ``n_train``, ``bytes`` on disk, ``shards`` (their
-        number), ``seconds`` that making them took, ``removed`` (how many), ``state``, ``search``, and ``health``,
-        a list of sentences; whether files are there and of the right size is looked at, their content is not.
+        number), ``seconds`` that making them took, ``removed`` (how many), ``state`` and ``health``, a list of
+        sentences; whether files are there is looked at, their content is not.
 
     Raises:
         StoreError: no store, a damaged manifest, or another version.
     """
     path = Path(folder)
-    job = Job.pending(path) if (path / PENDING).exists() else None
-    if not (path / MANIFEST).exists() and job is not None:
+    try:
+        return _overview(path)
+    except StoreError:
+        return _overview(path)  # it may have become complete, or gone on, between two looks
+
+
+def _overview(path: Path) -> dict[str, Any]:
+    job = Job.pending(path)
+    if job is not None and not is_there(path / MANIFEST):
         return _unfinished(path, job)
     store = GradientStore(path)
     entries, removed = store.manifest["shards"], runs.count(store.manifest["removed"])
@@ -36,9 +46,12 @@ def overview(folder: str | os.PathLike[str]) -> dict[str, Any]:
         health.append(f"an unfinished `{job.kind}`: {done} of {len(job.plan)} shards are made; give the command again")
     if removed:
         health.append(f"{removed:,} removed rows still take room; `gradindex compact` frees it")
-    missing = [e["name"] for e in entries if not (path / SHARDS / f"{e['name']}.h5").exists()]
+    files = [Path(SHARDS) / f"{entry['name']}{suffix}" for entry in entries for suffix in (".h5", ".json")]
+    digest = store.manifest["map"]["bases"]
+    files += [] if digest is None else [Path(name) for name in sorted(base_files(digest))]
+    missing = [file for file in files if not is_there(path / file)]
     if missing:
-        health.append(f"{len(missing)} shards are missing, the first is {missing[0]}; `build --repair` makes them")
+        health.append(f"{len(missing)} files are missing, the first is {missing[0]}; `build --repair` makes them")
     return {
         **{name: value for name, value in store.manifest.items() if name not in ("shards", "removed")},
         "n_train": store.n_train,
@@ -47,7 +60,6 @@ def overview(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "bytes": _size(path),
         "seconds": seconds_spent(path, [entry["name"] for entry in entries]),
         "state": "complete",
-        "search": "exact over all rows",
         "health": health or ["all files are there; `gradindex verify` reads them"],
     }
 
@@ -64,13 +76,13 @@ def _unfinished(path: Path, job: Job) -> dict[str, Any]:
         "bytes": _size(path),
         "seconds": seconds_spent(path, names),
         "state": f"unfinished, {len(names)} shards done",
-        "search": "none before it is complete",
         "health": [f"{done:,} of {total:,} rows are made; give the same `gradindex build` again to go on"],
     }
 
 
 def _size(path: Path) -> int:
-    try:
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}. Check the folder.") from None
+    size = 0
+    for file in path.rglob("*"):
+        with contextlib.suppress(OSError):  # a temporary file may be gone by now
+            size += file.stat().st_size if file.is_file() else 0
+    return size

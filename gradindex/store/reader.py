@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, StoreError, check_k
+from ..files import is_there
 from ..progress import progress
 from . import runs
 from .bases import Bases, read_bases
 from .job import progress_of
-from .manifest import FIXED, MANIFEST, PENDING, read_manifest
-from .shards import FACTOR_SIDES, OpenShards, factor_name, opened, problem_of, read_seal
+from .manifest import MANIFEST, PENDING, read_manifest
+from .shards import FACTOR_SIDES, OpenShards, factor_name, problem_of
 
 # What `blocks` hands out at once.
 _PIECE_BYTES = 16 << 20
@@ -28,8 +29,8 @@ class GradientStore:
     """A complete store, open for reading. Opening reads the manifest alone.
 
     Rows belong to *ids*, int64 keys (by default the positions in the training set) that never change and are
-    never used again. Every block of a file is compared with its checksum before it is first handed out. One
-    store can be read from many threads.
+    never used again. Every block of a file is compared with its checksum before it is first handed out. A store is
+    as it was when it was opened, also for the threads that share it; :attr:`current` tells whether it still is.
 
     Args:
         folder: what ``gradindex build`` wrote.
@@ -40,38 +41,40 @@ class GradientStore:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self.reload()
-
-    def reload(self) -> None:
-        """Read the manifest again, after the store has changed."""
-        if not (self.folder / MANIFEST).exists() and (self.folder / PENDING).exists():
+        if not self.complete(folder) and is_there(self.folder / PENDING):
             done, shards = progress_of(self.folder)
             raise StoreError(
                 f"{self.folder} is a build that has not finished ({done} of {shards} shards). "
                 "Run the same `gradindex build` again to go on, or `gradindex seal` once every part is done."
             )
+        self._seen = _signature(self.folder)
         self.manifest = read_manifest(self.folder)
         self.dim: int = self.manifest["dim"]
         self.n_checkpoints: int = len(self.manifest["map"]["checkpoints"])
-        self._removed: list[list[int]] = self.manifest["removed"]
+        self._removed = runs.as_runs(self.manifest["removed"])
         self._serve(self.manifest["shards"])
 
     def _serve(self, entries: list[dict[str, Any]]) -> None:
         self._entries = entries
-        self._runs: dict[int, runs.Runs] = {}
         self._firsts = np.array([entry["first"] for entry in entries], dtype=np.int64)
         self._shards = OpenShards(self.folder, entries, self.manifest["generation"])
+        self._live_runs: NDArray[np.int64] | None = None
 
     @staticmethod
     def complete(folder: str | os.PathLike[str]) -> bool:
         """Whether a complete store is here."""
-        return (Path(folder) / MANIFEST).exists()
+        return is_there(Path(folder) / MANIFEST)
+
+    @property
+    def current(self) -> bool:
+        """Whether the store on disk is still the one that was opened."""
+        return _signature(self.folder) == self._seen
 
     @property
     def n_train(self) -> int:
         """The number of training examples that have a row, removed ones not counted."""
-        rows: int = sum(entry["rows"] for entry in self._entries) - runs.count(self._removed)
-        return rows
+        rows: int = sum(entry["rows"] for entry in self._entries)
+        return rows - runs.count(self._removed)
 
     @property
     def ids(self) -> NDArray[np.int64]:
@@ -79,25 +82,21 @@ class GradientStore:
         return runs.to_ids(self.id_runs)
 
     @property
-    def id_runs(self) -> list[list[int]]:
-        """The ids that have a row, as ``[[start, stop], ...]``."""
-        found: list[list[int]] = []
-        for number in range(len(self._entries)):
-            for start, stop in runs.without(self.shard_runs(number), self._removed):
-                if found and found[-1][1] == start:
-                    found[-1][1] = stop
-                else:
-                    found.append([start, stop])
-        return found
+    def id_runs(self) -> NDArray[np.int64]:
+        """The ids that have a row, as runs ``[[start, stop], ...]``."""
+        if self._live_runs is None:
+            every = [runs.as_runs(self.shard_runs(number)) for number in range(len(self._entries))]
+            joined = np.concatenate(every) if every else np.empty((0, 2), dtype=np.int64)
+            self._live_runs = runs.without(joined, self._removed)
+        return self._live_runs
 
     def shard_runs(self, number: int) -> runs.Runs:
         """The ids of a shard, removed ones as well."""
         entry = self._entries[number]
         if entry["rows"] == entry["last"] - entry["first"] + 1:
             return [[entry["first"], entry["last"] + 1]]
-        if number not in self._runs:
-            self._runs[number] = opened(self.folder, entry, read_seal)["ids"]
-        return self._runs[number]
+        found: list[list[int]] = self._shards.seal(number)["ids"]
+        return found
 
     @property
     def columns(self) -> list[str]:
@@ -135,8 +134,11 @@ class GradientStore:
             stop: the position after the last, by default all.
 
         Raises:
+            ArgumentError: there is no such shard, or no such position in it.
             StoreError: a block is damaged.
         """
+        if not 0 <= number < len(self._entries):
+            raise ArgumentError(f"There is no shard {number}; they go from 0 to {len(self._entries) - 1}.")
         return self._shards[number].arrays.view("rows", start, stop)
 
     def self_influence(self, ids: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
@@ -159,7 +161,13 @@ class GradientStore:
             raise ArgumentError(f"The store has no column {name!r}. It has: {', '.join(self.columns) or 'none'}.")
         if ids is None:
             return self._values(f"columns/{name}", None, ())
+        ids = runs.as_ids(ids)
         return self._values(f"columns/{name}", ids.ravel(), ()).reshape(ids.shape)
+
+    def longest(self, name: str) -> int:
+        """The most bytes that a text of a column takes in UTF-8, at least 1."""
+        specs = [self._shards.seal(number)["arrays"][f"columns/{name}"] for number in range(len(self._entries))]
+        return max(int(np.dtype(spec["dtype"]).itemsize) for spec in specs)
 
     def factors(self, ids: NDArray[np.int64]) -> dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]:
         """Exact factors: by (checkpoint, layer) activations x (n, columns) and output gradients delta (n, rows).
@@ -211,11 +219,21 @@ class GradientStore:
         numbers = np.unique(np.linspace(0, len(self._entries) - 1, min(limit, len(self._entries))).astype(int))
         found = []
         for number in numbers:
-            samples = [(i, hexadecimal) for i, hexadecimal in self._shards[int(number)].seal["samples"]]
-            kept = [not gone for gone in runs.contain(self._removed, np.array([i for i, _ in samples], dtype=np.int64))]
-            some = [sample for sample, keep in zip(samples, kept, strict=True) if keep]
-            found += some[:: max(1, len(some) * len(numbers) // limit)]
+            samples = [(int(i), text) for i, text in self._shards.seal(int(number))["samples"]]
+            gone = runs.contain(self._removed, np.array([i for i, _ in samples], dtype=np.int64))
+            kept = [sample for sample, removed in zip(samples, gone, strict=True) if not removed]
+            found += kept[:: max(1, len(kept) * len(numbers) // limit)]
         return found
+
+    def spread_ids(self, limit: int) -> NDArray[np.int64]:
+        """Up to ``limit`` ids, evenly spaced among those that have a row."""
+        lengths = np.cumsum(self.id_runs[:, 1] - self.id_runs[:, 0])
+        if not len(lengths):
+            return np.empty(0, dtype=np.int64)
+        places = np.unique(np.linspace(0, lengths[-1] - 1, min(limit, int(lengths[-1]))).astype(np.int64))
+        mine = np.searchsorted(lengths, places, side="right")
+        ids: NDArray[np.int64] = self.id_runs[mine, 1] - (lengths[mine] - places)
+        return ids
 
     def damaged(self) -> Iterator[tuple[int, str]]:
         """Read every shard: numbers of the damaged ones, and a sentence that names the file and the ids in it."""
@@ -235,29 +253,13 @@ class GradientStore:
         Raises:
             StoreError: the manifest is damaged.
         """
-        self.reload()
-        problems = [problem for _, problem in self.damaged()]
+        store = GradientStore(self.folder)
+        problems = [problem for _, problem in store.damaged()]
         try:
-            self.bases()
+            store.bases()
         except StoreError as error:
             problems.append(str(error))
         return problems
-
-    def first_and_last(self) -> NDArray[np.int64]:
-        """The first and the last id; empty without any."""
-        if not self.id_runs:
-            return np.empty(0, dtype=np.int64)
-        live = self.id_runs
-        return np.array([live[0][0], live[-1][1] - 1], dtype=np.int64)
-
-    def kept(self) -> dict[str, Any]:
-        """The part of the manifest that a change does not touch."""
-        return {name: self.manifest[name] for name in (*FIXED, "next_id", "removed")}
-
-    def live_plan(self) -> list[dict[str, Any]]:
-        """A plan that makes every shard anew, without removed rows."""
-        live = [runs.without(self.shard_runs(number), self._removed) for number in range(len(self._entries))]
-        return [{"ids": ids, "sources": []} for ids in live if ids]
 
     def without(self, numbers: Collection[int]) -> GradientStore:
         """The same store without some of its shards, which are damaged."""
@@ -267,8 +269,7 @@ class GradientStore:
 
     def check_ids(self, ids: NDArray[np.int64]) -> None:
         """Refuse ids that no row has."""
-        gone = runs.contain(self._removed, ids)
-        known = ~gone
+        known = ~runs.contain(self._removed, ids)
         owners = self._owners(ids)
         for number in np.unique(owners):
             mine = owners == number
@@ -284,6 +285,10 @@ class GradientStore:
     def _owners(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.searchsorted(self._firsts, ids, side="right") - 1
 
+    def _column_type(self, name: str) -> str:
+        kind: str = self.manifest["columns"][name.removeprefix("columns/")]
+        return kind
+
     def _live(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The ids of a shard that are not removed, and where they are."""
         ids = self._shards[number].ids
@@ -291,6 +296,9 @@ class GradientStore:
         return ids[kept], kept
 
     def _gather(self, name: str, ids: NDArray[np.int64], shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
+        ids = runs.as_ids(ids)
+        if ids.ndim != 1:
+            raise ArgumentError(f"ids have shape {ids.shape}, but must be a list of ids.")
         self.check_ids(ids)
         owners = self._owners(ids)
         order = np.argsort(owners, kind="stable")
@@ -307,8 +315,17 @@ class GradientStore:
 
     def _values(self, name: str, ids: NDArray[np.int64] | None, shape: tuple[int, ...]) -> NDArray[Any]:
         if ids is not None:
-            return self._gather(name, ids, shape, np.float64 if shape else self.manifest["columns"][name[8:]])
+            return self._gather(name, ids, shape, np.float64 if shape else self._column_type(name))
         parts = []
         for number in range(len(self._entries)):
             parts.append(self._shards[number].take(name, np.flatnonzero(self._live(number)[1])))
         return np.concatenate(parts)
+
+
+def _signature(folder: Path) -> tuple[int, int, int] | None:
+    """What tells one manifest from the next without reading it."""
+    try:
+        status = (folder / MANIFEST).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size

@@ -25,8 +25,7 @@ from .manifest import MANIFEST, SHARDS
 T = TypeVar("T")
 
 _TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
-# Each open shard holds a file descriptor, of which a process has 256 on some systems.
-_OPEN_AT_ONCE = 128
+_MOST_OPEN = 4096
 
 FACTOR_SIDES = ("activations", "output_gradients")
 
@@ -63,15 +62,23 @@ class Shard:
     Args:
         folder: the store's.
         entry: the manifest's.
+        seal: where it was read before.
+        sound: blocks that were verified before.
 
     Raises:
         StoreError: it is damaged or does not belong here.
         OSError: it cannot be opened.
     """
 
-    def __init__(self, folder: Path, entry: Mapping[str, Any]) -> None:
-        self.seal = read_seal(folder, entry)
-        self.arrays = Container(folder / SHARDS / f"{entry['name']}.h5", self.seal)
+    def __init__(
+        self,
+        folder: Path,
+        entry: Mapping[str, Any],
+        seal: dict[str, Any] | None = None,
+        sound: NDArray[np.bool_] | None = None,
+    ) -> None:
+        self.seal = read_seal(folder, entry) if seal is None else seal
+        self.arrays = Container(folder / SHARDS / f"{entry['name']}.h5", self.seal, sound)
         self.row_type: str = self.seal["row_type"]
 
     @cached_property
@@ -80,7 +87,7 @@ class Shard:
         return runs.to_ids(self.seal["ids"])
 
     def positions(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where ids lie that are in this shard."""
+        """Where ids lie, all of which are in this shard."""
         (start, _), *more = self.seal["ids"]
         return np.searchsorted(self.ids, ids) if more else ids - start
 
@@ -129,12 +136,12 @@ def problem_of(folder: Path, entry: Mapping[str, Any]) -> str | None:
     everything = f"(ids {entry['first']} to {entry['last']})"
     try:
         shard = Shard(folder, entry)
+        damaged = shard.arrays.damaged()
     except StoreError as error:
         return f"{error} {everything}"
     except OSError as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be opened: {error.strerror}"
-        return f"{error.filename} {reason} {everything}"
-    damaged = shard.arrays.damaged()
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        return f"{error.filename or entry['name']} {reason} {everything}"
     if not damaged:
         return None
     places = shard.arrays.positions_in(damaged)
@@ -145,11 +152,17 @@ def problem_of(folder: Path, entry: Mapping[str, Any]) -> str | None:
 
 
 class OpenShards:
-    """Shards by their number in the manifest, opened when asked for; safe to share among threads."""
+    """Shards by their number in the manifest, opened when asked for; safe to share among threads.
+
+    An open shard takes a file descriptor, so not all stay open; what was learned of a shard stays.
+    """
 
     def __init__(self, folder: Path, entries: Sequence[Mapping[str, Any]], generation: int) -> None:
         self._folder, self._entries, self._generation = folder, entries, generation
         self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._seals: dict[int, dict[str, Any]] = {}
+        self._sound: dict[int, NDArray[np.bool_]] = {}
+        self._at_once = min(_MOST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._lock = threading.Lock()
 
     def __getitem__(self, number: int) -> Shard:
@@ -157,20 +170,36 @@ class OpenShards:
             if number in self._open:
                 self._open.move_to_end(number)
                 return self._open[number]
-            while len(self._open) >= _OPEN_AT_ONCE:
+            while len(self._open) >= self._at_once:
                 self._open.popitem(last=False)
-            shard = self._opened(number)
+            shard = self._said(number, self._opened)
             self._open[number] = shard
             return shard
 
+    def seal(self, number: int) -> dict[str, Any]:
+        """The seal of a shard, which need not be open."""
+        if number not in self._seals:
+            self._seals[number] = self._said(number, lambda n: opened(self._folder, self._entries[n], read_seal))
+        return self._seals[number]
+
     def _opened(self, number: int) -> Shard:
+        def shard(folder: Path, entry: Mapping[str, Any]) -> Shard:
+            made = Shard(folder, entry, self._seals.get(number), self._sound.get(number))
+            self._seals[number], self._sound[number] = made.seal, made.arrays.sound
+            return made
+
         try:
-            return opened(self._folder, self._entries[number], Shard)
+            return opened(self._folder, self._entries[number], shard)
         except TooManyOpenError:
             if not self._open:
                 raise
             self._open.clear()
-            return opened(self._folder, self._entries[number], Shard)
+            return opened(self._folder, self._entries[number], shard)
+
+    def _said(self, number: int, action: Callable[[int], T]) -> T:
+        """What cannot be opened may be gone because the store went on without it."""
+        try:
+            return action(number)
         except StoreError:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 if read_checked(self._folder / MANIFEST)["generation"] != self._generation:

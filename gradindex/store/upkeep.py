@@ -1,9 +1,10 @@
-"""What a store goes through after it is built, without any gradient: remove, compact, merge."""
+"""What a store goes through after it is built, without any gradient: remove, compact, merge; and swapping shards."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,39 +15,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, MismatchError, StoreError
-from ..files import read_checked
+from ..files import discard, is_there, read_checked
 from ..progress import progress
 from . import runs
-from .container import Writer
+from .container import Spec, Writer
 from .job import Job, ShardWriter, claimed, entry_of, shard_writer, sweep, write_manifest
-from .manifest import PENDING, SHARDS, differences
+from .manifest import CHANGING, PENDING, SHARDS, differences
 from .reader import GradientStore
-from .runs import Runs
-from .shards import Shard, opened
+from .shards import Shard, opened, read_seal
 
 # What is copied at once.
 _PIECE_BYTES = 16 << 20
+# As many samples of examples as a shard has that was computed.
+_SAMPLES = 8
+_LARGEST_ID = (1 << 63) - 2
 
 
-def remove(folder: str | os.PathLike[str], ids: NDArray[np.int64]) -> GradientStore:
+def remove(folder: str | os.PathLike[str], ids: NDArray[np.int64] | Sequence[int]) -> GradientStore:
     """Take training examples out of every answer, at once; :func:`compact` frees their room.
 
     Args:
         folder: of the store.
-        ids: (m,) int64; those that are removed already are passed over.
+        ids: (m,) whole numbers; those that are removed already are passed over.
 
     Raises:
         ArgumentError: an id was never there, or nothing would be left.
         StoreError: another process changes the store, or it cannot be written.
     """
+    wanted = np.unique(runs.as_ids(ids))
     with changing(folder) as store:
-        ids = np.unique(np.asarray(ids, dtype=np.int64))
         gone: list[list[int]] = store.manifest["removed"]
-        store.check_ids(ids[~runs.contain(gone, ids)])
-        removed = runs.to_runs(np.union1d(runs.to_ids(gone), ids))
+        store.check_ids(wanted[~runs.contain(gone, wanted)])
+        removed = runs.to_runs(np.union1d(runs.to_ids(gone), wanted))
         if runs.count(removed) == sum(entry["rows"] for entry in store.manifest["shards"]):
             raise ArgumentError(f"No training example would be left in {store.folder}. Delete the folder instead.")
-        write_manifest(store.folder, {**_next(store), "removed": removed})
+        write_manifest(store.folder, {**_next(store), "removed": removed.tolist()})
         return GradientStore(store.folder)
 
 
@@ -63,15 +66,18 @@ def compact(folder: str | os.PathLike[str]) -> GradientStore:
     """
     with changing(folder, "compact") as store:
         plan, keep = _repacking(store)
-        if Job.pending(store.folder) is None and not plan:
+        if Job.pending(store.folder) is None and keep == store.manifest["shards"]:
             return store
-        job = Job.begin(store.folder, "compact", {**store.kept(), "removed": [], "data": None}, plan, keep)
+        job = Job.begin(store.folder, "compact", {**kept(store), "removed": [], "data": None}, plan, keep)
         _copy(job, {".": store})
         return GradientStore(store.folder)
 
 
 def merge(
-    folder: str | os.PathLike[str], others: Sequence[str | os.PathLike[str]], *, offset: int | None = None
+    folder: str | os.PathLike[str],
+    others: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    offset: int | None = None,
 ) -> GradientStore:
     """Copy the rows of stores that were built apart with the same map into one of them.
 
@@ -85,33 +91,37 @@ def merge(
 
     Raises:
         MismatchError: the stores' maps or contents differ; says what.
-        ArgumentError: ids collide, or ``offset`` is negative.
+        ArgumentError: ids collide with some that are or were used, or ``offset`` is out of range.
         StoreError: a store is damaged, another process changes it, or it cannot be written.
     """
-    if offset is not None and offset < 0:
-        raise ArgumentError(f"offset is {offset}, but must not be negative.")
+    paths = [Path(others)] if isinstance(others, (str, os.PathLike)) else [Path(other) for other in others]
+    if not paths:
+        raise ArgumentError("There is no store to merge. Name at least one.")
+    shift = 0 if offset is None else operator.index(offset)
+    if shift < 0:
+        raise ArgumentError(f"offset is {shift}, but must not be negative.")
     with changing(folder, "merge") as store:
-        sources = {str(Path(other).resolve()): GradientStore(other) for other in others}
-        if len(sources) < len(others) or str(store.folder.resolve()) in sources:
+        sources = {str(path.resolve()): GradientStore(path) for path in paths}
+        if len(sources) < len(paths) or str(store.folder.resolve()) in sources:
             raise ArgumentError("A store is named twice. Name each store once.")
         plan: list[dict[str, Any]] = []
         end = store.manifest["next_id"]
         for name, source in sources.items():
             _check_mergeable(store, source)
-            shift = 0 if offset is None else offset
             for number, entry in enumerate(source.manifest["shards"]):
                 live = runs.without(source.shard_runs(number), source.manifest["removed"])
-                if live:
-                    ids = [[start + shift, stop + shift] for start, stop in live]
-                    plan.append({"ids": ids, "sources": [[name, entry["name"], shift]]})
-            end = max(end, source.manifest["next_id"] + shift)
-            offset = None if offset is None else offset + source.manifest["next_id"]
+                if len(live):
+                    plan.append({"ids": (live + shift).tolist(), "sources": [[name, entry["name"], shift]]})
+            last = source.manifest["next_id"] + shift
+            if last > _LARGEST_ID:
+                raise ArgumentError(f"offset is {shift}, but ids must stay below 2^63. Give a smaller one.")
+            end, shift = max(end, last), shift if offset is None else last
         plan.sort(key=lambda planned: int(planned["ids"][0][0]))
-        _check_apart(store, plan)
+        if Job.pending(store.folder) is None:
+            _check_apart(store, plan)
         data = [[source.manifest["sha256"] for source in sources.values()], offset]
-        job = Job.begin(
-            store.folder, "merge", {**store.kept(), "next_id": end, "data": data}, plan, store.manifest["shards"]
-        )
+        after = {**kept(store), "next_id": end, "data": data}
+        job = Job.begin(store.folder, "merge", after, plan, store.manifest["shards"])
         _copy(job, sources)
         return GradientStore(store.folder)
 
@@ -126,12 +136,11 @@ def seal(folder: str | os.PathLike[str]) -> GradientStore:
         StoreError: shards are missing; says how many.
     """
     path = Path(folder)
-    if not path.is_dir():
-        raise StoreError(f"{path} is not a gradindex store. Build one: gradindex build TASK --out DIR.")
-    with claimed(path):
-        job = Job.pending(path)
-        if job is not None:
-            job.finish()
+    if is_there(path / PENDING):
+        with claimed(path):
+            job = Job.pending(path)
+            if job is not None:
+                job.finish()
     return GradientStore(path)
 
 
@@ -142,9 +151,9 @@ def changing(folder: str | os.PathLike[str], kind: str = "") -> Iterator[Gradien
     Raises:
         StoreError: there is no store, another process has it, or another job is unfinished.
     """
-    store = GradientStore(folder)  # before anything is written into a folder that may be another's
-    with claimed(store.folder):
-        store.reload()
+    GradientStore(folder)  # before anything is written into a folder that may be another's
+    with claimed(Path(folder)):
+        store = GradientStore(folder)
         job = Job.pending(store.folder)
         if job is not None and job.kind != kind:
             raise StoreError(
@@ -156,65 +165,95 @@ def changing(folder: str | os.PathLike[str], kind: str = "") -> Iterator[Gradien
         yield store
 
 
+def kept(store: GradientStore) -> dict[str, Any]:
+    """What a change keeps of the manifest, also of what a later version may have added."""
+    return {name: value for name, value in store.manifest.items() if name not in CHANGING}
+
+
+def live_plan(store: GradientStore) -> list[dict[str, Any]]:
+    """A plan that makes every shard anew, without removed rows."""
+    removed = store.manifest["removed"]
+    live = [runs.without(store.shard_runs(number), removed) for number in range(len(store.manifest["shards"]))]
+    return [{"ids": ids.tolist(), "sources": []} for ids in live if len(ids)]
+
+
 def _next(store: GradientStore) -> dict[str, Any]:
     """The manifest of a store after a change of nothing."""
     manifest = store.manifest
-    return {**store.kept(), "generation": manifest["generation"] + 1, "shards": manifest["shards"]}
+    return {**kept(store), "generation": manifest["generation"] + 1, "shards": manifest["shards"]}
 
 
 @contextmanager
 def rewritten(
     store: GradientStore,
     number: int,
-    columns: Mapping[str, NDArray[Any]],
-    digests: Callable[[NDArray[np.int64]], Sequence[tuple[int, str]]],
+    columns: Callable[[NDArray[np.int64]], Mapping[str, NDArray[Any]]],
+    sample: Callable[[NDArray[np.int64]], Sequence[tuple[int, str]]],
 ) -> Iterator[tuple[NDArray[np.int64], ShardWriter]]:
-    """Make a damaged shard of a claimed store again: its ids, and what to write its rows with.
+    """Make a damaged shard of a claimed store again, under a new name: its ids, and what to write its rows with.
+
+    When the block ends well, the new shard takes the old one's place.
 
     Args:
         store: claimed.
         number: of the shard.
-        columns: values by id.
-        digests: gives the ids and digests of some of its examples.
+        columns: gives the columns of ids.
+        sample: gives ids and digests of some of the examples of ids.
 
     Raises:
         StoreError: its ids are lost, or it cannot be written.
+        MismatchError: its examples are not those that the store was built from.
     """
-    entry = store.manifest["shards"][number]
+    manifest = GradientStore(store.folder).manifest
+    entry = manifest["shards"][number]
     try:
-        planned = {"name": entry["name"], "ids": store.shard_runs(number)}
+        ids = runs.to_ids(store.shard_runs(number))
     except StoreError as error:
         raise StoreError(
             f"{error} But its ids went with its seal, so it cannot: restore it from a copy, or build again."
         ) from None
-    ids = runs.to_ids(planned["ids"])
-    chosen = {name: values[ids] for name, values in columns.items()}
-    with shard_writer(store.folder, store.manifest, planned, chosen, digests(ids)) as writer:
+    try:
+        samples = [(int(i), text) for i, text in read_seal(store.folder, entry)["samples"]]
+        now = dict(sample(np.array([i for i, _ in samples], dtype=np.int64))) if samples else {}
+        agree = all(now[i] == text for i, text in samples)
+    except (OSError, StoreError):
+        samples = list(sample(ids))
+        agree = (
+            entry_of("", {"ids": runs.to_runs(ids).tolist(), "samples": samples, "sha256": ""})["data"] == entry["data"]
+        )
+    if not agree:
+        raise MismatchError(
+            f"The training examples of {entry['name']} (ids {entry['first']} to {entry['last']}) are not those that "
+            f"{store.folder} was built from, so it is not repaired. Give the same data, or restore it from a copy."
+        )
+    generation = manifest["generation"] + 1
+    planned = {"name": f"{generation:04d}-{number:05d}", "ids": runs.to_runs(ids).tolist()}
+    (store.folder / SHARDS).mkdir(exist_ok=True)
+    with shard_writer(store.folder, manifest, planned, columns(ids), samples) as writer:
         yield ids, writer
-    seal = read_checked(store.folder / SHARDS / f"{entry['name']}.json")
-    if seal["sha256"] != entry["seal"]:  # other bytes: another machine or version, or rows that were compacted
-        after = _next(store)
-        after["shards"] = [*after["shards"][:number], entry_of(entry["name"], seal), *after["shards"][number + 1 :]]
-        write_manifest(store.folder, after)
-    store.reload()
+    made = entry_of(planned["name"], read_checked(store.folder / SHARDS / f"{planned['name']}.json"))
+    shards = [*manifest["shards"][:number], made, *manifest["shards"][number + 1 :]]
+    after = {name: value for name, value in manifest.items() if name not in CHANGING}
+    write_manifest(store.folder, {**after, "generation": generation, "shards": shards})
+    sweep(store.folder)
 
 
 def _repacking(store: GradientStore) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The shards that a compaction makes, and the entries of those that stay as they are."""
     keep: list[dict[str, Any]] = []
     plan: list[dict[str, Any]] = []
-    group: list[tuple[dict[str, Any], Runs]] = []
-    removed, shard_rows = store.manifest["removed"], store.manifest["shard_rows"]
+    group: list[tuple[dict[str, Any], NDArray[np.int64]]] = []
+    removed, shard_rows = runs.as_runs(store.manifest["removed"]), store.manifest["shard_rows"]
 
     def end_group() -> None:
         if len(group) == 1 and runs.count(group[0][1]) == group[0][0]["rows"]:
             keep.append(group[0][0])  # small, but with no neighbour to join
-        else:
-            ids = runs.to_ids([run for _, live in group for run in live])
+        elif group:
+            ids = runs.to_ids(np.concatenate([live for _, live in group]))
             for start in range(0, len(ids), shard_rows):
                 some = ids[start : start + shard_rows]
                 names = [e["name"] for e, _ in group if e["first"] <= some[-1] and e["last"] >= some[0]]
-                plan.append({"ids": runs.to_runs(some), "sources": [[".", name, 0] for name in names]})
+                plan.append({"ids": runs.to_runs(some).tolist(), "sources": [[".", name, 0] for name in names]})
         group.clear()
 
     for number, entry in enumerate(store.manifest["shards"]):
@@ -232,6 +271,11 @@ def _check_mergeable(store: GradientStore, other: GradientStore) -> None:
     differing = differences(store.manifest, other.manifest)
     if store.manifest["map"] != other.manifest["map"] and not differing:
         differing = ["map"]
+    if differing == ["bases"]:
+        raise MismatchError(
+            f"{other.folder} cannot be merged into {store.folder}: each was fitted to its own data, so their bases "
+            f"differ. Build the other again with the bases of the first: gradindex build --bases-from {store.folder}."
+        )
     if differing:
         raise MismatchError(
             f"{other.folder} cannot be merged into {store.folder}: {'; '.join(differing)} differ. "
@@ -240,52 +284,70 @@ def _check_mergeable(store: GradientStore, other: GradientStore) -> None:
 
 
 def _check_apart(store: GradientStore, plan: Sequence[Mapping[str, Any]]) -> None:
-    spans = [(e["first"], e["last"] + 1, store.folder.name) for e in store.manifest["shards"]]
+    """Ids must be new: apart from each other, and from all that the store has or ever had."""
+    spans = [(0, store.manifest["next_id"], store.folder.name)]
     spans += [(p["ids"][0][0], p["ids"][-1][1], Path(p["sources"][0][0]).name) for p in plan]
-    spans.sort()
-    for (_, stop, one), (start, _, other) in itertools.pairwise(spans):
+    for (_, stop, one), (start, _, other) in itertools.pairwise(sorted(spans)):
         if start < stop:
             raise ArgumentError(
-                f"Ids of {one} and {other} collide: there is {start} in one and the other goes to {stop - 1}. "
+                f"Ids of {one} and {other} collide: {other} has {start}, and {one} has or had ids up to {stop - 1}. "
                 f"Give an offset, such as {store.manifest['next_id']}."
             )
 
 
 def _copy(job: Job, sources: Mapping[str, GradientStore]) -> None:
     """Make a job's shards from rows that other shards hold."""
-    entries = {(name, entry["name"]): entry for name, source in sources.items() for entry in source.manifest["shards"]}
+    entries = {(name, e["name"]): e for name, source in sources.items() for e in source.manifest["shards"]}
     done, total = job.rows_done()
     job.tidy()
-    with progress(job.kind, total, "rows", done) as advance:
-        for planned in job.missing():
-            wanted = runs.to_ids(planned["ids"])
-            parts: list[tuple[Shard, NDArray[np.int64]]] = []
-            samples: list[tuple[int, str]] = []
-            for name, shard_name, shift in planned["sources"]:
-                shard = opened(sources[name].folder, entries[name, shard_name], Shard)
-                ids = np.intersect1d(wanted, shard.ids + shift)
-                parts.append((shard, shard.positions(ids - shift)))
-                kept = set(ids.tolist())
-                samples += [(i + shift, text) for i, text in shard.seal["samples"] if i + shift in kept]
-            columns = {
-                name: np.concatenate([shard.arrays.take(f"columns/{name}", places) for shard, places in parts])
-                for name in job.after["columns"]
-            }
-            with job.shard(planned, columns, samples) as writer:
-                start = 0
-                for shard, places in parts:
-                    copy_arrays(shard, places, writer.raw, start)
-                    start += len(places)
-            advance(len(wanted))
+    try:
+        with progress(job.kind, total, "rows", done) as advance:
+            for planned in job.missing():
+                parts = [
+                    (opened(sources[name].folder, entries[name, shard], Shard), shift)
+                    for name, shard, shift in planned["sources"]
+                ]
+                advance(_copy_shard(job, planned, parts))
+    except StoreError:
+        if any(source.verify() for source in sources.values()):
+            discard(job.folder / PENDING)  # a repair comes first, and the copies are soon made again
+        raise
     job.finish()
 
 
-def copy_arrays(shard: Shard, places: NDArray[np.int64], raw: Writer, start: int) -> None:
-    """Copy what a shard holds for some positions, but for its ids and columns, as it is stored."""
-    for name in shard.arrays.names():
-        if name == "ids" or name.startswith("columns/"):
-            continue
-        shape, kind = shard.arrays.spec(name)
-        step = max(1, _PIECE_BYTES // (np.dtype(kind).itemsize * math.prod(shape[1:])))
-        for first in range(0, len(places), step):
-            raw.put(name, start + first, shard.arrays.take(name, places[first : first + step]))
+def _copy_shard(job: Job, planned: Mapping[str, Any], parts: Sequence[tuple[Shard, int]]) -> int:
+    """Make one shard of the rows of some others, whose ids are shifted; returns how many."""
+    wanted = runs.to_ids(planned["ids"])
+    chosen = [(shard, np.intersect1d(wanted, shard.ids + shift), shift) for shard, shift in parts]
+    places = [(shard, shard.positions(ids - shift)) for shard, ids, shift in chosen]
+    samples = [
+        (i + shift, text)
+        for shard, ids, shift in chosen
+        for i, text in shard.seal["samples"]
+        if np.isin(i + shift, ids)
+    ]
+    samples = samples[:: max(1, -(-len(samples) // _SAMPLES))]
+    columns = {
+        name: np.concatenate([shard.arrays.take(f"columns/{name}", where) for shard, where in places])
+        for name in job.after["columns"]
+    }
+    first = parts[0][0].arrays
+    copied = [name for name in first.names() if name != "ids" and not name.startswith("columns/")]
+    specs: dict[str, Spec] = {}
+    for name in copied:  # also arrays that a later version may have added
+        shape, kind = first.spec(name)
+        specs[name] = (len(wanted), *shape[1:]), kind
+    with job.shard(planned, columns, samples, specs) as writer:
+        start = 0
+        for shard, where in places:
+            for name in copied:
+                _copy_array(shard, name, where, writer.raw, start)
+            start += len(where)
+    return len(wanted)
+
+
+def _copy_array(shard: Shard, name: str, places: NDArray[np.int64], raw: Writer, start: int) -> None:
+    shape, kind = shard.arrays.spec(name)
+    step = max(1, _PIECE_BYTES // (np.dtype(kind).itemsize * math.prod(shape[1:])))
+    for first in range(0, len(places), step):
+        raw.put(name, start + first, shard.arrays.take(name, places[first : first + step]))

@@ -1,0 +1,263 @@
+"""A compact index: rows turned to a few fitted directions, in a stock FAISS file (owns faiss, with flat.py).
+
+Gradient rows are a hard case for inner-product indexes: their norms are heavy-tailed, and most of a query's true
+top-k come from the heaviest rows, of which lists made by k-means on raw vectors lose most. Here directions are
+clustered on the sphere, and lists are probed by <query, centroid> times the norm that most of a list's rows stay
+below, so that a list of heavy rows is looked into first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ArgumentError, IndexFileError
+from ..files import discard, read_checked, replacing, sha256, storing, write_checked
+from .flat import Blocks, checked_query, load_faiss, ranked
+
+FORMAT, VERSION = "gradindex-index", 1
+MANIFEST = "manifest.json"
+# The share of a list's rows whose norm stays below what the list is probed by.
+_NORM_QUANTILE = 0.9
+_OVERSAMPLING, _POWER_ITERATIONS, _KMEANS_ITERATIONS = 16, 3, 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How an index is made.
+
+    Args:
+        kind: ``"flat"``: all rows are compared; ``"ivf"``: those of the most promising lists.
+        dim: numbers of a row in the index.
+        lists: of ``"ivf"``.
+    """
+
+    kind: Literal["flat", "ivf"]
+    dim: int
+    lists: int = 0
+
+
+def fitted_directions(sample: NDArray[np.float32], dim: int, seed: int = 0) -> NDArray[np.float32]:
+    """The directions that hold most of unit-normed rows: the top eigenvectors of their second moments.
+
+    No mean is subtracted, for that would change inner products; rows are normed first, for the heavy ones are not
+    to decide alone. By subspace iteration (Halko et al. 2011, arXiv:0909.4061, algorithm 4.4).
+
+    Args:
+        sample: (m, n) rows.
+        dim: how many, at most n.
+        seed: of the start.
+
+    Returns:
+        (n, dim), orthonormal columns.
+    """
+    units = _units(sample)
+    start = np.random.default_rng(seed).standard_normal((sample.shape[1], min(dim + _OVERSAMPLING, sample.shape[1])))
+    found = start.astype(np.float32)
+    for _ in range(_POWER_ITERATIONS):
+        found = np.linalg.qr(units.T @ (units @ found))[0]
+    inner = units @ found
+    _, vectors = np.linalg.eigh((inner.T @ inner).astype(np.float64))
+    directions: NDArray[np.float32] = np.ascontiguousarray((found @ vectors[:, ::-1][:, :dim]).astype(np.float32))
+    return directions
+
+
+def _units(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    units: NDArray[np.float32] = (rows / np.where(norms > 0, norms, 1)).astype(np.float32)
+    return units
+
+
+class CompactIndex:
+    """Proposes candidates: rows whose inner product with a query is large in the index's few directions.
+
+    Args:
+        index: a FAISS ``IndexPreTransform`` with inner product.
+        about: what the manifest says of it.
+    """
+
+    def __init__(self, index: Any, about: Mapping[str, Any]) -> None:
+        self._index, self.about = index, dict(about)
+
+    @classmethod
+    def build(
+        cls, shape: Shape, sample: NDArray[np.float32], blocks: Callable[[], Blocks], seed: int = 0
+    ) -> CompactIndex:
+        """Make an index; rows stream, twice for ``"ivf"``.
+
+        Args:
+            shape: what to make.
+            sample: (m, n) rows that directions, lists and codes are fitted to.
+            blocks: hands out all ids and rows, piece by piece.
+            seed: of what is random.
+
+        Raises:
+            ArgumentError: more directions than a row has numbers, or more lists than the sample has rows.
+        """
+        if not 1 <= shape.dim <= sample.shape[1]:
+            raise ArgumentError(f"dim is {shape.dim}, but must be from 1 to the numbers in a row, {sample.shape[1]}.")
+        if shape.kind == "ivf" and not 1 <= shape.lists <= len(sample):
+            raise ArgumentError(f"lists is {shape.lists}, but must be from 1 to the rows in the sample, {len(sample)}.")
+        faiss = load_faiss()
+        directions = fitted_directions(sample, shape.dim, seed)
+
+        def turned() -> Blocks:
+            for ids, rows in blocks():
+                if len(ids):
+                    yield ids, np.ascontiguousarray(rows @ directions)
+
+        make = _flat if shape.kind == "flat" else _norm_aware_lists
+        inner = make(faiss, shape, np.ascontiguousarray(sample @ directions), turned, seed)
+        turn = faiss.LinearTransform(sample.shape[1], shape.dim, False)
+        faiss.copy_array_to_vector(np.ascontiguousarray(directions.T).ravel(), turn.A)
+        turn.is_trained = True
+        whole = faiss.IndexPreTransform(turn, inner)
+        about = {"shape": asdict(shape), "dim": sample.shape[1], "rows": int(inner.ntotal)}
+        # Written and read, so that what is searched is what later processes will search, and owns all of its parts.
+        return cls(faiss.deserialize_index(faiss.serialize_index(whole)), about)
+
+    def search(
+        self, query: NDArray[np.float32], k: int, *, probes: int = 1, removed: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Candidates by their inner product in the index's directions.
+
+        Args:
+            query: (n_query, n) float32, negated for opponents.
+            k: how many, at least 1.
+            probes: lists looked into, for ``"ivf"``.
+            removed: ids to leave out.
+
+        Returns:
+            Scores and ids (n_query, k), by score descending, then id ascending. Where fewer are found, ids
+            of -1 with a score of minus infinity at the end.
+
+        Raises:
+            DimensionMismatchError: the query has another dimension than the rows.
+            ArgumentError: the query is not finite.
+        """
+        faiss, query = load_faiss(), checked_query(query, self.about["dim"])
+        selector = None if removed is None or not len(removed) else faiss.IDSelectorNot(faiss.IDSelectorBatch(removed))
+        if self.about["shape"]["kind"] == "ivf":
+            inner = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
+        else:
+            inner = faiss.SearchParameters(sel=selector)
+        found = min(k, self.about["rows"])
+        scores, ids = self._index.search(query, found, params=faiss.SearchParametersPreTransform(index_params=inner))
+        scores = np.where(ids < 0, -np.inf, scores).astype(np.float32)  # FAISS pads with a score like any other
+        return ranked(scores, ids.astype(np.int64), found)
+
+    def save(self, folder: Path, about: Mapping[str, Any]) -> None:
+        """Write the index, then its manifest, which makes it the store's at once; readers go on with the one they have.
+
+        Args:
+            folder: of the index.
+            about: what else the manifest says, such as the ids that it covers and the recall that was measured.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        faiss = load_faiss()
+        with storing(folder):
+            folder.mkdir(exist_ok=True)
+            content = faiss.serialize_index(self._index)
+            digest = hashlib.sha256(content).hexdigest()
+            name = f"index-{digest[:16]}.faiss"  # another content has another name: nothing is ever overwritten
+            with replacing(folder / name) as temporary:
+                content.tofile(temporary)
+            file = {"name": name, "bytes": len(content), "sha256": digest}
+            self.about |= {**about, "format": FORMAT, "version": VERSION, "file": file}
+            write_checked(folder / MANIFEST, self.about)
+        discard(*(path for path in folder.iterdir() if path.name not in (name, MANIFEST)))
+
+    @classmethod
+    def load(cls, folder: Path) -> CompactIndex | None:
+        """Check the manifest, then size and SHA-256 of the index, then map it; ``None`` where there is none.
+
+        Raises:
+            IndexFileError: damaged, of a newer version, or not an index that searches by inner product.
+        """
+        if not (folder / MANIFEST).exists():
+            return None
+        problem = damage(folder)
+        if problem:
+            raise IndexFileError(f"{problem}. Make the index again: gradindex index {folder.parent}.")
+        faiss, about = load_faiss(), read_checked(folder / MANIFEST)
+        path = folder / about["file"]["name"]
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if about["shape"]["kind"] == "ivf" else 0)
+        if index.metric_type != faiss.METRIC_INNER_PRODUCT or index.d != about["dim"]:
+            raise IndexFileError(f"{path} is not the index that its manifest tells of. Make it again: gradindex index.")
+        return cls(index, about)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the index in ``folder``, or ``None``; nothing is given to FAISS."""
+    path = folder / MANIFEST
+    try:
+        about = read_checked(path)
+        if about["format"] != FORMAT:
+            raise ValueError("another format")
+        if about["version"] > VERSION:
+            return f"{path} has version {about['version']}, but this gradindex reads up to {VERSION}"
+        path = folder / about["file"]["name"]
+        if path.stat().st_size != about["file"]["bytes"] or sha256(path) != about["file"]["sha256"]:
+            raise ValueError("it has another size or checksum than when it was written")
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path} is damaged ({error})"
+    return None
+
+
+def _flat(faiss: Any, shape: Shape, sample: NDArray[np.float32], blocks: Callable[[], Blocks], seed: int) -> Any:
+    """All rows, a byte a number."""
+    inner = faiss.IndexIDMap2(faiss.index_factory(shape.dim, "SQ8", faiss.METRIC_INNER_PRODUCT))
+    inner.train(sample)
+    for ids, rows in blocks():
+        inner.add_with_ids(rows, ids)
+    return inner
+
+
+def _norm_aware_lists(
+    faiss: Any, shape: Shape, sample: NDArray[np.float32], blocks: Callable[[], Blocks], seed: int
+) -> Any:
+    """Lists of rows of about the same direction, probed by <query, centroid> times the norm of the list's rows."""
+    means = faiss.Kmeans(shape.dim, shape.lists, niter=_KMEANS_ITERATIONS, spherical=True, seed=seed, verbose=False)
+    means.train(_units(sample))
+    centroids = means.centroids.reshape(shape.lists, shape.dim)
+    finder = faiss.IndexFlatIP(shape.dim)
+    finder.add(centroids)
+    assigned, norms = [], []
+    for _, rows in blocks():
+        assigned.append(finder.search(rows, 1)[1][:, 0])  # the norm of a row does not change its nearest direction
+        norms.append(np.linalg.norm(rows, axis=1))
+    lists, lengths = np.concatenate(assigned), np.concatenate(norms)
+    quantizer = faiss.IndexFlatIP(shape.dim)
+    quantizer.add(centroids * _norms_of(lists, lengths, shape.lists)[:, None])
+    inner = faiss.IndexIVFScalarQuantizer(
+        quantizer, shape.dim, shape.lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT, False
+    )
+    inner.train(sample)
+    start = 0
+    for ids, rows in blocks():
+        mine = np.ascontiguousarray(lists[start : start + len(ids)])
+        ids = np.ascontiguousarray(ids)
+        inner.add_core(len(ids), faiss.swig_ptr(rows), faiss.swig_ptr(ids), faiss.swig_ptr(mine))
+        start += len(ids)
+    quantizer.this.disown()  # from now on the lists own it
+    inner.own_fields = True
+    return inner
+
+
+def _norms_of(lists: NDArray[np.int64], norms: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """The norm that most of each list's rows stay below: (count,), 0 for an empty list."""
+    order = np.lexsort((norms, lists))
+    ends = np.searchsorted(lists[order], np.arange(count), side="right")
+    starts = np.searchsorted(lists[order], np.arange(count), side="left")
+    places = starts + np.floor(_NORM_QUANTILE * np.maximum(ends - starts - 1, 0)).astype(np.int64)
+    return np.where(ends > starts, norms[order][np.minimum(places, len(norms) - 1)], 0).astype(np.float32)
