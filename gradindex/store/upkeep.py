@@ -97,7 +97,8 @@ def merge(
     paths = [Path(others)] if isinstance(others, (str, os.PathLike)) else [Path(other) for other in others]
     if not paths:
         raise ArgumentError("There is no store to merge. Name at least one.")
-    shift = 0 if offset is None else operator.index(offset)
+    offset = None if offset is None else operator.index(offset)
+    shift = offset or 0
     if shift < 0:
         raise ArgumentError(f"offset is {shift}, but must not be negative.")
     with changing(folder, "merge") as store:
@@ -271,7 +272,7 @@ def _check_mergeable(store: GradientStore, other: GradientStore) -> None:
     differing = differences(store.manifest, other.manifest)
     if store.manifest["map"] != other.manifest["map"] and not differing:
         differing = ["map"]
-    if differing == ["bases"]:
+    if differing and set(differing) <= {"bases", "fitted_to"}:
         raise MismatchError(
             f"{other.folder} cannot be merged into {store.folder}: each was fitted to its own data, so their bases "
             f"differ. Build the other again with the bases of the first: gradindex build --bases-from {store.folder}."
