@@ -67,7 +67,7 @@ class Candidates:
             )
         shape, recall = self.index.about["shape"], self.index.about["recall"]
         lists = f", {shape['lists']} lists" if shape["kind"] == "ivf" else ""
-        new = f"; {runs.count(self._new):,} newer rows are compared in full" if self._new else ""
+        new = f"; {runs.count(self._new):,} newer rows are compared in full" if len(self._new) else ""
         return (
             f"index {shape['kind']} of {shape['dim']} numbers{lists}, recall@{recall['k']} at least "
             f"{min(recall['proponents'], recall['opponents']):.4f} ({recall['against']}){new}"

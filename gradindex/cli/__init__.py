@@ -6,9 +6,11 @@ from .ask import query, self_influence
 from .fill import add, add_checkpoint, build, demo
 from .keep import compact, export, info, merge, remove, seal, verify
 from .main import main
+from .search import evaluate, index
 
 for command in (
-    demo, build, add, add_checkpoint, query, self_influence, info, verify, remove, compact, merge, seal, export,
+    demo, build, add, add_checkpoint, query, self_influence, index, evaluate, info, verify, remove, compact, merge,
+    seal, export,
 ):  # fmt: skip
     main.add_command(command)
 

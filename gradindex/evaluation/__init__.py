@@ -2,3 +2,5 @@
 
 from .mislabel import share_found as share_found
 from .recall import recall_at_k as recall_at_k
+from .tuning import evaluate as evaluate
+from .tuning import index as index

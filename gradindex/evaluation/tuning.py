@@ -216,7 +216,7 @@ def index(
                 continue
             about = {
                 "map": store.manifest["fingerprint"],
-                "ids": store.id_runs,
+                "ids": store.id_runs.tolist(),
                 "effort": asdict(effort),
                 "recall": {"target": recall, "k": k, "against": truth.against, "queries": len(truth.half(1).rows)}
                 | asdict(measured),
@@ -242,7 +242,7 @@ def evaluate(
     n_query: int = 500,
     retriever: Retriever | None = None,
     seed: int = 1,
-) -> dict[str, Measured]:
+) -> tuple[str, dict[str, Measured]]:
     """Measure again how much of the true top-k is found: by the store's index, and by its rows alone.
 
     Args:
@@ -253,7 +253,11 @@ def evaluate(
         seed: which training examples are queries.
 
     Returns:
-        By what proposes: the index, and the best 10 k of all rows.
+        What truth is, and recall by what proposes: the index, and the best k and 10 k of all rows.
+
+    Raises:
+        ArgumentError: ``k`` is out of range.
+        StoreError, IndexFileError: the store or its index is damaged.
     """
     store = GradientStore(folder)
     check_k(k, store.n_train)
@@ -264,7 +268,7 @@ def evaluate(
         found[f"index, {effort.proposals:,} proposals"] = measure(candidates.index, truth, effort)
     for count in (k, 10 * k):
         found[f"best {min(count, store.n_train):,} of all rows"] = measure_all_rows(store, truth, count)
-    return found
+    return truth.against, found
 
 
 def _choices(

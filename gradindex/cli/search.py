@@ -1,0 +1,68 @@
+"""Commands about finding: index, evaluate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .main import DEVICE, FOLDER, JSON
+
+_TASK = click.option("--task", help="Take the task's own queries and exact scores; by default training examples.")
+_K = click.option("-k", "--k", default=100, show_default=True, help="How many are the top.")
+_QUERIES = click.option("--queries", default=500, show_default=True, help="How many queries, at most.")
+
+
+def _retriever(folder: Path, task: str | None, device: str | None) -> Any:
+    if task is None:
+        return None
+    from ..retrieval import load
+    from ..task import load_task
+
+    return load(folder, load_task(task), device=device)
+
+
+@click.command()
+@FOLDER
+@click.option("--recall", default=0.99, show_default=True, help="Share of the true top-k that must be found.")
+@_K
+@_QUERIES
+@_TASK
+@DEVICE
+def index(folder: Path, recall: float, k: int, queries: int, task: str | None, device: str | None) -> None:
+    """Make the fastest index that finds --recall of the true top-k, of proponents and of opponents.
+
+    It is tuned with half of the queries and measured with the other half; if no index keeps the promise, none is
+    made. Where comparing all rows is as fast, as in small stores, none is made either.
+
+    Example: gradindex index /tmp/mnist --recall 0.99 --k 100
+    """
+    from ..evaluation import index as run
+
+    found = run(folder, recall=recall, k=k, n_query=queries, retriever=_retriever(folder, task, device))
+    click.echo(f"{folder}: {found.how}")
+
+
+@click.command()
+@FOLDER
+@_K
+@_QUERIES
+@_TASK
+@DEVICE
+@JSON
+def evaluate(folder: Path, k: int, queries: int, task: str | None, device: str | None, as_json: bool) -> None:
+    """Measure how much of the true top-k is found, by the index and by the rows alone.
+
+    "at least" is the lower end of a one-sided 95% interval over the queries.
+
+    Example: gradindex evaluate /tmp/mnist
+    """
+    from ..evaluation.tuning import as_records
+    from ..evaluation.tuning import evaluate as run
+    from ..hits import table
+
+    against, found = run(folder, k=k, n_query=queries, retriever=_retriever(folder, task, device))
+    records = as_records(found, k)
+    click.echo(json.dumps({"against": against, "records": records}) if as_json else f"{table(records)}\n{against}")

@@ -1,0 +1,320 @@
+"""An index keeps the recall that it promises, follows its store, and is never trusted unread."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import faiss
+import numpy as np
+import pytest
+import toys
+from click.testing import CliRunner
+from torch.utils.data import Subset
+
+import gradindex
+from gradindex import evaluation
+from gradindex.candidates import Candidates
+from gradindex.cli import main
+from gradindex.errors import ArgumentError, IndexFileError, RecallError
+from gradindex.evaluation import tuning
+from gradindex.index import CompactIndex, Shape, damage
+from gradindex.projection import Projection
+from gradindex.store import GradientStore
+
+
+def clustered(n, dim, seed):
+    """Rows around 20 directions, with heavy-tailed norms, as gradients have."""
+    generator = np.random.default_rng(seed)
+    centres = np.random.default_rng(0).standard_normal((20, dim))
+    rows = centres[generator.integers(0, 20, n)] + 0.3 * generator.standard_normal((n, dim))
+    return (rows * np.exp(generator.standard_normal((n, 1)))).astype(np.float32)
+
+
+ROWS, QUERIES = clustered(4000, 40, 1), clustered(50, 40, 2)
+IDS = np.arange(4000, dtype=np.int64) * 7
+
+
+def blocks():
+    return iter([(IDS[s : s + 900], ROWS[s : s + 900]) for s in range(0, 4000, 900)])
+
+
+def top(scores, k):
+    return IDS[np.argsort(-scores, axis=1)[:, :k]]
+
+
+def share(found, true):
+    return np.mean([np.isin(t, f).mean() for f, t in zip(found, true, strict=True)])
+
+
+@pytest.mark.parametrize("shape", [Shape("flat", 40), Shape("ivf", 40, 32)], ids=str)
+def test_an_index_of_all_directions_finds_the_largest_inner_products(shape):
+    index = CompactIndex.build(shape, ROWS, blocks)
+    for sign in (1, -1):
+        scores, found = index.search(sign * QUERIES, 200, probes=32)
+        assert share(found, top(sign * QUERIES @ ROWS.T, 100)) > 0.995
+        own = np.take_along_axis(sign * QUERIES @ ROWS.T, found // 7, 1)
+        np.testing.assert_allclose(scores, own, atol=0.02 * np.abs(own).max())
+        assert (np.diff(scores) <= 0).all()
+
+
+def test_lists_are_probed_by_direction_and_norm():
+    index = CompactIndex.build(Shape("ivf", 40, 32), ROWS, blocks)
+    true = top(QUERIES @ ROWS.T, 100)
+    shares = [share(index.search(QUERIES, 1000, probes=probes)[1], true) for probes in (1, 2, 4, 8, 32)]
+    assert shares == sorted(shares)
+    assert shares[2] > 0.8  # an eighth of the lists
+    plain = faiss.index_factory(40, "IVF32,SQ8", faiss.METRIC_INNER_PRODUCT)
+    plain.train(ROWS)
+    plain.add_with_ids(ROWS, IDS)
+    plain.nprobe = 4
+    assert shares[2] > share(plain.search(QUERIES, 1000)[1], true)
+
+
+def test_directions_hold_most_of_unit_normed_rows_whatever_the_heavy_ones_do():
+    rows = clustered(2000, 40, 3)
+    rows[:5] = 0
+    rows[5:10, 0] += 1e4  # a few enormous rows of one direction
+    directions = tuning.CompactIndex.build(Shape("flat", 20), rows, lambda: iter([(IDS[:2000], rows)]))
+    assert directions.about["rows"] == 2000
+    from gradindex.index.compact import fitted_directions
+
+    found = fitted_directions(rows, 20)
+    np.testing.assert_allclose(found.T @ found, np.eye(20), atol=1e-4)
+    units = rows[10:] / np.linalg.norm(rows[10:], axis=1, keepdims=True)
+    best = np.linalg.eigvalsh(units.T @ units)[::-1][:20].sum()
+    assert np.square(units @ found).sum() > 0.98 * best
+
+
+def test_removed_ids_are_left_out_and_too_few_are_padded_openly():
+    index = CompactIndex.build(Shape("ivf", 40, 32), ROWS, blocks)
+    best = index.search(QUERIES, 50, probes=4)[1]
+    scores, found = index.search(QUERIES, 50, probes=4, removed=np.unique(best[:, :10]))
+    assert not np.isin(found, best[:, :10]).any()
+    scores, found = index.search(QUERIES[:1], 4000, probes=1)
+    padding = found[0] < 0
+    assert 0 < padding.sum() < 4000
+    assert (scores[0][padding] == -np.inf).all()
+    assert not padding[: 4000 - padding.sum()].any()
+
+
+SHAPES = {"dim": (Shape("flat", 41), "dim is 41"), "lists": (Shape("ivf", 8, 5000), "lists is 5000")}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_impossible_shapes_are_refused(case):
+    shape, message = SHAPES[case]
+    with pytest.raises(ArgumentError, match=message):
+        CompactIndex.build(shape, ROWS, blocks)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    index = CompactIndex.build(Shape("ivf", 16, 32), ROWS, blocks)
+    index.save(tmp_path / "index", {"map": "m", "ids": [[0, 5]]})
+    return tmp_path / "index", index
+
+
+def test_a_saved_index_answers_as_before_and_is_read_by_plain_faiss(saved):
+    folder, index = saved
+    loaded = CompactIndex.load(folder)
+    for mine, theirs in zip(index.search(QUERIES, 30, probes=4), loaded.search(QUERIES, 30, probes=4), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    plain = faiss.read_index(str(next(folder.glob("*.faiss"))))
+    faiss.extract_index_ivf(plain).nprobe = 4
+    assert share(plain.search(QUERIES, 30)[1], index.search(QUERIES, 30, probes=4)[1]) > 0.99
+
+
+def change(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+DAMAGES = {
+    "one bit": (lambda p: p.write_bytes(p.read_bytes()[:-9] + b"x" + p.read_bytes()[-8:]), "another size or checksum"),
+    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-4]), "another size or checksum"),
+    "gone": (lambda p: p.unlink(), r"\.faiss is missing"),
+    "manifest damaged": (lambda p: change(p.with_name("manifest.json"), '"dim": 16', '"dim": 17'), "do not match"),
+    "manifest cut": (lambda p: p.with_name("manifest.json").write_text("{"), "manifest.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damage_is_found_before_faiss_reads_the_file(saved, monkeypatch, case):
+    folder, _ = saved
+    harm, message = DAMAGES[case]
+    harm(next(folder.glob("*.faiss")))
+    monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("was read"))
+    with pytest.raises(IndexFileError, match=f"{message}.*Make the index again: gradindex index"):
+        CompactIndex.load(folder)
+
+
+def test_an_index_of_a_newer_version_is_refused(saved):
+    folder, index = saved
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradindex.index.compact.VERSION", 9)
+        index.save(folder, {})
+    assert "has version 9, but this gradindex reads up to 1" in damage(folder)
+
+
+def test_a_new_index_takes_the_place_of_the_old_while_readers_go_on(saved):
+    folder, _ = saved
+    reader = CompactIndex.load(folder)
+    before = reader.search(QUERIES, 30, probes=4)
+    CompactIndex.build(Shape("flat", 8), ROWS, blocks).save(folder, {})
+    np.testing.assert_array_equal(reader.search(QUERIES, 30, probes=4)[1], before[1])
+    assert CompactIndex.load(folder).about["shape"]["kind"] == "flat"
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Times that do not depend on the machine: as many milliseconds as rows are compared."""
+    monkeypatch.setattr(
+        tuning, "_milliseconds", lambda search, truth, effort, k: 1e6 if effort is None else effort.proposals
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A store of 600 rows, and its task, which has 900 training examples."""
+    folder = tmp_path_factory.mktemp("tuning")
+    task = toys.make_task(folder, n_train=900, n_query=40)
+    gradindex.build(
+        replace(task, train=Subset(task.train, range(600))), folder / "store", projection=Projection("none"),
+        factors="float32", batch_size=50, shard_rows=100,
+    )  # fmt: skip
+    return task, folder / "store"
+
+
+@pytest.fixture
+def store(made, tmp_path):
+    shutil.copytree(made[1], tmp_path / "store")
+    return made[0], tmp_path / "store"
+
+
+def test_the_promise_is_kept_on_queries_that_the_tuner_did_not_see(store, quick):
+    task, folder = store
+    found = evaluation.index(folder, recall=0.97, k=10, n_query=200)
+    about = found.index.about
+    assert about["recall"]["against"] == "against exact scores, training examples as queries"
+    assert min(about["recall"]["proponents_at_least"], about["recall"]["opponents_at_least"]) >= 0.97
+    retriever = gradindex.load(folder, task)
+    ids = retriever.store.ids
+    truth = retriever.exact_scores(range(40))
+    for kind, sign in (("proponents", 1), ("opponents", -1)):
+        hits = getattr(retriever, kind)(range(40), k=10)
+        best = ids[np.argsort(-sign * truth, 1)[:, :10]]
+        assert share(hits.ids, best) >= 0.95
+        own = np.take_along_axis(truth, np.searchsorted(ids, hits.ids), 1)
+        np.testing.assert_allclose(hits.scores, own, rtol=1e-4, atol=1e-4 * np.abs(truth).max())
+        assert hits.scored == "exact"
+    assert "recall@10 at least 0.9" in retriever.search_note
+
+
+def test_an_index_follows_its_store(store, quick):
+    task, folder = store
+    evaluation.index(folder, recall=0.97, k=10, n_query=200)
+    retriever = gradindex.load(folder, task)
+    best = retriever.proponents(0, k=10).ids[0]
+    gradindex.remove(folder, best[:3])
+    gradindex.compact(folder)
+    assert not np.isin(best[:3], retriever.proponents(0, k=10).ids).any()
+    gradindex.add(task, folder)
+    assert "300 newer rows are compared in full" in retriever.search_note
+    everything = Candidates(GradientStore(folder), use_index=False)
+    rows = retriever.query_rows(range(40))
+    _, ids = everything.search(rows, 10)
+    mine = Candidates(GradientStore(folder)).search(rows, 10)
+    new = [np.isin(i, np.arange(600, 900)) for i in ids]
+    assert sum(map(np.sum, new)) > 50  # of the true top-10 of all queries, many are new
+    assert all(np.isin(i[n], m).all() for i, n, m in zip(ids, new, mine[1], strict=True))
+    assert share(mine[1], ids) > 0.95
+
+
+def test_an_index_of_other_rows_is_not_used_and_says_so(store, quick):
+    task, folder = store
+    evaluation.index(folder, recall=0.97, k=10, n_query=100)
+    extra = gradindex.Checkpoint(task.checkpoints[0].path, 0.05, step=9)
+    longer = replace(task, checkpoints=[*task.checkpoints, extra])
+    gradindex.add_checkpoint(replace(longer, train=Subset(task.train, range(600))), folder)
+    retriever = gradindex.load(folder, longer)
+    assert "the index is of other rows, `gradindex index` makes it anew" in retriever.search_note
+    assert retriever.proponents(0, k=600).ids.shape == (1, 600)
+    evaluation.index(folder, recall=0.97, k=10, n_query=100)
+    assert "recall@10" in gradindex.load(folder, longer).search_note
+
+
+def test_a_promise_that_cannot_be_kept_is_an_error_and_leaves_what_was_there(store, quick, monkeypatch):
+    _, folder = store
+    evaluation.index(folder, recall=0.9, k=10, n_query=100)
+    before = {path: path.read_bytes() for path in (folder / "index").iterdir()}
+    monkeypatch.setattr(tuning, "_DIMS", (1,))
+    monkeypatch.setattr(tuning, "_PROPOSALS", (1,))
+    with pytest.raises(RecallError, match=r"No index of .* holds 0.999 of the true top-10 .*: the best reaches 0\.\d+"):
+        evaluation.index(folder, recall=0.999, k=10, n_query=100)
+    assert {path: path.read_bytes() for path in (folder / "index").iterdir()} == before
+
+
+def test_no_index_is_made_where_comparing_all_rows_is_as_fast(store, monkeypatch):
+    _, folder = store
+    monkeypatch.setattr(tuning, "_milliseconds", lambda search, truth, effort, k: 1.0)
+    assert evaluation.index(folder, recall=0.9, k=10, n_query=100).how == "exact over all rows"
+    assert not (folder / "index").exists()
+
+
+def test_truth_counts_equal_scores_and_not_the_query_itself(store):
+    _, folder = store
+    opened = GradientStore(folder)
+    truth = tuning.held_out(opened, 30, 10)
+    ids = opened.ids
+    chosen = [int(np.flatnonzero((opened.rows(ids) == row).all(1))[0]) for row in truth.rows]
+    rows = opened.rows(ids).astype(np.float64)
+    for sign in (1, -1):
+        scores = sign * rows[chosen] @ rows.T
+        scores[np.arange(30), chosen] = -np.inf
+        for query in range(30):
+            best = truth.best[sign][query]
+            assert set(best[best >= 0]) == set(np.argsort(-scores[query])[:10])
+    assert truth.recalls(1, np.where(truth.best[1] >= 0, truth.best[1], 0)).min() == 1
+    assert truth.recalls(1, np.full((30, 5), -1)).max() == 0
+    same = np.ones((6, 3), np.float32)
+    equal = tuning._truth(same[:1], [(np.arange(6), same[:1] @ same.T)], np.array([2]), 3, "")
+    assert set(equal.best[1][0]) - {-1} == {0, 1, 3, 4, 5}
+
+
+def test_real_queries_are_measured_against_exact_scores(store, quick):
+    task, folder = store
+    retriever = gradindex.load(folder, task)
+    found = evaluation.index(folder, recall=0.9, k=10, n_query=40, retriever=retriever)
+    assert found.index.about["recall"]["against"] == "against exact scores, the task's queries"
+    with pytest.raises(ArgumentError, match="The task has no query data"):
+        evaluation.index(folder, k=10, retriever=gradindex.load(folder, replace(task, query=None)))
+
+
+def test_impossible_promises_are_refused(store):
+    _, folder = store
+    for options, message in (
+        ({"recall": 1.0}, "recall is 1.0, but must be between 0 and 1"),
+        ({"k": 0}, "k is 0"),
+        ({"k": 601}, "k is 601"),
+        ({"n_query": 3, "k": 10}, "There are 3 queries, but at least 4"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            evaluation.index(folder, **options)
+
+
+def test_the_command_line_makes_and_measures_an_index(store, quick):
+    _, folder = store
+    call = lambda *a: CliRunner().invoke(main, [str(x) for x in a])  # noqa: E731  # as short as a command
+    result = call("index", folder, "--recall", 0.9, "-k", 10, "--queries", 100)
+    assert (result.exit_code, result.stdout.count("\n")) == (0, 1)
+    assert result.stdout.startswith(f"{folder}: index flat of ")
+    assert "index flat of" in call("info", folder).stdout
+    measured = json.loads(call("evaluate", folder, "-k", 10, "--queries", 100, "--json").stdout)
+    assert measured["against"] == "against exact scores, training examples as queries"
+    names = [record["proposed by"] for record in measured["records"]]
+    assert names[0].startswith("index, ")
+    assert names[1:] == ["best 10 of all rows", "best 100 of all rows"]
+    assert all(record["recall@10 proponents"] > 0.85 for record in measured["records"])
+    (next((folder / "index").glob("*.faiss"))).write_bytes(b"")
+    broken = call("evaluate", folder)
+    assert (broken.exit_code, "Make the index again: gradindex index" in broken.stderr) == (1, True)
