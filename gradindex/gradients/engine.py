@@ -154,8 +154,9 @@ class Engine:
         """Take other routes from now on; ``shares`` as in :class:`Hooks`."""
         self.layers = list(layers)
         self.hooks.remove()
+        harmless = self.hooks.harmless  # of layers that stay; those that disagreed have left these routes
         self.hooks = Hooks(self.model, self.layers, self.dtype)
-        self.hooks.shares = shares
+        self.hooks.shares, self.hooks.harmless = shares, harmless
         if self._entered:
             self.hooks.install()
 
