@@ -92,7 +92,9 @@ def demo(out: Path) -> None:
 @_DEVICE
 @click.option("--workers", default=0, show_default=True, help="Processes that read examples.")
 @click.option(
-    "--channels-last", is_flag=True, help="Lay pictures out with the channels last: faster on some processors."
+    "--channels-last/--channels-first",
+    default=None,
+    help="How pictures are laid out; by default with the channels last where the model can have that: faster.",
 )
 @click.option("--batch-size", type=int, help="Examples per pass; by default as many, up to 256, as --memory holds.")
 @click.option(

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 import toys
+from click.testing import CliRunner
 from torch import nn
 
 import gradindex
+from gradindex.cli import main
 from gradindex.errors import ArgumentError, NonFiniteGradientError, TaskError
 from gradindex.gradients import Engine
 from gradindex.projection import Projection
@@ -109,6 +111,23 @@ def test_channels_come_last_where_the_model_can_have_that(tmp_path, model, expec
         assert engine.channels_last == expected
     first, own = (gradindex.build(task, tmp_path / str(on), projection=WHOLE, channels_last=on) for on in (False, None))
     np.testing.assert_allclose(own.rows(np.arange(12)), first.rows(np.arange(12)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"), [([], True), (["--channels-last"], True), (["--channels-first"], False)]
+)
+def test_the_command_line_leaves_the_layout_to_the_build_unless_told(task, tmp_path, monkeypatch, option, expected):
+    monkeypatch.setattr("gradindex.task.load_task", lambda name: task)
+    checked, check = [], Engine.check_routes
+
+    def spy(self):
+        check(self)
+        checked.append(self.channels_last)
+
+    monkeypatch.setattr(Engine, "check_routes", spy)
+    done = CliRunner().invoke(main, ["build", "mine.py:task", "--out", str(tmp_path / "store"), *option])
+    assert done.exit_code == 0
+    assert checked == [expected]
 
 
 def test_channels_last_that_cannot_be_had_is_refused(tmp_path):
