@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from .factors import Gradients
 from .gradients import Engine
 from .memory import available_bytes, batch_size_for, in_halves
 from .progress import progress
-from .projection import Bases, Projection, SubspaceFit, hash64, key
+from .projection import Bases, Projection, Share, SubspaceFit, hash64, key
 
 Norms = Literal["exact", "projected"]
 _FITTED_TO = 2000
@@ -120,26 +120,39 @@ def _safe(norms: Tensor) -> Tensor:
 def fit_bases(engine: Engine, projection: Projection, batch_size: int) -> Bases:
     """Fit a projection to up to 2,000 training examples, chosen by its seed, at every checkpoint.
 
+    Each example is read once for each of the two passes. A batch that does not fit the memory is
+    halved until it does.
+
     Returns:
         The bases by (checkpoint, layer), for :class:`RowMaker`.
+
+    Raises:
+        OutOfMemoryError: one example alone does not fit.
     """
     task = engine.task
     order = np.argsort(hash64(key(projection.seed, "sample"), task.n_train), kind="stable")
-    ids = np.sort(order[:_FITTED_TO])
+    ids = [int(i) for i in np.sort(order[:_FITTED_TO])]
     like = torch.zeros((), dtype=engine.dtype, device=engine.device)
-    bases: dict[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-    with progress("fitting the projection", 2 * len(ids) * engine.n_checkpoints, "rows") as advance:
-        for checkpoint in range(engine.n_checkpoints):
+    checkpoints = range(engine.n_checkpoints)
+    fits = [SubspaceFit(engine.layers, projection.dim, key(projection.seed, c), like) for c in checkpoints]
+    with progress("fitting the projection", SubspaceFit.PASSES * len(ids), "rows") as advance:
+        for _ in range(SubspaceFit.PASSES):
+            for start in range(0, len(ids), batch_size):
+                chosen = ids[start : start + batch_size]
+                items, names = [task.train[i] for i in chosen], [f"Training example {i}" for i in chosen]
+                for c, fit in enumerate(fits):
+                    fit.add(in_halves(partial(_shares, engine, c, fit), items, names, lambda: engine.at))
+                advance(len(chosen))
+            for fit in fits:
+                fit.end_pass()
+    return {(c, number): sides for c, fit in enumerate(fits) for number, sides in enumerate(fit.sides())}
 
-            def sample(consume: Callable[[int, Gradients], None], c: int = checkpoint) -> None:
-                for start in range(0, len(ids), batch_size):
-                    items = [task.train[int(i)] for i in ids[start : start + batch_size]]
-                    engine.run(c, items, consume)
-                    advance(len(items))
 
-            fit = SubspaceFit(engine.layers, projection.dim, key(projection.seed, checkpoint), like)
-            bases |= {(checkpoint, number): sides for number, sides in enumerate(fit.sides(sample))}
-    return bases
+def _shares(engine: Engine, checkpoint: int, fit: SubspaceFit, items: list[Any]) -> list[Share]:
+    """What a batch adds to a fit, complete or not at all."""
+    found: list[Share] = []
+    engine.run(checkpoint, items, lambda number, gradients: found.append(fit.share(number, gradients)))
+    return found
 
 
 def pick_batch_size(engine: Engine, projection: Projection, norms: Norms, budget: int | None) -> int:
@@ -156,7 +169,7 @@ def pick_batch_size(engine: Engine, projection: Projection, norms: Norms, budget
         fit = SubspaceFit(engine.layers, projection.dim, 0, like)
 
         def action(items: list[Any]) -> None:
-            fit.once(lambda consume: engine.run(0, items, consume))
+            _shares(engine, 0, fit, items)
     else:
         maker = RowMaker(engine, projection, norms=norms)
 

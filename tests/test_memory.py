@@ -49,6 +49,15 @@ def test_exact_scores_are_halved_as_well(task, monkeypatch):
     np.testing.assert_allclose(gradindex.exact_scores(task, list(task.query)), expected, rtol=1e-3, atol=1e-5)
 
 
+def test_fitting_is_halved_as_well(task, tmp_path, monkeypatch):
+    whole = gradindex.build(task, tmp_path / "whole", projection=Projection("fitted", 40))
+    short_of_memory(monkeypatch, 6)
+    parts = gradindex.build(task, tmp_path / "parts", projection=Projection("fitted", 40), batch_size=32)
+    # Bases are unique up to signs, which products of rows do not have.
+    products = [rows @ rows.T for rows in (store.rows(np.arange(40)) for store in (whole, parts))]
+    np.testing.assert_allclose(products[1], products[0], rtol=1e-2, atol=1e-3 * np.abs(products[0]).max())
+
+
 def test_other_errors_of_the_runtime_are_not_taken_for_it(task, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("a driver failed")
