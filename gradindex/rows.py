@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -81,11 +82,7 @@ class RowMaker:
                 if not bool(bad.any()):
                     break
             else:
-                path = self._engine.task.checkpoints[checkpoint].path
-                raise NonFiniteGradientError(
-                    f"{named[int(bad.nonzero()[0])][1]} has a NaN or infinite gradient at checkpoint {checkpoint} "
-                    f"({path}). Check the example, or leave that checkpoint out."
-                )
+                raise _non_finite(self._engine, checkpoint, named[int(bad.nonzero()[0])][1])
             blocks.append(block)
             norms.append(squared)
             losses.append(loss.double())
@@ -127,6 +124,7 @@ def fit_bases(engine: Engine, projection: Projection, batch_size: int) -> Bases:
         The bases by (checkpoint, layer), for :class:`RowMaker`.
 
     Raises:
+        NonFiniteGradientError: names the example and the checkpoint.
         OutOfMemoryError: one example alone does not fit.
     """
     task = engine.task
@@ -139,20 +137,41 @@ def fit_bases(engine: Engine, projection: Projection, batch_size: int) -> Bases:
         for _ in range(SubspaceFit.PASSES):
             for start in range(0, len(ids), batch_size):
                 chosen = ids[start : start + batch_size]
-                items, names = [task.train[i] for i in chosen], [f"Training example {i}" for i in chosen]
+                names = _names(chosen)
+                named = list(zip([task.train[i] for i in chosen], names, strict=True))
                 for c, fit in enumerate(fits):
-                    fit.add(in_halves(partial(_shares, engine, c, fit), items, names, lambda: engine.at))
+                    fit.add(in_halves(partial(_shares, engine, c, fit), named, names, lambda: engine.at))
                 advance(len(chosen))
             for fit in fits:
                 fit.end_pass()
     return {(c, number): sides for c, fit in enumerate(fits) for number, sides in enumerate(fit.sides())}
 
 
-def _shares(engine: Engine, checkpoint: int, fit: SubspaceFit, items: list[Any]) -> list[Share]:
+def _shares(engine: Engine, checkpoint: int, fit: SubspaceFit, named: list[tuple[Any, str]]) -> list[Share]:
     """What a batch adds to a fit, complete or not at all."""
-    found: list[Share] = []
-    engine.run(checkpoint, items, lambda number, gradients: found.append(fit.share(number, gradients)))
-    return found
+    for loss_scale in engine.loss_scales:
+        found: list[Share] = []
+
+        def consume(number: int, gradients: Gradients, into: list[Share] = found) -> None:
+            into.append(fit.share(number, gradients))
+
+        engine.run(checkpoint, [item for item, _ in named], consume, loss_scale=loss_scale)
+        if all(bool(side.isfinite().all()) for _, sides in found for side in sides):
+            return found
+    if len(named) == 1:
+        raise _non_finite(engine, checkpoint, named[0][1])
+    return [share for one in named for share in _shares(engine, checkpoint, fit, [one])]
+
+
+def _names(ids: Iterable[int]) -> list[str]:
+    return [f"Training example {i}" for i in ids]
+
+
+def _non_finite(engine: Engine, checkpoint: int, name: str) -> NonFiniteGradientError:
+    return NonFiniteGradientError(
+        f"{name} has a NaN or infinite gradient at checkpoint {checkpoint} "
+        f"({engine.task.checkpoints[checkpoint].path}). Check the example, or leave that checkpoint out."
+    )
 
 
 def pick_batch_size(engine: Engine, projection: Projection, norms: Norms, budget: int | None) -> int:
@@ -166,15 +185,16 @@ def pick_batch_size(engine: Engine, projection: Projection, norms: Norms, budget
     """
     like = torch.zeros((), dtype=engine.dtype, device=engine.device)
     if projection.fitted:  # fitting takes more than what follows
-        fit = SubspaceFit(engine.layers, projection.dim, 0, like)
+        shares = partial(_shares, engine, 0, SubspaceFit(engine.layers, projection.dim, 0, like))
 
         def action(items: list[Any]) -> None:
-            _shares(engine, 0, fit, items)
+            names = _names(range(len(items)))
+            in_halves(shares, list(zip(items, names, strict=True)), names, lambda: engine.at)
     else:
         maker = RowMaker(engine, projection, norms=norms)
 
         def action(items: list[Any]) -> None:
-            maker.rows(items, [f"Training example {i}" for i in range(len(items))], "train")
+            maker.rows(items, _names(range(len(items))), "train")
 
     budget = available_bytes(engine.device) if budget is None else budget
     return batch_size_for(action, engine.task.train, budget, engine.device)  # type: ignore[arg-type]  # or a data set

@@ -60,6 +60,19 @@ def test_losses_are_scaled_so_that_float16_neither_underflows_nor_overflows(tmp_
     assert np.abs(exact - rough).max() < 0.01 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("factor", [1e-6, 300.0, 30_000.0])
+@pytest.mark.parametrize("count", [2, 20])  # with few queries, the second layer is compared along their gradients
+def test_exact_scores_and_fits_in_float16_are_scaled_as_well(tmp_path, half_on_cpu, factor, count):
+    model = nn.Sequential(nn.Linear(6, 5), nn.PReLU(), nn.Linear(5, 3))
+    task = toys.make_task(tmp_path, model, loss=faint(factor), n_train=40, n_query=count)
+    exact, rough = (gradindex.exact_scores(task, list(task.query), precision=p) for p in ("float32", "float16"))
+    assert np.abs(exact - rough).max() < 0.01 * np.abs(exact).max()
+    fitted = Projection("fitted", 20)
+    rows = [gradindex.build(task, tmp_path / p, projection=fitted, precision=p) for p in ("float32", "float16")]
+    exact, rough = (store.rows(np.arange(40)) @ store.rows(np.arange(40)).T for store in rows)
+    assert np.abs(exact - rough).max() < 0.05 * np.abs(exact).max()
+
+
 def test_what_overflows_in_float16_at_any_scale_is_named(tmp_path, half_on_cpu):
     task = toys.make_task(tmp_path, loss=faint(1e9))
     with pytest.raises(NonFiniteGradientError, match="has a NaN or infinite gradient at checkpoint 0"):

@@ -49,6 +49,21 @@ def test_exact_scores_are_halved_as_well(task, monkeypatch):
     np.testing.assert_allclose(gradindex.exact_scores(task, list(task.query)), expected, rtol=1e-3, atol=1e-5)
 
 
+def test_many_queries_go_in_parts_that_are_halved(task, monkeypatch):
+    expected = gradindex.exact_scores(task, list(task.query))
+    monkeypatch.setattr("gradindex.gradients.products._AT_ONCE", 3)
+    np.testing.assert_allclose(gradindex.exact_scores(task, list(task.query)), expected, rtol=1e-3, atol=1e-5)
+    short_of_memory(monkeypatch, 1)
+    np.testing.assert_allclose(gradindex.exact_scores(task, list(task.query)), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_query_that_does_not_fit_alone_is_named(tmp_path):
+    task = toys.make_task(tmp_path, nn.Sequential(nn.Linear(6, 3), Conditional()))
+    task.query.tensors[0][2] = 1000.0
+    with pytest.raises(OutOfMemoryError, match=r"Query 2 of 4 alone needs more memory .* of 1 \(Conditional\) asked"):
+        gradindex.exact_scores(task, list(task.query))
+
+
 def test_fitting_is_halved_as_well(task, tmp_path, monkeypatch):
     whole = gradindex.build(task, tmp_path / "whole", projection=Projection("fitted", 40))
     short_of_memory(monkeypatch, 6)

@@ -245,6 +245,9 @@ def test_a_zero_gradient_scores_zero(tmp_path):
     task = toys.make_task(tmp_path, loss=loss, train=TensorDataset(x, y))
     store = gradindex.build(task, tmp_path / "store")
     assert store.self_influence()[4].tolist() == [0, 0, 0]
+    fitted = gradindex.build(task, tmp_path / "fitted", projection=Projection("fitted", 20))
+    assert not fitted.rows(np.array([4])).any()
+    assert fitted.rows(np.array([5])).any()
     scores = gradindex.exact_scores(task, list(task.query))
     assert scores[:, 4].tolist() == [0] * 4
     assert np.isfinite(scores).all()
@@ -257,6 +260,8 @@ def test_a_non_finite_gradient_names_its_example_and_checkpoint(tmp_path, bad):
     task = toys.make_task(tmp_path, train=TensorDataset(x, y))
     with pytest.raises(NonFiniteGradientError, match=r"Training example 7 .* checkpoint 0 \(.*w_0\.pt\)"):
         gradindex.build(task, tmp_path / "store", batch_size=4)
+    with pytest.raises(NonFiniteGradientError, match=r"Training example 7 .* checkpoint 0 \(.*w_0\.pt\)"):
+        gradindex.build(task, tmp_path / "fitted", projection=Projection("fitted", 20))
     with pytest.raises(NonFiniteGradientError, match="Training example 7 "):
         gradindex.exact_scores(task, list(task.query))
     with pytest.raises(NonFiniteGradientError, match="Query 0 of 1"):

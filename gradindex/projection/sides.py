@@ -98,7 +98,8 @@ class SubspaceFit:
 
     def share(self, number: int, gradients: Gradients) -> Share:
         """What a batch's gradients of layer ``number`` add to this pass; nothing is added yet."""
-        weights = 1 / gradients.squared_norms().clamp_min(torch.finfo(torch.float64).tiny)
+        norms = gradients.squared_norms()
+        weights = (1 / norms).where(norms > torch.finfo(torch.float32).tiny, 0.0)  # zero gradients point nowhere
         starts = self._starts[number]
         return number, [gradients.sided(start, side, weights.to(start)) for side, start in enumerate(starts)]
 
