@@ -250,7 +250,7 @@ class Engine:
         consume(number, Formed(gradients.gradient * self.root_weights(checkpoint, number)))
 
     def check_routes(self) -> None:
-        """Compare every route with autograd on two examples, each alone; move layers that disagree.
+        """Compare every route with autograd on pairs of examples, each alone; move layers that disagree.
 
         Raises:
             ArgumentError: the model does not run with ``channels_last``.

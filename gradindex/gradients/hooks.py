@@ -96,6 +96,11 @@ class Hooks:
         """
 
         def receive(number: int, position: int, delta: Tensor) -> None:
+            if len(delta) != n and not lenient:
+                raise TaskError(
+                    f"{self._layers[number].name} saw {len(delta)} rows for {n} examples, though each example was a "
+                    "row of its own when the routes were checked. Leave it out, with layers=."
+                )
             if loss_scale != 1:
                 delta = delta.to(self._dtype) / loss_scale
             calls = self._calls[number]

@@ -2,7 +2,7 @@
 
 A class token, a learned scale, positions, the weight of a norm written by hand, an embedding that is also
 the output layer: while the forward pass runs, a function mode meets every call that takes such a parameter.
-Nothing here is trusted: the engine compares every parameter with autograd on two examples before it is used.
+Nothing here is trusted: the engine compares every parameter with autograd on examples before it is used.
 """
 
 from __future__ import annotations
