@@ -12,7 +12,7 @@ from torch import nn
 import gradindex
 from gradindex.cli import main
 from gradindex.errors import ArgumentError, OutOfMemoryError
-from gradindex.gradients import Engine
+from gradindex.gradients import Engine, Products
 from gradindex.memory import batch_size_for, parse_bytes, peak_bytes
 from gradindex.projection import Projection
 
@@ -47,6 +47,24 @@ def test_exact_scores_are_halved_as_well(task, monkeypatch):
     expected = gradindex.exact_scores(task, list(task.query))
     short_of_memory(monkeypatch, 6)
     np.testing.assert_allclose(gradindex.exact_scores(task, list(task.query)), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("free", "sizes"), [(1 << 40, {40}), (1 << 16, {4, 8, 16}), (1, {1})])
+def test_exact_scores_choose_a_batch_that_fits(task, monkeypatch, free, sizes):
+    expected = gradindex.exact_scores(task, list(task.query), batch_size=10)
+    monkeypatch.setattr("gradindex.gradients.products.available_bytes", lambda device: free)
+    taken, of = [], Products.of
+
+    def spy(self, items):
+        taken.append(len(items))
+        return of(self, items)
+
+    monkeypatch.setattr(Products, "of", spy)
+    found = gradindex.exact_scores(task, list(task.query))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    assert taken[:2] == [2, 8]  # the measurement
+    assert max(taken[2:]) in sizes
+    assert sum(taken[2:]) == 40
 
 
 def test_many_queries_go_in_parts_that_are_halved(task, monkeypatch):

@@ -15,6 +15,13 @@ from gradindex.projection.sides import sizes
 GOLDEN_BUCKETS = [1, 5, 2, 12, 9, 4]
 GOLDEN_SIGNS = [-1.0, -1.0, -1.0, -1.0, 1.0, 1.0]
 GOLDEN_SKETCH = [1.0, 1.0, -12.0, -0.5, 0.0, 11.0, -1.0, -1.0]
+GOLDEN_GAUSSIANS = [-1.364681096, -1.059208023, 0.076259723, 0.2795695, 1.365271357, -0.507539402]
+GOLDEN_RADEMACHERS = [1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 1.0, 1.0]
+GOLDEN_BLOCKS = {
+    "kronecker": [-6.030222686, -2.402130767, 8.33158523, 4.094026866, 1.630849872, -5.656463376],
+    "gaussian": [9.101550559, -4.735706593, 1.602170494, 17.138709748, -2.182257157, -5.383982407],
+    "rademacher": [5.511351921, 16.942304054, -4.69485534, 4.69485534, -4.28660705, -6.736096793],
+}
 LAYER = Layer("l", ("l.weight",), 4, 6, "linear")
 
 
@@ -35,12 +42,24 @@ def test_hashes_are_the_published_generator_and_never_change():
     buckets, signs = buckets_and_signs(key(0, 1, "layer", "activations"), 6, 16)
     assert buckets.tolist() == GOLDEN_BUCKETS
     assert signs.tolist() == GOLDEN_SIGNS
+    assert rademachers(key(0, 1, "layer"), 8).tolist() == GOLDEN_RADEMACHERS
+    np.testing.assert_allclose(gaussians(key(0, 1, "layer"), 6), GOLDEN_GAUSSIANS, atol=1e-9)
+
+
+def known_factors():
+    return Factors(
+        torch.arange(1.0, 7.0).double()[None, None], torch.tensor([1.0, -1.0, 2.0, 0.5]).double()[None, None]
+    )
 
 
 def test_sketch_of_a_known_gradient_never_changes():
-    activations = torch.arange(1.0, 7.0).double()[None, None]
-    deltas = torch.tensor([1.0, -1.0, 2.0, 0.5]).double()[None, None]
-    np.testing.assert_allclose(project(Factors(activations, deltas), dim=8)[0].numpy(), GOLDEN_SKETCH, atol=1e-12)
+    np.testing.assert_allclose(project(known_factors(), dim=8)[0].numpy(), GOLDEN_SKETCH, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", GOLDEN_BLOCKS)
+def test_other_maps_of_a_known_gradient_never_change(kind):
+    # The sides of a Kronecker map are float32.
+    np.testing.assert_allclose(project(known_factors(), kind, dim=6)[0].numpy(), GOLDEN_BLOCKS[kind], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["tensorsketch", "kronecker", "gaussian", "rademacher"])

@@ -173,7 +173,7 @@ def test_dropout_and_batch_statistics_are_off_and_the_model_comes_back_as_it_was
     assert [m.training for m in model] == [True, False, True, True, True, True, True]
     assert identities == [id(p) for p in model.parameters()]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert not any(m._forward_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
@@ -197,7 +197,7 @@ def test_the_model_comes_back_after_an_exception_and_random_states_are_untouched
     with pytest.raises(RuntimeError, match="from the user's loss"):
         gradindex.exact_scores(task, list(task.query))
     assert task.model.training
-    assert not any(m._forward_hooks for m in task.model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in task.model.modules())
     assert torch.equal(states[0], torch.random.get_rng_state())
     assert np.array_equal(states[1], np.random.get_state()[1])
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..factors import Factors, Formed, Gradients
-from ..memory import in_halves
+from ..memory import LARGEST_TRIED, available_bytes, batch_size_for, in_halves
 from ..tree import preserved_random_state
 from .check import TOLERANCE
 from .engine import Engine
@@ -96,6 +96,19 @@ class Products:
                 for number, row in enumerate(self._along(checkpoint, items)):
                     scores[number] += row
         return [scores]
+
+    def pick_batch_size(self, n: int) -> int:
+        """How many of ``n`` training examples :meth:`of` can take at once in the memory that may be used unasked."""
+        engine = self._engine
+        if n <= LARGEST_TRIED:  # as many as would be measured
+            return max(1, n)
+        items = [engine.task.train[i] for i in range(min(LARGEST_TRIED, engine.task.n_train))]
+        names = [f"Training example {i}" for i in range(len(items))]
+
+        def action(some: list[Any]) -> None:
+            in_halves(self.of, some, names, lambda: engine.at)
+
+        return batch_size_for(action, items, available_bytes(engine.device), engine.device)
 
     def _at_checkpoint(self, checkpoint: int, items: list[Any], loss_scale: float) -> Tensor:
         """The share of the layers whose gradients are compared: (n_query, len(items))."""
