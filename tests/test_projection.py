@@ -7,8 +7,8 @@ import toys
 
 import gradindex
 from gradindex.errors import ArgumentError, StoreError
-from gradindex.factors import Factors, Formed, Layer, Lookups
-from gradindex.projection import Projection, SubspaceFit
+from gradindex.factors import Factors, Formed, Layer, Lookups, Sum
+from gradindex.projection import Projection, SubspaceFit, dense
 from gradindex.projection.hashing import buckets_and_signs, gaussians, hash64, key, rademachers
 from gradindex.projection.sides import sizes
 
@@ -91,6 +91,41 @@ def test_looked_up_columns_give_the_same_block(kind):
     for side, n in ((0, 4), (1, 6)):
         start = torch.randn(n, 3).double()
         torch.testing.assert_close(lookups.sided(start, side, weights), formed.sided(start, side, weights))
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_sums_of_forms_have_the_cross_terms(positions):
+    torch.manual_seed(0)
+    lookups = Lookups(torch.tensor([[0, 5, 5], [5, 1, 0]]), torch.randn(2, 3, 4).double(), 6)
+    both = Sum([lookups, random_factors(positions)])
+    formed = Formed(lookups.gradient + random_factors(positions).gradient)
+    torch.testing.assert_close(both.gradient, formed.gradient)
+    torch.testing.assert_close(both.squared_norms(), formed.squared_norms())
+    left, right, weights = torch.randn(4, 2).double(), torch.randn(6, 3).double(), torch.tensor([0.5, 2.0]).double()
+    torch.testing.assert_close(both.two_sided(left, right), formed.two_sided(left, right))
+    torch.testing.assert_close(both.sided(left, 0, weights), formed.sided(left, 0, weights))
+    torch.testing.assert_close(both.sided(right, 1, weights), formed.sided(right, 1, weights))
+    for other in (both, lookups, random_factors(2), formed):
+        expected = formed.products(Formed(other.gradient))
+        torch.testing.assert_close(both.products(other), expected)
+        torch.testing.assert_close(other.products(both), expected.T)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+def test_a_dense_matrix_is_never_whole(monkeypatch, kind):
+    layer = Layer("l", ("l",), 1, 1000, "vmap")  # a single row, as on the general routes
+    gradients = Formed(torch.randn(2, 1, 1000).double())
+    whole = project(gradients, kind, layer=layer)
+    sizes, draw = [], getattr(dense, f"{kind}s")
+
+    def spy(stream, n, start):
+        sizes.append(n)
+        return draw(stream, n, start)
+
+    monkeypatch.setattr(dense, f"{kind}s", spy)
+    monkeypatch.setattr(dense, "_ENTRIES", 480)
+    torch.testing.assert_close(project(gradients, kind, layer=layer), whole)
+    assert sizes == [480] * 33 + [160]
 
 
 @pytest.mark.parametrize("kind", ["tensorsketch", "kronecker", "gaussian", "rademacher"])
