@@ -155,7 +155,14 @@ class Quantised(nn.Linear):
 
 Quantised.__module__ = "torch.ao.nn.quantized.modules.linear"
 
+
+def compiled_in_place(model):
+    model[0].compile()
+    return model
+
+
 HIDING = {
+    "compiled in place": (compiled_in_place, r"0 is compiled, so its weights cannot be swapped.*compile\(\)"),
     "compiled": (lambda m: torch.compile(m), "The model is compiled, so its weights cannot be swapped"),
     "a compiled part": (
         lambda m: nn.Sequential(torch.compile(m[0]), m[1], m[2]),

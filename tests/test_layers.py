@@ -112,6 +112,8 @@ class Offsets(Bag):
 EMBEDDINGS = {
     "embedding": (Bag(nn.Embedding(9, 5)), "embedding"),
     "padding": (Bag(nn.Embedding(9, 5, padding_idx=0)), "embedding"),
+    "sparse": (Bag(nn.Embedding(9, 5, sparse=True)), "embedding"),
+    "sparse bag": (Bag(nn.EmbeddingBag(9, 5, mode="sum", sparse=True)), "embedding bag"),
     "bag of means": (Bag(nn.EmbeddingBag(9, 5, padding_idx=0)), "embedding bag"),
     "bag of sums": (Bag(nn.EmbeddingBag(9, 5, mode="sum")), "embedding bag"),
     "bag of maxima": (Bag(nn.EmbeddingBag(9, 5, mode="max")), "loop"),
