@@ -218,8 +218,13 @@ class Lookups(_Whole):
         return torch.bmm((self.output_gradients @ left).transpose(1, 2), right[self.indices])
 
     def sided(self, start: Tensor, side: int, weights: Tensor) -> Tensor:
-        """See :class:`Gradients`."""
-        return _sided(self.gradient, start, side, weights)
+        """Through the positions, those that share a column added up. See :class:`Gradients`."""
+        deltas, weights = self.output_gradients, weights[:, None, None]
+        if side == 0:
+            same = (self.indices[:, :, None] == self.indices[:, None, :]).to(deltas)
+            return torch.einsum("bpn,bpk->nk", deltas, torch.bmm(same, deltas @ start) * weights)
+        inner = torch.bmm(deltas.transpose(1, 2), start[self.indices]) * weights
+        return torch.zeros_like(start).index_add_(0, self.indices.flatten(), torch.bmm(deltas, inner).flatten(0, 1))
 
 
 class Sum(_Whole):

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 # The largest batch that is chosen unasked: more brings no speed, and less shows progress sooner.
 LARGEST_BATCH = 256
-_TRIED = (2, 8)
+_SMALLEST_TRIED, LARGEST_TRIED = 2, 8
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -94,7 +94,7 @@ def batch_size_for(action: Callable[[list[Any]], Any], items: Sequence[Any], bud
         budget: bytes for one pass, weights not included.
         device: where the action computes.
     """
-    small, large = (min(count, len(items)) for count in _TRIED)
+    small, large = (min(count, len(items)) for count in (_SMALLEST_TRIED, LARGEST_TRIED))
     if small == large:
         return LARGEST_BATCH
     peaks = [peak_bytes(partial(action, [items[i] for i in range(n)]), device) for n in (small, large)]

@@ -39,7 +39,7 @@ def exact_scores(
     role: Source = "query",
     precision: Precision = "float32",
     device: str | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> NDArray[Any]:
     """Exact TracInCP of training examples for each query, nothing projected.
 
@@ -54,7 +54,7 @@ def exact_scores(
         role: whether queries are scored with the ``"query"`` or the ``"train"`` loss.
         precision: of the gradients and scores; those of half precision are not exact.
         device: where to compute, by default where the model is.
-        batch_size: training examples per pass.
+        batch_size: training examples per pass, by default as many, up to 256, as the free memory holds.
 
     Returns:
         (n_query, m) in ``precision``, signed; positive = proponent.
@@ -75,7 +75,7 @@ def exact_scores(
         return _exact(engine, items, ids, role, batch_size)
 
 
-def _exact(engine: Engine, items: list[Any], ids: NDArray[np.int64], role: str, batch_size: int) -> NDArray[Any]:
+def _exact(engine: Engine, items: list[Any], ids: NDArray[np.int64], role: str, batch_size: int | None) -> NDArray[Any]:
     each = sum(layer.size for layer in engine.layers) * engine.n_checkpoints * engine.dtype.itemsize
     at_once = max(1, _QUERY_BYTES // each)
     parts = [items[start : start + at_once] for start in range(0, len(items), at_once)]
@@ -83,6 +83,7 @@ def _exact(engine: Engine, items: list[Any], ids: NDArray[np.int64], role: str, 
     with progress("exact scores", len(ids) * len(parts), "rows") as advance:
         for part in parts:
             products = Products(engine, part, role)
+            batch_size = batch_size or products.pick_batch_size(len(ids))
             columns: list[torch.Tensor] = []
             for start in range(0, len(ids), batch_size):
                 chosen = [int(i) for i in ids[start : start + batch_size]]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from .factors import Factors, Gradients, Layer
 from .gradients import Engine
 from .memory import available_bytes, batch_size_for, in_halves
 from .progress import progress
-from .projection import Bases, Projection, SubspaceFit, hash64, key
+from .projection import Bases, Projection, Share, SubspaceFit, hash64, key
 
 Norms = Literal["exact", "projected"]
 _FITTED_TO = 2000
@@ -122,11 +123,7 @@ class RowMaker:
                 if not bool(bad.any()):
                     break
             else:
-                path = self._engine.task.checkpoints[checkpoint].path
-                raise NonFiniteGradientError(
-                    f"{named[int(bad.nonzero()[0])][1]} has a NaN or infinite gradient at checkpoint {checkpoint} "
-                    f"({path}). Check the example, or leave that checkpoint out."
-                )
+                raise _non_finite(self._engine, checkpoint, named[int(bad.nonzero()[0])][1])
             blocks.append(block)
             norms.append(squared)
             losses.append(loss.double())
@@ -183,6 +180,9 @@ def _safe(norms: Tensor) -> Tensor:
 def fit_bases(engine: Engine, projection: Projection, batch_size: int, n: int, first: int = 0) -> Bases:
     """Fit a projection to up to 2,000 training examples, chosen by its seed, at every checkpoint.
 
+    Each example is read once for each of the two passes. A batch that does not fit the memory is
+    halved until it does.
+
     Args:
         engine: entered, its routes checked.
         projection: a fitted one.
@@ -192,24 +192,56 @@ def fit_bases(engine: Engine, projection: Projection, batch_size: int, n: int, f
 
     Returns:
         The bases by (checkpoint, layer), for :class:`RowMaker`.
+
+    Raises:
+        NonFiniteGradientError: names the example and the checkpoint.
+        OutOfMemoryError: one example alone does not fit.
     """
     task = engine.task
     order = np.argsort(hash64(key(projection.seed, "sample"), n), kind="stable")
-    ids = np.sort(order[:_FITTED_TO])
+    ids = [int(i) for i in np.sort(order[:_FITTED_TO])]
     like = torch.zeros((), dtype=engine.dtype, device=engine.device)
-    bases: dict[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-    with progress("fitting the projection", 2 * len(ids) * engine.n_checkpoints, "rows") as advance:
-        for checkpoint in range(engine.n_checkpoints):
+    checkpoints = range(engine.n_checkpoints)
+    fits = [SubspaceFit(engine.layers, projection.dim, key(projection.seed, first + c), like) for c in checkpoints]
+    with progress("fitting the projection", SubspaceFit.PASSES * len(ids), "rows") as advance:
+        for _ in range(SubspaceFit.PASSES):
+            for start in range(0, len(ids), batch_size):
+                chosen = ids[start : start + batch_size]
+                names = _names(chosen)
+                named = list(zip([task.train[i] for i in chosen], names, strict=True))
+                for c, fit in enumerate(fits):
+                    fit.add(in_halves(partial(_shares, engine, c, fit), named, names, lambda: engine.at))
+                advance(len(chosen))
+            for fit in fits:
+                fit.end_pass()
+    return {(first + c, number): sides for c, fit in enumerate(fits) for number, sides in enumerate(fit.sides())}
 
-            def sample(consume: Callable[[int, Gradients], None], c: int = checkpoint) -> None:
-                for start in range(0, len(ids), batch_size):
-                    items = [task.train[int(i)] for i in ids[start : start + batch_size]]
-                    engine.run(c, items, consume)
-                    advance(len(items))
 
-            fit = SubspaceFit(engine.layers, projection.dim, key(projection.seed, first + checkpoint), like)
-            bases |= {(first + checkpoint, number): sides for number, sides in enumerate(fit.sides(sample))}
-    return bases
+def _shares(engine: Engine, checkpoint: int, fit: SubspaceFit, named: list[tuple[Any, str]]) -> list[Share]:
+    """What a batch adds to a fit, complete or not at all."""
+    for loss_scale in engine.loss_scales:
+        found: list[Share] = []
+
+        def consume(number: int, gradients: Gradients, into: list[Share] = found) -> None:
+            into.append(fit.share(number, gradients))
+
+        engine.run(checkpoint, [item for item, _ in named], consume, loss_scale=loss_scale)
+        if all(bool(side.isfinite().all()) for _, sides in found for side in sides):
+            return found
+    if len(named) == 1:
+        raise _non_finite(engine, checkpoint, named[0][1])
+    return [share for one in named for share in _shares(engine, checkpoint, fit, [one])]
+
+
+def _names(ids: Iterable[int]) -> list[str]:
+    return [f"Training example {i}" for i in ids]
+
+
+def _non_finite(engine: Engine, checkpoint: int, name: str) -> NonFiniteGradientError:
+    return NonFiniteGradientError(
+        f"{name} has a NaN or infinite gradient at checkpoint {checkpoint} "
+        f"({engine.task.checkpoints[checkpoint].path}). Check the example, or leave that checkpoint out."
+    )
 
 
 def pick_batch_size(engine: Engine, projection: Projection, norms: Norms, budget: int | None) -> int:
@@ -223,15 +255,16 @@ def pick_batch_size(engine: Engine, projection: Projection, norms: Norms, budget
     """
     like = torch.zeros((), dtype=engine.dtype, device=engine.device)
     if projection.fitted:  # fitting takes more than what follows
-        fit = SubspaceFit(engine.layers, projection.dim, 0, like)
+        shares = partial(_shares, engine, 0, SubspaceFit(engine.layers, projection.dim, 0, like))
 
         def action(items: list[Any]) -> None:
-            fit.once(lambda consume: engine.run(0, items, consume))
+            names = _names(range(len(items)))
+            in_halves(shares, list(zip(items, names, strict=True)), names, lambda: engine.at)
     else:
         maker = RowMaker(engine, projection, norms=norms)
 
         def action(items: list[Any]) -> None:
-            maker.rows(items, [f"Training example {i}" for i in range(len(items))], "train")
+            maker.rows(items, _names(range(len(items))), "train")
 
     budget = available_bytes(engine.device) if budget is None else budget
     return batch_size_for(action, engine.task.train, budget, engine.device)  # type: ignore[arg-type]  # or a data set

@@ -18,7 +18,7 @@ def gradients(task, items, role="train", prefixes=("",)):
             task.loss_for(role)(model, double(task.collate([item]))).sum().backward()
             chosen = [p for name, p in model.named_parameters() if name.startswith(prefixes)]
             per_checkpoint.append(
-                torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in chosen])
+                torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad.to_dense()).flatten() for p in chosen])
             )
         rows.append(torch.stack(per_checkpoint))
     model.train(training)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 import toys
+from click.testing import CliRunner
 from torch import nn
 
 import gradindex
+from gradindex.cli import main
 from gradindex.errors import ArgumentError, NonFiniteGradientError, TaskError
 from gradindex.gradients import Engine
 from gradindex.projection import Projection
@@ -56,6 +58,19 @@ def test_losses_are_scaled_so_that_float16_neither_underflows_nor_overflows(tmp_
         for p in ("float32", "float16")
     )
     assert np.abs(exact - rough).max() < 0.01 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("factor", [1e-6, 300.0, 30_000.0])
+@pytest.mark.parametrize("count", [2, 20])  # with few queries, the second layer is compared along their gradients
+def test_exact_scores_and_fits_in_float16_are_scaled_as_well(tmp_path, half_on_cpu, factor, count):
+    model = nn.Sequential(nn.Linear(6, 5), nn.PReLU(), nn.Linear(5, 3))
+    task = toys.make_task(tmp_path, model, loss=faint(factor), n_train=40, n_query=count)
+    exact, rough = (gradindex.exact_scores(task, list(task.query), precision=p) for p in ("float32", "float16"))
+    assert np.abs(exact - rough).max() < 0.01 * np.abs(exact).max()
+    fitted = Projection("fitted", 20)
+    rows = [gradindex.build(task, tmp_path / p, projection=fitted, precision=p) for p in ("float32", "float16")]
+    exact, rough = (store.rows(np.arange(40)) @ store.rows(np.arange(40)).T for store in rows)
+    assert np.abs(exact - rough).max() < 0.05 * np.abs(exact).max()
 
 
 def test_what_overflows_in_float16_at_any_scale_is_named(tmp_path, half_on_cpu):
@@ -111,6 +126,23 @@ def test_channels_come_last_where_the_model_can_have_that(tmp_path, model, expec
     np.testing.assert_allclose(own.rows(np.arange(12)), first.rows(np.arange(12)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("option", "expected"), [([], True), (["--channels-last"], True), (["--channels-first"], False)]
+)
+def test_the_command_line_leaves_the_layout_to_the_build_unless_told(task, tmp_path, monkeypatch, option, expected):
+    monkeypatch.setattr("gradindex.task.load_task", lambda name: task)
+    checked, check = [], Engine.check_routes
+
+    def spy(self):
+        check(self)
+        checked.append(self.channels_last)
+
+    monkeypatch.setattr(Engine, "check_routes", spy)
+    done = CliRunner().invoke(main, ["build", "mine.py:task", "--out", str(tmp_path / "store"), *option])
+    assert done.exit_code == 0
+    assert checked == [expected]
+
+
 def test_channels_last_that_cannot_be_had_is_refused(tmp_path):
     task = toys.make_task(tmp_path, Flattening(), shape=(2, 8, 8))
     with pytest.raises(ArgumentError, match=r"The model does not run with channels_last \(view size is not compatible"):
@@ -123,7 +155,14 @@ class Quantised(nn.Linear):
 
 Quantised.__module__ = "torch.ao.nn.quantized.modules.linear"
 
+
+def compiled_in_place(model):
+    model[0].compile()
+    return model
+
+
 HIDING = {
+    "compiled in place": (compiled_in_place, r"0 is compiled, so its weights cannot be swapped.*compile\(\)"),
     "compiled": (lambda m: torch.compile(m), "The model is compiled, so its weights cannot be swapped"),
     "a compiled part": (
         lambda m: nn.Sequential(torch.compile(m[0]), m[1], m[2]),

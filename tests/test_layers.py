@@ -33,6 +33,7 @@ LAYERS = {
     ),
     "transposed 1d": (after(nn.ConvTranspose1d(2, 3, 3, 2, 1, output_padding=1), features=24), (2, 4), "convolution^T"),
     "transposed 2d": (after(nn.ConvTranspose2d(2, 3, 3, 2, dilation=2), features=675), IMAGE, "convolution^T"),
+    "transposed 3d": (after(nn.ConvTranspose3d(1, 2, 2, (1, 2, 1)), features=192), (1, 2, 4, 3), "convolution^T"),
     "transposed groups": (after(nn.ConvTranspose2d(2, 4, 2, groups=2), features=196), IMAGE, "convolution^T"),
     "batch norm 1d": (after(nn.Linear(6, 4), nn.BatchNorm1d(4), features=4), (6,), "linear"),
     "batch norm": (after(nn.BatchNorm2d(2), features=72), IMAGE, "normalisation"),
@@ -111,6 +112,8 @@ class Offsets(Bag):
 EMBEDDINGS = {
     "embedding": (Bag(nn.Embedding(9, 5)), "embedding"),
     "padding": (Bag(nn.Embedding(9, 5, padding_idx=0)), "embedding"),
+    "sparse": (Bag(nn.Embedding(9, 5, sparse=True)), "embedding"),
+    "sparse bag": (Bag(nn.EmbeddingBag(9, 5, mode="sum", sparse=True)), "embedding bag"),
     "bag of means": (Bag(nn.EmbeddingBag(9, 5, padding_idx=0)), "embedding bag"),
     "bag of sums": (Bag(nn.EmbeddingBag(9, 5, mode="sum")), "embedding bag"),
     "bag of maxima": (Bag(nn.EmbeddingBag(9, 5, mode="max")), "loop"),

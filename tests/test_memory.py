@@ -12,7 +12,7 @@ from torch import nn
 import gradindex
 from gradindex.cli import main
 from gradindex.errors import ArgumentError, OutOfMemoryError
-from gradindex.gradients import Engine
+from gradindex.gradients import Engine, Products
 from gradindex.memory import batch_size_for, parse_bytes, peak_bytes
 from gradindex.projection import Projection
 
@@ -47,6 +47,48 @@ def test_exact_scores_are_halved_as_well(task, monkeypatch):
     expected = gradindex.exact_scores(task, list(task.query))
     short_of_memory(monkeypatch, 6)
     np.testing.assert_allclose(gradindex.exact_scores(task, list(task.query)), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("free", "sizes"), [(1 << 40, {40}), (1 << 16, {4, 8, 16}), (1, {1})])
+def test_exact_scores_choose_a_batch_that_fits(task, monkeypatch, free, sizes):
+    expected = gradindex.exact_scores(task, list(task.query), batch_size=10)
+    monkeypatch.setattr("gradindex.gradients.products.available_bytes", lambda device: free)
+    taken, of = [], Products.of
+
+    def spy(self, items):
+        taken.append(len(items))
+        return of(self, items)
+
+    monkeypatch.setattr(Products, "of", spy)
+    found = gradindex.exact_scores(task, list(task.query))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    assert taken[:2] == [2, 8]  # the measurement
+    assert max(taken[2:]) in sizes
+    assert sum(taken[2:]) == 40
+
+
+def test_many_queries_go_in_parts_that_are_halved(task, monkeypatch):
+    expected = gradindex.exact_scores(task, list(task.query))
+    monkeypatch.setattr("gradindex.gradients.products._AT_ONCE", 3)
+    np.testing.assert_allclose(gradindex.exact_scores(task, list(task.query)), expected, rtol=1e-3, atol=1e-5)
+    short_of_memory(monkeypatch, 1)
+    np.testing.assert_allclose(gradindex.exact_scores(task, list(task.query)), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_query_that_does_not_fit_alone_is_named(tmp_path):
+    task = toys.make_task(tmp_path, nn.Sequential(nn.Linear(6, 3), Conditional()))
+    task.query.tensors[0][2] = 1000.0
+    with pytest.raises(OutOfMemoryError, match=r"Query 2 of 4 alone needs more memory .* of 1 \(Conditional\) asked"):
+        gradindex.exact_scores(task, list(task.query))
+
+
+def test_fitting_is_halved_as_well(task, tmp_path, monkeypatch):
+    whole = gradindex.build(task, tmp_path / "whole", projection=Projection("fitted", 40))
+    short_of_memory(monkeypatch, 6)
+    parts = gradindex.build(task, tmp_path / "parts", projection=Projection("fitted", 40), batch_size=32)
+    # Bases are unique up to signs, which products of rows do not have.
+    products = [rows @ rows.T for rows in (store.rows(np.arange(40)) for store in (whole, parts))]
+    np.testing.assert_allclose(products[1], products[0], rtol=1e-2, atol=1e-3 * np.abs(products[0]).max())
 
 
 def test_other_errors_of_the_runtime_are_not_taken_for_it(task, tmp_path, monkeypatch):

@@ -9,14 +9,21 @@ import toys
 
 import gradindex
 from gradindex.errors import ArgumentError, StoreError
-from gradindex.factors import Factors, Formed, Layer, Lookups
-from gradindex.projection import Projection, SubspaceFit
+from gradindex.factors import Factors, Formed, Layer, Lookups, Sum
+from gradindex.projection import Projection, SubspaceFit, dense
 from gradindex.projection.hashing import buckets_and_signs, gaussians, hash64, key, rademachers
 from gradindex.projection.sides import sizes
 
 GOLDEN_BUCKETS = [1, 5, 2, 12, 9, 4]
 GOLDEN_SIGNS = [-1.0, -1.0, -1.0, -1.0, 1.0, 1.0]
 GOLDEN_SKETCH = [1.0, 1.0, -12.0, -0.5, 0.0, 11.0, -1.0, -1.0]
+GOLDEN_GAUSSIANS = [-1.364681096, -1.059208023, 0.076259723, 0.2795695, 1.365271357, -0.507539402]
+GOLDEN_RADEMACHERS = [1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 1.0, 1.0]
+GOLDEN_BLOCKS = {
+    "kronecker": [-6.030222686, -2.402130767, 8.33158523, 4.094026866, 1.630849872, -5.656463376],
+    "gaussian": [9.101550559, -4.735706593, 1.602170494, 17.138709748, -2.182257157, -5.383982407],
+    "rademacher": [5.511351921, 16.942304054, -4.69485534, 4.69485534, -4.28660705, -6.736096793],
+}
 LAYER = Layer("l", ("l.weight",), 4, 6, "linear")
 
 
@@ -37,12 +44,24 @@ def test_hashes_are_the_published_generator_and_never_change():
     buckets, signs = buckets_and_signs(key(0, 1, "layer", "activations"), 6, 16)
     assert buckets.tolist() == GOLDEN_BUCKETS
     assert signs.tolist() == GOLDEN_SIGNS
+    assert rademachers(key(0, 1, "layer"), 8).tolist() == GOLDEN_RADEMACHERS
+    np.testing.assert_allclose(gaussians(key(0, 1, "layer"), 6), GOLDEN_GAUSSIANS, atol=1e-9)
+
+
+def known_factors():
+    return Factors(
+        torch.arange(1.0, 7.0).double()[None, None], torch.tensor([1.0, -1.0, 2.0, 0.5]).double()[None, None]
+    )
 
 
 def test_sketch_of_a_known_gradient_never_changes():
-    activations = torch.arange(1.0, 7.0).double()[None, None]
-    deltas = torch.tensor([1.0, -1.0, 2.0, 0.5]).double()[None, None]
-    np.testing.assert_allclose(project(Factors(activations, deltas), dim=8)[0].numpy(), GOLDEN_SKETCH, atol=1e-12)
+    np.testing.assert_allclose(project(known_factors(), dim=8)[0].numpy(), GOLDEN_SKETCH, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", GOLDEN_BLOCKS)
+def test_other_maps_of_a_known_gradient_never_change(kind):
+    # The sides of a Kronecker map are float32.
+    np.testing.assert_allclose(project(known_factors(), kind, dim=6)[0].numpy(), GOLDEN_BLOCKS[kind], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["tensorsketch", "kronecker", "gaussian", "rademacher"])
@@ -74,6 +93,41 @@ def test_looked_up_columns_give_the_same_block(kind):
     for side, n in ((0, 4), (1, 6)):
         start = torch.randn(n, 3).double()
         torch.testing.assert_close(lookups.sided(start, side, weights), formed.sided(start, side, weights))
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_sums_of_forms_have_the_cross_terms(positions):
+    torch.manual_seed(0)
+    lookups = Lookups(torch.tensor([[0, 5, 5], [5, 1, 0]]), torch.randn(2, 3, 4).double(), 6)
+    both = Sum([lookups, random_factors(positions)])
+    formed = Formed(lookups.gradient + random_factors(positions).gradient)
+    torch.testing.assert_close(both.gradient, formed.gradient)
+    torch.testing.assert_close(both.squared_norms(), formed.squared_norms())
+    left, right, weights = torch.randn(4, 2).double(), torch.randn(6, 3).double(), torch.tensor([0.5, 2.0]).double()
+    torch.testing.assert_close(both.two_sided(left, right), formed.two_sided(left, right))
+    torch.testing.assert_close(both.sided(left, 0, weights), formed.sided(left, 0, weights))
+    torch.testing.assert_close(both.sided(right, 1, weights), formed.sided(right, 1, weights))
+    for other in (both, lookups, random_factors(2), formed):
+        expected = formed.products(Formed(other.gradient))
+        torch.testing.assert_close(both.products(other), expected)
+        torch.testing.assert_close(other.products(both), expected.T)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+def test_a_dense_matrix_is_never_whole(monkeypatch, kind):
+    layer = Layer("l", ("l",), 1, 1000, "vmap")  # a single row, as on the general routes
+    gradients = Formed(torch.randn(2, 1, 1000).double())
+    whole = project(gradients, kind, layer=layer)
+    sizes, draw = [], getattr(dense, f"{kind}s")
+
+    def spy(stream, n, start):
+        sizes.append(n)
+        return draw(stream, n, start)
+
+    monkeypatch.setattr(dense, f"{kind}s", spy)
+    monkeypatch.setattr(dense, "_ENTRIES", 480)
+    torch.testing.assert_close(project(gradients, kind, layer=layer), whole)
+    assert sizes == [480] * 33 + [160]
 
 
 @pytest.mark.parametrize("kind", ["tensorsketch", "kronecker", "gaussian", "rademacher"])
@@ -128,7 +182,11 @@ def low_rank(n, noise):
 def test_fitted_sides_find_the_common_subspace_despite_heavy_examples():
     gradients, left, right = low_rank(400, 0.01)
     fit = SubspaceFit([Layer("l", ("l.weight",), 12, 20, "linear")], 4, 5, torch.zeros((), dtype=torch.float64))
-    ((found_left, found_right),) = fit.sides(lambda consume: consume(0, Formed(gradients)))
+    for _ in range(SubspaceFit.PASSES):
+        for part in gradients.split(150):
+            fit.add([fit.share(0, Formed(part))])
+        fit.end_pass()
+    ((found_left, found_right),) = fit.sides()
     assert (found_left.shape, found_right.shape) == ((12, 2), (20, 2))
     for found, true in ((found_left, left), (found_right, right)):
         found = torch.from_numpy(found).double()

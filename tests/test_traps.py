@@ -173,7 +173,7 @@ def test_dropout_and_batch_statistics_are_off_and_the_model_comes_back_as_it_was
     assert [m.training for m in model] == [True, False, True, True, True, True, True]
     assert identities == [id(p) for p in model.parameters()]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert not any(m._forward_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
@@ -197,7 +197,7 @@ def test_the_model_comes_back_after_an_exception_and_random_states_are_untouched
     with pytest.raises(RuntimeError, match="from the user's loss"):
         gradindex.exact_scores(task, list(task.query))
     assert task.model.training
-    assert not any(m._forward_hooks for m in task.model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in task.model.modules())
     assert torch.equal(states[0], torch.random.get_rng_state())
     assert np.array_equal(states[1], np.random.get_state()[1])
 
@@ -245,6 +245,9 @@ def test_a_zero_gradient_scores_zero(tmp_path):
     task = toys.make_task(tmp_path, loss=loss, train=TensorDataset(x, y))
     store = gradindex.build(task, tmp_path / "store")
     assert store.self_influence()[4].tolist() == [0, 0, 0]
+    fitted = gradindex.build(task, tmp_path / "fitted", projection=Projection("fitted", 20))
+    assert not fitted.rows(np.array([4])).any()
+    assert fitted.rows(np.array([5])).any()
     scores = gradindex.exact_scores(task, list(task.query))
     assert scores[:, 4].tolist() == [0] * 4
     assert np.isfinite(scores).all()
@@ -257,6 +260,8 @@ def test_a_non_finite_gradient_names_its_example_and_checkpoint(tmp_path, bad):
     task = toys.make_task(tmp_path, train=TensorDataset(x, y))
     with pytest.raises(NonFiniteGradientError, match=r"Training example 7 .* checkpoint 0 \(.*w_0\.pt\)"):
         gradindex.build(task, tmp_path / "store", batch_size=4)
+    with pytest.raises(NonFiniteGradientError, match=r"Training example 7 .* checkpoint 0 \(.*w_0\.pt\)"):
+        gradindex.build(task, tmp_path / "fitted", projection=Projection("fitted", 20))
     with pytest.raises(NonFiniteGradientError, match="Training example 7 "):
         gradindex.exact_scores(task, list(task.query))
     with pytest.raises(NonFiniteGradientError, match="Query 0 of 1"):

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import gradindex
+from gradindex.errors import TaskError
 from gradindex.factors import Formed, Layer
 from gradindex.projection import Projection
 
@@ -85,6 +86,50 @@ UNKNOWN = {
 def test_uses_that_are_unknown_leave_to_the_general_route(tmp_path, case):
     use, shape = UNKNOWN[case]
     assert check_against_autograd(toys.make_task(tmp_path, Using(use, shape), shape=SHAPE))["p"] == "vmap"
+
+
+class Moody(nn.Module):
+    """Another use of its scale for one example among many."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.head = nn.Parameter(torch.ones(6)), nn.Linear(24, 3)
+
+    def forward(self, x):
+        assert self.p.shape == (6,)
+        x = x * self.p + torch.zeros_like(self.p)
+        return self.head((x * self.p.sigmoid() if bool((x > 100).any()) else x).flatten(1))
+
+
+def test_a_use_that_the_check_did_not_see_stops_the_build(tmp_path):
+    task = toys.make_task(tmp_path, Moody(), shape=SHAPE)
+    expected = gradindex.exact_scores(task, list(task.query))
+    task.train.tensors[0][5] = 1e4
+    with pytest.raises(
+        TaskError, match=r"The model uses p in sigmoid\(\) on this batch, as it did not on the examples"
+    ):
+        gradindex.exact_scores(task, list(task.query))
+    some = gradindex.exact_scores(task, list(task.query), np.array([0, 1, 2, 3, 4]))
+    np.testing.assert_allclose(some, expected[:, :5])
+
+
+class Gated(Moody):
+    """With a gate that queries alone go through, in a way that hooks do not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(3))
+
+
+def test_what_the_check_of_queries_changes_leaves_the_check_of_training_examples_standing(tmp_path):
+    def loss(model, batch):
+        return toys.cross_entropy(model, batch) + torch.ones_like(model.p).sum()
+
+    def query_loss(model, batch):
+        return toys.cross_entropy(lambda x: model(x) * model.gate.sigmoid(), batch)
+
+    task = toys.make_task(tmp_path, Gated(), shape=SHAPE, loss=loss, query_loss=query_loss)
+    assert check_against_autograd(task) == {"p": "function", "gate": "loop", "head": "linear"}
 
 
 class TiedWords(nn.Module):

@@ -1,10 +1,11 @@
-"""Routes are checked, not trusted: two examples against autograd on each alone."""
+"""Routes are checked, not trusted: pairs of examples against autograd on each alone."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +22,17 @@ if TYPE_CHECKING:
 # How far a fast route may be from autograd on one example alone, relative to the norms.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-8}
 
+# Examples that are looked through for gradients of every parameter.
+_TRIED = 32
+
 
 def check_routes(engine: Engine) -> None:
     """Compare every route with autograd; move layers that disagree to the next slower one.
 
     Catches layers whose first axis is not the example, weights used in ways that no rule knows,
-    and whatever else hooks cannot see. Runs in full precision, whatever the engine's.
+    and whatever else hooks cannot see. Runs in full precision, whatever the engine's. Takes the
+    first and the last example; where these give a parameter no gradient (a margin that is kept, an
+    expert that is not asked), more of them, up to 32.
 
     Args:
         engine: entered.
@@ -36,27 +42,46 @@ def check_routes(engine: Engine) -> None:
             the others of its batch.
     """
     task = engine.task
-    _check(engine, task.first_and_last(), "train")
+    _check(engine, task.train, task.n_train, "train")
     if task.query_loss is not None:
-        items = task.first_and_last() if task.query is None else [task.query[0], task.query[task.n_query - 1]]
-        _check(engine, items, "query")
+        data, n = (task.train, task.n_train) if task.query is None else (task.query, task.n_query)
+        _check(engine, data, n, "query")
 
 
-def _check(engine: Engine, items: list[Any], role: str) -> None:
-    wrapper = LossModule(engine.model, engine.task.loss_for(role))
-    state = engine.states[-1]
+def _check(engine: Engine, data: Any, n: int, role: str) -> None:
+    wrapper, state = LossModule(engine.model, engine.task.loss_for(role)), engine.states[-1]
+    unseen = list(engine.parameters)
     with preserved_random_state():
-        batch, singles = engine.cast(engine.task.collate(items)), engine.singles(items)
-        truth = dict(zip(engine.parameters, loop_gradients(wrapper, state, engine.parameters, singles), strict=True))
-        _check_that_examples_do_not_mix(wrapper, state, batch, singles, TOLERANCE[engine.dtype])
-        while True:
-            planned, shares = _pick_general_route(engine, wrapper, state, batch, len(items)), engine.hooks.shares
-            if planned != engine.layers:
-                engine.replan(planned, shares)
-            planned, shares = _replanned(engine, wrapper, items, truth)
-            if planned == engine.layers and shares == engine.hooks.shares:
-                return
+        for pair in _pairs(n):
+            items = [data[position] for position in pair]
+            singles = engine.singles(items)
+            gradients = loop_gradients(wrapper, state, unseen, singles)
+            seen = {x for x, g in zip(unseen, gradients, strict=True) if bool(g.isfinite().all()) and bool(g.any())}
+            if seen or pair[0] == 0:
+                _check_pair(engine, wrapper, items, singles)
+            unseen = [name for name in unseen if name not in seen]
+            if not unseen:
+                break
+
+
+def _pairs(n: int) -> list[tuple[int, int]]:
+    """The first and the last position, then evenly spaced ones."""
+    others = np.unique(np.linspace(0, n - 1, min(_TRIED, n)).astype(np.int64))[1:-1].tolist()
+    return [(0, n - 1), *zip(others[::2], [*others[1::2], n - 1], strict=False)]
+
+
+def _check_pair(engine: Engine, wrapper: LossModule, items: list[Any], singles: list[Any]) -> None:
+    state, batch = engine.states[-1], engine.cast(engine.task.collate(items))
+    truth = dict(zip(engine.parameters, loop_gradients(wrapper, state, engine.parameters, singles), strict=True))
+    _check_that_examples_do_not_mix(wrapper, state, batch, singles, TOLERANCE[engine.dtype])
+    while True:
+        planned, shares = _pick_general_route(engine, wrapper, state, batch, len(items)), engine.hooks.shares
+        if planned != engine.layers:
             engine.replan(planned, shares)
+        planned, shares = _replanned(engine, wrapper, items, truth)
+        if planned == engine.layers and shares == engine.hooks.shares:
+            return
+        engine.replan(planned, shares)
 
 
 def _check_that_examples_do_not_mix(
@@ -69,7 +94,7 @@ def _check_that_examples_do_not_mix(
         raise LossError(
             f"The loss of an example depends on the others of its batch ({float(alone[0]):.6g} alone, "
             f"{float(together[0]):.6g} in a batch of {len(singles)}), so it has no gradient of its own. "
-            "Use a per-example loss and normalisation with running statistics."
+            "Use a per-example loss, normalisation with running statistics, and a mask where padding is seen."
         )
 
 

@@ -154,8 +154,9 @@ class Engine:
         """Take other routes from now on; ``shares`` as in :class:`Hooks`."""
         self.layers = list(layers)
         self.hooks.remove()
+        harmless = self.hooks.harmless  # of layers that stay; those that disagreed have left these routes
         self.hooks = Hooks(self.model, self.layers, self.dtype)
-        self.hooks.shares = shares
+        self.hooks.shares, self.hooks.harmless = shares, harmless
         if self._entered:
             self.hooks.install()
 
@@ -249,7 +250,7 @@ class Engine:
         consume(number, Formed(gradients.gradient * self.root_weights(checkpoint, number)))
 
     def check_routes(self) -> None:
-        """Compare every route with autograd on two examples, each alone; move layers that disagree.
+        """Compare every route with autograd on pairs of examples, each alone; move layers that disagree.
 
         Raises:
             ArgumentError: the model does not run with ``channels_last``.

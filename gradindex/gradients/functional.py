@@ -100,7 +100,7 @@ def loop_gradients(
             if losses.requires_grad:
                 leaves = list(tracked.values())
                 found = torch.autograd.grad(losses.sum() * loss_scale, leaves, materialize_grads=True)
-                rows.append([gradient / loss_scale for gradient in found])
+                rows.append([gradient.to_dense() / loss_scale for gradient in found])  # embeddings may be sparse
             else:
                 rows.append([torch.zeros_like(value) for value in tracked.values()])
     return [torch.stack(column) for column in zip(*rows, strict=True)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import TaskError
 from ..factors import Gradients, Layer, concatenated
 from ..tree import map_tensors
 from . import uses
@@ -40,6 +41,8 @@ class Hooks:
         self._leaves: list[Tensor] = []
         self._receive: Callable[[int, int, Tensor], None] | None = None
         self._n = 0
+        # Uses, by layer and function, that went unwatched when the gradients were found right.
+        self.harmless: set[tuple[str, str]] = set()
         self._scales: Mapping[str, float] = {}
         # Whether a layer's output that all examples share (first axis 1) is handed on once for each of them.
         self.shares = True
@@ -93,6 +96,11 @@ class Hooks:
         """
 
         def receive(number: int, position: int, delta: Tensor) -> None:
+            if len(delta) != n and not lenient:
+                raise TaskError(
+                    f"{self._layers[number].name} saw {len(delta)} rows for {n} examples, though each example was a "
+                    "row of its own when the routes were checked. Leave it out, with layers=."
+                )
             if loss_scale != 1:
                 delta = delta.to(self._dtype) / loss_scale
             calls = self._calls[number]
@@ -113,11 +121,12 @@ class Hooks:
 
         self._receive, self._n, self._scales = receive, n, scales
         tensors = {number: (layer, state[f"model.{layer.parameters[0]}"]) for number, layer in self._used.items()}
-        mode = uses.Uses(tensors, n, self._watch_use) if tensors else contextlib.nullcontext()
+        mode = uses.Uses(tensors, n, self._watch_use)
         try:
             with torch.enable_grad():
-                with mode:
+                with mode if tensors else contextlib.nullcontext():
                     found = losses()
+                self._judge(mode.unknown, lenient)
                 leaves = list(self._leaves)
                 if leaves and found.requires_grad:
                     torch.autograd.grad(found.sum() * loss_scale, leaves, allow_unused=True)
@@ -129,6 +138,18 @@ class Hooks:
             self._calls.clear()
             self._leaves.clear()
         return found.detach()
+
+    def _judge(self, unknown: set[tuple[int, str]], lenient: bool) -> None:
+        """Uses that were there when the gradients were found right (such as of a shape) do not matter; new ones do."""
+        named = {(self._layers[number].name, function) for number, function in unknown}
+        if lenient:
+            self.harmless |= named
+            return
+        for name, function in sorted(named - self.harmless):
+            raise TaskError(
+                f"The model uses {name} in {function}() on this batch, as it did not on the examples that the routes "
+                "were checked on, so its gradients would be incomplete. Leave it out, with layers=."
+            )
 
     def _called(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor

@@ -100,6 +100,11 @@ def refuse_what_hides(model: nn.Module) -> None:
                 f"{where} is compiled, so its weights cannot be swapped. Give Task the module before torch.compile "
                 "(compiled._orig_mod is the same weights)."
             )
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise TaskError(
+                f"{where} is compiled, so its weights cannot be swapped. Give Task a module on which compile() was not "
+                "called (module._compiled_call_impl = None takes the call back)."
+            )
         if kind.__name__ in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
             raise TaskError(
                 f"{where} is wrapped in {kind.__name__}, which splits batches. Give Task the module inside "

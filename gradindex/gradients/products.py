@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..factors import Factors, Formed, Gradients
+from ..memory import LARGEST_TRIED, available_bytes, batch_size_for, in_halves
 from ..tree import preserved_random_state
 from .check import TOLERANCE
 from .engine import Engine
@@ -21,6 +22,9 @@ from .functional import LossModule, State, loop_gradients
 # With more queries than this, the per-example gradients of the layers on general routes cost less than
 # a pass for each query; a loop over examples is dearer.
 _FEW = {"vmap": 3, "loop": 16}
+
+# Queries that go through the model together.
+_AT_ONCE = 64
 
 Along = Callable[[LossModule, State, Mapping[str, Tensor], Any, int], Tensor]
 
@@ -40,20 +44,39 @@ class Products:
 
     Attributes:
         route: how layers on general routes are compared: ``"forward mode"``,
-            ``"double backward"`` or ``"gradients"``.
+            ``"double backward"`` or ``"gradients"``; the first two in full precision, whatever
+            the engine's.
+
+    Raises:
+        OutOfMemoryError: one query alone does not fit.
     """
 
     def __init__(self, engine: Engine, items: list[Any], role: str) -> None:
         self._engine, self._count = engine, len(items)
-        self._queries: list[dict[int, Gradients]] = []
-        for checkpoint in range(engine.n_checkpoints):
-            found: dict[int, Gradients] = {}
-            engine.run(checkpoint, items, partial(_keep, found), role)
-            # The preconditioner goes to this side again, so that the other side needs no forming.
-            self._queries.append({n: self._weighted(checkpoint, n, gradients) for n, gradients in found.items()})
+        names = [f"Query {i} of {len(items)}" for i in range(len(items))]
+        # Parts of the queries: which ones, and by checkpoint and layer their gradients.
+        self._parts: list[tuple[slice, list[dict[int, Gradients]]]] = []
+        for start in range(0, len(items), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            action = partial(self._gradients_of, role)
+            for count, found in in_halves(action, items[some], names[some], lambda: engine.at):
+                self._parts.append((slice(start, start + count), found))
+                start += count
         general = [layer.route for layer in engine.layers if not layer.hooked]
         few = general and len(items) <= max(_FEW[route] for route in general)
         self.route = self._pick_route() if few else "gradients"
+
+    def _gradients_of(self, role: str, items: list[Any]) -> list[tuple[int, list[dict[int, Gradients]]]]:
+        checkpoints = []
+        for checkpoint in range(self._engine.n_checkpoints):
+            for loss_scale in self._engine.loss_scales:
+                found: dict[int, Gradients] = {}
+                self._engine.run(checkpoint, items, partial(_keep, found), role, loss_scale=loss_scale)
+                if loss_scale == 1 or all(bool(g.squared_norms().isfinite().all()) for g in found.values()):
+                    break
+            # The preconditioner goes to this side again, so that the other side needs no forming.
+            checkpoints.append({n: self._weighted(checkpoint, n, gradients) for n, gradients in found.items()})
+        return [(len(items), checkpoints)]
 
     def _weighted(self, checkpoint: int, number: int, gradients: Gradients) -> Gradients:
         if self._engine.task.preconditioner is None:
@@ -63,34 +86,62 @@ class Products:
     def of(self, items: list[Any]) -> list[Tensor]:
         """[(n_query, len(items))] for training examples: a list, to be joined with others along the last axis."""
         scores = torch.zeros(self._count, len(items), dtype=self._engine.dtype, device=self._engine.device)
-        for checkpoint, queries in enumerate(self._queries):
-
-            def consume(number: int, gradients: Gradients, q: Any = queries) -> None:
-                if number in q:
-                    for part, some in gradients.parts():
-                        scores[:, part] += some.products(q[number]).T
-
-            self._engine.run(checkpoint, items, consume, general=self.route == "gradients", weighted=False)
+        for checkpoint in range(self._engine.n_checkpoints):
+            for loss_scale in self._engine.loss_scales:
+                found = self._at_checkpoint(checkpoint, items, loss_scale)
+                if bool(found.isfinite().all()):
+                    break
+            scores += found
             if self.route != "gradients":
                 for number, row in enumerate(self._along(checkpoint, items)):
                     scores[number] += row
         return [scores]
 
+    def pick_batch_size(self, n: int) -> int:
+        """How many of ``n`` training examples :meth:`of` can take at once in the memory that may be used unasked."""
+        engine = self._engine
+        if n <= LARGEST_TRIED:  # as many as would be measured
+            return max(1, n)
+        items = [engine.task.train[i] for i in range(min(LARGEST_TRIED, engine.task.n_train))]
+        names = [f"Training example {i}" for i in range(len(items))]
+
+        def action(some: list[Any]) -> None:
+            in_halves(self.of, some, names, lambda: engine.at)
+
+        return batch_size_for(action, items, available_bytes(engine.device), engine.device)
+
+    def _at_checkpoint(self, checkpoint: int, items: list[Any], loss_scale: float) -> Tensor:
+        """The share of the layers whose gradients are compared: (n_query, len(items))."""
+        scores = torch.zeros(self._count, len(items), dtype=self._engine.dtype, device=self._engine.device)
+
+        def consume(number: int, gradients: Gradients) -> None:
+            for part, some in gradients.parts():
+                for rows, queries in self._parts:
+                    if number in queries[checkpoint]:
+                        scores[rows, part] += some.products(queries[checkpoint][number]).T
+
+        general = self.route == "gradients"
+        self._engine.run(checkpoint, items, consume, general=general, weighted=False, loss_scale=loss_scale)
+        return scores
+
     def _along(self, checkpoint: int, items: list[Any]) -> Iterator[Tensor]:
         """The general layers' share, query by query."""
         engine, state = self._engine, self._engine.states[checkpoint]
-        batch, wrapper = engine.cast(engine.task.collate(items)), engine.wrapper("train")
-        queries = {n: g for n, g in self._queries[checkpoint].items() if not engine.layers[n].hooked}
-        engine.hooks.at = f"the {self.route} of {', '.join(engine.layers[n].name for n in queries)}"
-        for query in range(self._count):
-            directions = {}
-            for number, gradients in queries.items():
-                (name,) = engine.layers[number].parameters
-                value = state[f"model.{name}"]
-                directions[f"model.{name}"] = gradients.gradient[query].reshape(value.shape) * engine.scale(
-                    checkpoint, name
-                )
-            yield _ROUTES[self.route](wrapper, state, directions, batch, len(items)).to(engine.dtype)
+        batch, wrapper = (
+            engine.cast(engine.task.collate(items)),
+            LossModule(engine.model, engine.task.loss_for("train")),
+        )
+        general = {number: layer.parameters[0] for number, layer in enumerate(engine.layers) if not layer.hooked}
+        engine.hooks.at = f"the {self.route} of {', '.join(general.values())}"
+        for rows, queries in self._parts:
+            for query in range(rows.stop - rows.start):
+                directions = {}
+                for number, name in general.items():
+                    value, gradients = state[f"model.{name}"], queries[checkpoint][number]
+                    directions[f"model.{name}"] = gradients.gradient[query].reshape(value.shape) * engine.scale(
+                        checkpoint, name
+                    )
+                yield _ROUTES[self.route](wrapper, state, directions, batch, len(items)).to(engine.dtype)
 
     def _pick_route(self) -> str:
         """The first that agrees with autograd on two examples, along the gradient of the first."""

@@ -2,7 +2,7 @@
 
 A class token, a learned scale, positions, the weight of a norm written by hand, an embedding that is also
 the output layer: while the forward pass runs, a function mode meets every call that takes such a parameter.
-Nothing here is trusted: the engine compares every parameter with autograd on two examples before it is used.
+Nothing here is trusted: the engine compares every parameter with autograd on examples before it is used.
 """
 
 from __future__ import annotations
@@ -88,15 +88,28 @@ class Uses(TorchFunctionMode):
         self._layers = {number: layer for number, (layer, _) in layers.items()}
         self._tracked = {id(p): _Tracked(number, p, lambda delta: delta) for number, (_, p) in layers.items()}
         self._views: list[Tensor] = []  # alive, so that no other tensor gets the id of one
-        self._n, self._watch = n, watch
+        self._n, self._watch, self._met = n, watch, 0
+        # By layer, the functions that took its parameter and went unwatched.
+        self.unknown: set[tuple[int, str]] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch instead of ``func``."""
         kwargs = kwargs or {}
-        known = [place for place, value in enumerate(args) if id(value) in self._tracked]
-        name = getattr(func, "__name__", "")
-        if len(known) == 1:
-            place, tracked = known[0], self._tracked[id(args[known[0]])]
+        known = [self._tracked[id(value)] for value in (*args, *kwargs.values()) if id(value) in self._tracked]
+        if not known:
+            return func(*args, **kwargs)
+        met = self._met
+        result = self._meet(func, getattr(func, "__name__", "a function"), args, kwargs)
+        if self._met < met + len(known) and isinstance(result, Tensor):
+            self.unknown |= {(tracked.number, getattr(func, "__name__", "a function")) for tracked in known}
+        return result
+
+    def _meet(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        places = [place for place, value in enumerate(args) if id(value) in self._tracked]
+        if name == "linear" and not kwargs:
+            return self._linear(func, args)
+        if len(places) == 1:
+            place, tracked = places[0], self._tracked[id(args[places[0]])]
             if name in _ELEMENTWISE:
                 return self._elementwise(func, args, kwargs, place, tracked)
             if name in _EXPANDING and place == 0:
@@ -105,11 +118,13 @@ class Uses(TorchFunctionMode):
                 return self._view(func, args, kwargs, tracked)
             if name == "embedding" and place == 1:
                 return self._embedding(func, args, kwargs, tracked)
-            if name in ("matmul", "mm", "bmm") and place == 1 and args[1].ndim == 2:
+            if name in ("matmul", "mm") and place == 1 and args[1].ndim == 2:
                 return self._product(func(*args, **kwargs), args[0], tracked, args[1], transposed=True)
-        if name == "linear" and known and not kwargs:
-            return self._linear(func, args)
         return func(*args, **kwargs)
+
+    def _watched(self, tracked: _Tracked, make: Make, output: Tensor) -> Tensor:
+        self._met += 1
+        return self._watch(tracked.number, make, output)
 
     def _elementwise(self, func: Any, args: Any, kwargs: Any, place: int, tracked: _Tracked) -> Any:
         shapes = [value.shape for value in args if isinstance(value, Tensor)]
@@ -129,15 +144,15 @@ class Uses(TorchFunctionMode):
         def make(delta: Tensor) -> Gradients:
             return self._formed(tracked, delta.sum_to_size(aligned).reshape(len(delta), *shape))
 
-        return self._watch(tracked.number, make, output)
+        return self._watched(tracked, make, output)
 
     def _view(self, func: Any, args: Any, kwargs: Any, tracked: _Tracked) -> Any:
         view, pull = vjp(lambda tensor: func(tensor, *args[1:], **kwargs), args[0])[:2]
-        if view is not args[0]:
-            self._views.append(view)
-            self._tracked[id(view)] = _Tracked(
-                tracked.number, tracked.parameter, lambda delta: tracked.pull(vmap(pull)(delta.to(view.dtype))[0])
-            )
+        self._met += 1
+        self._views.append(view)
+        self._tracked[id(view)] = _Tracked(
+            tracked.number, tracked.parameter, lambda delta: tracked.pull(vmap(pull)(delta.to(view.dtype))[0])
+        )
         return view
 
     def _linear(self, func: Any, args: Any) -> Any:
@@ -151,7 +166,7 @@ class Uses(TorchFunctionMode):
             def make(delta: Tensor) -> Gradients:
                 return self._formed(bias, delta.reshape(len(delta), -1, delta.shape[-1]).sum(1))
 
-            output = self._watch(bias.number, make, output)
+            output = self._watched(bias, make, output)
         return output
 
     def _product(self, output: Tensor, inputs: Tensor, tracked: _Tracked, used: Tensor, transposed: bool) -> Tensor:
@@ -166,7 +181,7 @@ class Uses(TorchFunctionMode):
             factors = Factors(*sides[::-1]) if turned else Factors(*sides)
             return factors if whole else self._formed(tracked, factors.gradient)
 
-        return self._watch(tracked.number, make, output)
+        return self._watched(tracked, make, output)
 
     def _embedding(self, func: Any, args: Any, kwargs: Any, tracked: _Tracked) -> Any:
         output, (indices, used) = func(*args, **kwargs), args  # torch hands on the rest by name
@@ -184,7 +199,7 @@ class Uses(TorchFunctionMode):
                 delta = delta * (places != padding % len(used))[:, :, None]
             return Lookups(places, delta, len(used))
 
-        return self._watch(tracked.number, make, output)
+        return self._watched(tracked, make, output)
 
     def _formed(self, tracked: _Tracked, gradient: Tensor) -> Gradients:
         return Formed(as_matrix(self._layers[tracked.number], tracked.pull(gradient)))

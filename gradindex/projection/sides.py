@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from math import isqrt
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,9 @@ from .hashing import gaussians, key
 _OVERSAMPLING = 8
 
 Sides = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+# A layer's number, and what a batch adds to the sums of its left and its right side.
+Share = tuple[int, list[Tensor]]
 
 
 def sizes(layers: Sequence[Layer], dim: int) -> list[tuple[int, int]]:
@@ -64,11 +66,12 @@ class TwoSided:
 
 
 class SubspaceFit:
-    """Fits the sides of one checkpoint's layers to a sample, in two passes over it.
+    """Fits the sides of one checkpoint's layers to a sample, in :attr:`PASSES` passes over it.
 
     B and A hold the leading eigenvectors of sum_z G_z G_z^T / ||G_z||^2 and of
     sum_z G_z^T G_z / ||G_z||^2: the heavy gradients of a few examples would else decide alone.
-    Found by randomised subspace iteration, so that neither matrix is ever formed.
+    Found by randomised subspace iteration, so that neither matrix is ever formed: a pass adds
+    what :meth:`share` makes of each batch, and ends with :meth:`end_pass`.
 
     Source: Halko, Martinsson and Tropp 2011 (arXiv:0909.4061), algorithms 4.4 and 5.3.
 
@@ -78,6 +81,8 @@ class SubspaceFit:
         stream: a 64-bit key for the random start.
         like: gives dtype and device.
     """
+
+    PASSES = 2
 
     def __init__(self, layers: Sequence[Layer], dim: int, stream: int, like: Tensor) -> None:
         self._sizes = sizes(layers, dim)
@@ -89,27 +94,32 @@ class SubspaceFit:
                 start = gaussians(key(stream, number, side), n * wanted).reshape(n, wanted)
                 starts.append(_orthonormal(torch.from_numpy(start).to(like)))
             self._starts.append(starts)
+        self._sums = [[torch.zeros_like(start) for start in starts] for starts in self._starts]
 
-    def sides(self, sample: Callable[[Callable[[int, Gradients], None]], None]) -> list[Sides]:
-        """The fitted sides of each layer; ``sample(consume)`` runs over the sample once."""
-        for _ in range(2):
-            self._starts = self.once(sample)
+    def share(self, number: int, gradients: Gradients) -> Share:
+        """What a batch's gradients of layer ``number`` add to this pass; nothing is added yet."""
+        norms = gradients.squared_norms()
+        weights = (1 / norms).where(norms > torch.finfo(torch.float32).tiny, 0.0)  # zero gradients point nowhere
+        starts = self._starts[number]
+        return number, [gradients.sided(start, side, weights.to(start)) for side, start in enumerate(starts)]
+
+    def add(self, shares: Iterable[Share]) -> None:
+        """Add what :meth:`share` returned."""
+        for number, sides in shares:
+            for total, side in zip(self._sums[number], sides, strict=True):
+                total += side
+
+    def end_pass(self) -> None:
+        """Start the next pass from what this one found."""
+        self._starts = [[_orthonormal(total) for total in totals] for totals in self._sums]
+        self._sums = [[torch.zeros_like(total) for total in totals] for totals in self._sums]
+
+    def sides(self) -> list[Sides]:
+        """The sides of each layer, as the last pass left them."""
         return [
             (left[:, :a].cpu().float().numpy(), right[:, :b].cpu().float().numpy())
             for (left, right), (a, b) in zip(self._starts, self._sizes, strict=True)
         ]
-
-    def once(self, sample: Callable[[Callable[[int, Gradients], None]], Any]) -> list[list[Tensor]]:
-        """One pass over the sample: better starts for the next."""
-        products = [[torch.zeros_like(start) for start in starts] for starts in self._starts]
-
-        def consume(number: int, gradients: Gradients) -> None:
-            norms = gradients.squared_norms().clamp_min(torch.finfo(torch.float64).tiny)
-            for side, start in enumerate(self._starts[number]):
-                products[number][side] += gradients.sided(start, side, (1 / norms).to(start))
-
-        sample(consume)
-        return [[_orthonormal(product) for product in pair] for pair in products]
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a hook can know about a module: its parameters' per-example gradients from its input and output gradient.
 
 Each rule knows one kind of module. Nothing here is trusted: the engine compares every layer
-with autograd on two examples before it is used.
+with autograd on examples before it is used.
 """
 
 from collections.abc import Mapping
