@@ -18,7 +18,7 @@ from .progress import note, progress
 from .projection import Bases, Projection
 from .rows import RowBatch, RowMaker
 from .store import GradientStore, Job, Part, read_bases, runs
-from .task import Task
+from .task import Task, example_digest, sampled
 from .tree import preserved_random_state
 
 
@@ -77,8 +77,9 @@ def fill(
     with threads(job.after["threads"]), progress("gradients", total, "rows", done) as advance:
         for planned in job.missing(part):
             ids = runs.to_ids(planned["ids"])
-            with job.shard(planned, task.column_arrays("train", ids), task.sample_digests(ids)) as writer:
-                for some, batch in batches(maker, task, ids, job.after, workers):
+            samples: list[tuple[int, str]] = []
+            with job.shard(planned, task.column_arrays("train", ids), samples) as writer:
+                for some, batch in batches(maker, task, ids, job.after, workers, samples):
                     whole = batch if beside is None else _beside(beside, some, batch)
                     writer.append(whole.rows, whole.self_influence, whole.losses, whole.factors)
                     advance(len(some))
@@ -98,12 +99,19 @@ def _beside(store: GradientStore, ids: NDArray[np.int64], later: RowBatch) -> Ro
 
 
 def batches(
-    maker: RowMaker, task: Task, ids: NDArray[np.int64], manifest: Mapping[str, Any], workers: int
+    maker: RowMaker,
+    task: Task,
+    ids: NDArray[np.int64],
+    manifest: Mapping[str, Any],
+    workers: int,
+    samples: list[tuple[int, str]],
 ) -> Iterator[tuple[NDArray[np.int64], RowBatch]]:
-    """Ids and rows, batch by batch."""
+    """Ids and rows, batch by batch; each example is read once, and the digests of some are added to ``samples``."""
+    wanted = set(sampled(ids).tolist())
     subset: Subset[Any] = Subset(task.train, ids.tolist())  # type: ignore[arg-type]  # or any sequence
     start = 0
     for items in DataLoader(subset, manifest["batch_size"], collate_fn=list, num_workers=workers):
         some = ids[start : start + len(items)]
         start += len(items)
+        samples += [(int(i), example_digest(item)) for i, item in zip(some, items, strict=True) if int(i) in wanted]
         yield some, maker.rows(items, [f"Training example {i}" for i in some], "train")

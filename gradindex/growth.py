@@ -171,7 +171,7 @@ def repair(
                     threads(manifest["threads"]),
                     rewritten(store, number, columns, task.sample_digests) as (ids, writer),
                 ):
-                    for _, batch in batches(maker, task, ids, manifest, workers):
+                    for _, batch in batches(maker, task, ids, manifest, workers, []):
                         writer.append(batch.rows, batch.self_influence, batch.losses, batch.factors)
                 said.append(f"{problem}: computed again")
     return said

@@ -163,16 +163,15 @@ class Task:
         columns = [digest(self.column_arrays("train", piece)) for piece in pieces] if self.columns else []
         return digest([examples, *columns]).hex()
 
-    def sample_digests(self, ids: NDArray[np.int64], limit: int = 8) -> list[tuple[int, str]]:
-        """Ids and digests of up to ``limit`` evenly spaced training examples among ``ids``."""
-        chosen = np.unique(np.linspace(0, len(ids) - 1, min(limit, len(ids))).astype(np.int64))
+    def sample_digests(self, ids: NDArray[np.int64]) -> list[tuple[int, str]]:
+        """Ids and digests of those training examples among ``ids`` that stand for all (:func:`sampled`)."""
         with preserved_random_state():
-            return [(int(i), _example_digest(self.train[int(i)])) for i in ids[chosen]]
+            return [(int(i), example_digest(self.train[int(i)])) for i in sampled(ids)]
 
     def differing(self, samples: Sequence[tuple[int, str]]) -> list[int]:
         """Ids whose training examples are not those that :meth:`sample_digests` saw."""
         with preserved_random_state():
-            return [i for i, then in samples if _example_digest(self.train[i]) != then]
+            return [i for i, then in samples if example_digest(self.train[i]) != then]
 
     def check_reads_repeat(self) -> None:
         """Read a few training examples twice and refuse them if they differ.
@@ -193,7 +192,13 @@ class Task:
             )
 
 
-def _example_digest(item: Any) -> str:
+def sampled(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Up to 8 evenly spaced ids of a shard, whose examples stand for all."""
+    chosen: NDArray[np.int64] = ids[np.unique(np.linspace(0, len(ids) - 1, min(8, len(ids))).astype(np.int64))]
+    return chosen
+
+
+def example_digest(item: Any) -> str:
     """128 bits of the SHA-256 over an example's values, in hexadecimal."""
     return digest(item).hex()[:32]
 

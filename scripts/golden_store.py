@@ -56,7 +56,7 @@ def main(out: Path) -> None:
                 batch_size=2,
                 shard_rows=6,
             )
-            gradindex.remove(store.folder, np.array([3]))
+            gradindex.store.remove(store.folder, np.array([3]))
             (store.folder / "log.jsonl").unlink()
             for lock in store.folder.glob("lock*"):
                 lock.unlink()

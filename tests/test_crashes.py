@@ -160,7 +160,7 @@ def built(tmp_path):
     task = toys.make_task(tmp_path, n_train=40, columns={"word": [f"w{i}" for i in range(40)], "n": np.arange(40)})
     options = {"projection": Projection("fitted", dim=24), "batch_size": 10, "factors": "float32"}
     gradindex.build(task, tmp_path / "store", shard_rows=20, **options)
-    gradindex.remove(tmp_path / "store", np.array([7, 31]))
+    gradindex.store.remove(tmp_path / "store", np.array([7, 31]))
     return task, tmp_path / "store"
 
 
@@ -234,10 +234,10 @@ def flip(path):
 def test_damaged_shards_are_repaired_alone(built):
     task, folder = built
     before = contents(folder)
-    assert gradindex.repair(task, folder) == []
+    assert gradindex.growth.repair(task, folder) == []
     flip(folder / "shards" / "0001-00001.h5")
     untouched = (folder / "shards" / "0001-00000.h5").stat().st_mtime_ns
-    (said,) = gradindex.repair(task, folder)
+    (said,) = gradindex.growth.repair(task, folder)
     assert "0001-00001.h5 is damaged" in said
     assert said.endswith(": computed again")
     assert contents(folder) == before
@@ -245,12 +245,12 @@ def test_damaged_shards_are_repaired_alone(built):
     for suffix in (".h5", ".json"):
         name = GradientStore(folder).manifest["shards"][0]["name"]
         (folder / "shards" / f"{name}{suffix}").unlink()
-        gradindex.repair(task, folder)
+        gradindex.growth.repair(task, folder)
         assert contents(folder) == before
     bases = {path.name: path.read_bytes() for path in folder.glob("bases-*")}
     for path in folder.glob("bases-*"):
         path.write_bytes(path.read_bytes()[:-3])
-    assert "They were fitted again" in gradindex.repair(task, folder)[0]
+    assert "They were fitted again" in gradindex.growth.repair(task, folder)[0]
     assert {path.name: path.read_bytes() for path in folder.glob("bases-*")} == bases
     assert len(list((folder / "shards").iterdir())) == 4
 
@@ -262,7 +262,7 @@ def test_bases_are_fitted_again_as_they_were_before_the_store_grew(tmp_path):
     gradindex.add(task, tmp_path / "store")
     (path,) = (tmp_path / "store").glob("bases-*.h5")
     path.unlink()
-    assert "They were fitted again" in gradindex.repair(task, tmp_path / "store")[0]
+    assert "They were fitted again" in gradindex.growth.repair(task, tmp_path / "store")[0]
 
 
 def test_a_repair_with_other_data_is_refused(built, tmp_path):
@@ -274,24 +274,24 @@ def test_a_repair_with_other_data_is_refused(built, tmp_path):
     before = lasting(folder)
     changed = replace(task, train=TensorDataset(other, y))
     with pytest.raises(MismatchError, match=r"of 0001-00001 \(ids 20 to 39\) are not those that"):
-        gradindex.repair(changed, folder)
+        gradindex.growth.repair(changed, folder)
     (folder / "shards" / "0001-00001.json").unlink()
     with pytest.raises(MismatchError, match=r"of 0001-00001 \(ids 20 to 39\) are not those that"):
-        gradindex.repair(changed, folder)
+        gradindex.growth.repair(changed, folder)
     before.pop("shards/0001-00001.json")
     assert lasting(folder) == before
 
 
 def test_a_repair_of_a_compacted_shard_that_is_killed_can_be_given_again(built, monkeypatch):
     task, folder = built
-    store = gradindex.compact(folder)
+    store = gradindex.store.compact(folder)
     rows = store.rows(store.ids)
     flip(sorted((folder / "shards").glob("*.h5"))[0])
     with monkeypatch.context() as patch:
         patch.setattr(upkeep, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            gradindex.repair(task, folder)
-    assert "computed again" in gradindex.repair(task, folder)[0]
+            gradindex.growth.repair(task, folder)
+    assert "computed again" in gradindex.growth.repair(task, folder)[0]
     store = gradindex.GradientStore(folder)
     assert store.verify() == []
     np.testing.assert_allclose(store.rows(store.ids), rows, rtol=1e-5, atol=1e-6)
@@ -299,10 +299,10 @@ def test_a_repair_of_a_compacted_shard_that_is_killed_can_be_given_again(built, 
 
 def test_ids_that_went_with_their_seal_cannot_be_repaired(built):
     task, folder = built
-    gradindex.compact(folder)
+    gradindex.store.compact(folder)
     sorted((folder / "shards").glob("*.json"))[0].write_text("{}")
     with pytest.raises(StoreError, match="its ids went with its seal"):
-        gradindex.repair(task, folder)
+        gradindex.growth.repair(task, folder)
 
 
 def test_a_half_copied_store_is_refused(built, tmp_path):
@@ -346,7 +346,7 @@ def test_a_clock_set_back_changes_nothing(built):
     options = {"projection": Projection("fitted", dim=24), "batch_size": 10, "factors": "float32", "shard_rows": 20}
     gradindex.build(task, folder, **options)
     assert lasting(folder) == before
-    assert gradindex.remove(folder, np.array([1])).n_train == 37
+    assert gradindex.store.remove(folder, np.array([1])).n_train == 37
 
 
 def test_names_with_spaces_and_other_letters_work(built, tmp_path):
@@ -354,7 +354,7 @@ def test_names_with_spaces_and_other_letters_work(built, tmp_path):
     strange = tmp_path / "mein Speicher, 日本 [x]*"
     folder.rename(strange)
     (strange / "shards" / "0001-00000.h5.tmp-host-1-aa").write_bytes(b"left by a killed process")
-    assert gradindex.compact(strange).verify() == []
+    assert gradindex.store.compact(strange).verify() == []
     assert gradindex.load(strange, task).proponents(0, k=3).ids.shape == (1, 3)
     assert [path for path in strange.rglob("*") if "tmp" in path.name] == []
 

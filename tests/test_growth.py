@@ -87,7 +87,7 @@ def test_removed_examples_are_in_no_answer_at_once(task, tmp_path):
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
     gone = [0, 5, 6, 7, 13, 29]
     left = [i for i in range(30) if i not in gone]
-    removed = gradindex.remove(store.folder, np.array(gone))
+    removed = gradindex.store.remove(store.folder, np.array(gone))
     assert_answers_as_a_fresh_build(removed, task, left, tmp_path)
     assert removed.top_self_influence(24)[0].tolist() == [left[i] for i in np.argsort(-removed.self_influence().sum(1))]
     for ask in (removed.rows, removed.losses, lambda ids: removed.column("word", ids)):
@@ -95,34 +95,34 @@ def test_removed_examples_are_in_no_answer_at_once(task, tmp_path):
             ask(np.array([4, 5]))
     with pytest.raises(ArgumentError, match="k is 25, but must be between 1 and the number of training examples, 24"):
         gradindex.load(store.folder, task).proponents(0, k=25)
-    assert gradindex.remove(store.folder, np.array([5, 8])).n_train == 23  # one of them was gone before
+    assert gradindex.store.remove(store.folder, np.array([5, 8])).n_train == 23  # one of them was gone before
     with pytest.raises(ArgumentError, match="There is no training id 30"):
-        gradindex.remove(store.folder, np.array([30]))
+        gradindex.store.remove(store.folder, np.array([30]))
     with pytest.raises(ArgumentError, match="No training example would be left"):
-        gradindex.remove(store.folder, np.arange(30))
+        gradindex.store.remove(store.folder, np.arange(30))
 
 
 def test_compacting_frees_room_and_changes_no_answer(task, tmp_path):
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
     gone = [*range(4, 8), 9, 10, 11, 13, 14, 21, 29]
     left = [i for i in range(30) if i not in gone]
-    gradindex.remove(store.folder, np.array(gone))
+    gradindex.store.remove(store.folder, np.array(gone))
     rows = gradindex.GradientStore(store.folder).rows(np.array(left))
-    compacted = gradindex.compact(store.folder)
+    compacted = gradindex.store.compact(store.folder)
     assert sum(entry["rows"] for entry in compacted.manifest["shards"]) == 19
     assert compacted.manifest["removed"] == []
     assert [entry["name"][:4] for entry in compacted.manifest["shards"]].count("0001") == 3  # 0-3, 16-19, 24-27 stay
     np.testing.assert_array_equal(compacted.rows(np.array(left)), rows)
     assert_answers_as_a_fresh_build(compacted, task, left, tmp_path)
     again = snapshot(store.folder)
-    gradindex.compact(store.folder)
+    gradindex.store.compact(store.folder)
     assert snapshot(store.folder) == again
 
 
 def test_ids_are_never_used_again(task, tmp_path):
     store = gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
-    gradindex.remove(store.folder, np.array([10, 11]))
-    gradindex.compact(store.folder)
+    gradindex.store.remove(store.folder, np.array([10, 11]))
+    gradindex.store.compact(store.folder)
     grown = gradindex.add(task, store.folder)
     assert_answers_as_a_fresh_build(grown, task, [*range(10), *range(12, 30)], tmp_path)
 
@@ -132,7 +132,7 @@ def test_small_shards_of_many_additions_are_joined(task, tmp_path):
     for n in range(5, 13):
         gradindex.add(first(task, n), tmp_path / "store")
     assert len(gradindex.GradientStore(tmp_path / "store").manifest["shards"]) == 9
-    compacted = gradindex.compact(tmp_path / "store")
+    compacted = gradindex.store.compact(tmp_path / "store")
     assert [entry["rows"] for entry in compacted.manifest["shards"]] == [4, 4, 4]
     assert_answers_as_a_fresh_build(compacted, first(task, 12), range(12), tmp_path)
 
@@ -141,11 +141,11 @@ def test_stores_built_apart_are_merged(task, tmp_path):
     names = ["a", "b", "c"]
     for name, part in zip(names, (range(10), range(10, 16), range(16, 30)), strict=True):
         gradindex.build(only(task, part), tmp_path / name, **OPTIONS)
-    gradindex.remove(tmp_path / "b", np.array([2]))
+    gradindex.store.remove(tmp_path / "b", np.array([2]))
     untouched = snapshot(tmp_path / "b"), snapshot(tmp_path / "c")
     with pytest.raises(ArgumentError, match="Ids of . and . collide: .* has 0, .* Give an offset, such as 10"):
-        gradindex.merge(tmp_path / "a", [tmp_path / "b", tmp_path / "c"])
-    merged = gradindex.merge(tmp_path / "a", [tmp_path / "b", tmp_path / "c"], offset=10)
+        gradindex.store.merge(tmp_path / "a", [tmp_path / "b", tmp_path / "c"])
+    merged = gradindex.store.merge(tmp_path / "a", [tmp_path / "b", tmp_path / "c"], offset=10)
     assert_answers_as_a_fresh_build(merged, task, [i for i in range(30) if i != 12], tmp_path)
     assert merged.manifest["next_id"] == 30
     assert (snapshot(tmp_path / "b"), snapshot(tmp_path / "c")) == untouched
@@ -154,8 +154,8 @@ def test_stores_built_apart_are_merged(task, tmp_path):
 def test_ids_that_are_apart_are_merged_as_they_are(task, tmp_path):
     gradindex.build(first(task, 12), tmp_path / "a", **OPTIONS)
     gradindex.build(task, tmp_path / "b", **OPTIONS)
-    gradindex.remove(tmp_path / "b", np.arange(12))
-    merged = gradindex.merge(tmp_path / "a", [tmp_path / "b"])
+    gradindex.store.remove(tmp_path / "b", np.arange(12))
+    merged = gradindex.store.merge(tmp_path / "a", [tmp_path / "b"])
     assert_answers_as_a_fresh_build(merged, task, range(30), tmp_path)
 
 
@@ -172,11 +172,11 @@ def test_what_cannot_be_merged_is_refused_with_what_differs(task, tmp_path):
         other = tmp_path / words.replace(" ", "")
         gradindex.build(first(task, 12), other, **(OPTIONS | options))
         with pytest.raises(MismatchError, match=f"cannot be merged into .*: {words} differ"):
-            gradindex.merge(tmp_path / "a", [other], offset=12)
+            gradindex.store.merge(tmp_path / "a", [other], offset=12)
     with pytest.raises(ArgumentError, match="named twice"):
-        gradindex.merge(tmp_path / "a", [tmp_path / "a"], offset=12)
+        gradindex.store.merge(tmp_path / "a", [tmp_path / "a"], offset=12)
     with pytest.raises(ArgumentError, match="offset is -1"):
-        gradindex.merge(tmp_path / "a", [tmp_path / "projection"], offset=-1)
+        gradindex.store.merge(tmp_path / "a", [tmp_path / "projection"], offset=-1)
     assert snapshot(tmp_path / "a") == before
 
 
@@ -186,14 +186,14 @@ def test_what_cannot_be_merged_is_refused_with_what_differs(task, tmp_path):
 def test_a_checkpoint_is_added_without_computing_the_others(task, tmp_path, options):
     earlier = replace(task, checkpoints=task.checkpoints[:2])
     gradindex.build(earlier, tmp_path / "store", **(OPTIONS | options))
-    gradindex.remove(tmp_path / "store", np.array([3, 4, 29]))
-    longer = gradindex.add_checkpoint(task, tmp_path / "store")
+    gradindex.store.remove(tmp_path / "store", np.array([3, 4, 29]))
+    longer = gradindex.growth.add_checkpoint(task, tmp_path / "store")
     assert (longer.n_checkpoints, longer.manifest["removed"]) == (3, [])
     whole = gradindex.build(task, tmp_path / "whole", **(OPTIONS | options))
     tolerance = 1e-2 if "row_type" in options else 1e-5
     np.testing.assert_allclose(longer.rows(longer.ids), whole.rows(longer.ids), rtol=tolerance, atol=1e-6)
     np.testing.assert_allclose(longer.self_influence(), whole.self_influence(longer.ids), rtol=1e-6)
-    gradindex.remove(whole.folder, np.array([3, 4, 29]))
+    gradindex.store.remove(whole.folder, np.array([3, 4, 29]))
     hits = [gradindex.load(store.folder, task).proponents(0, k=27) for store in (longer, whole)]
     np.testing.assert_array_equal(hits[0].ids, hits[1].ids)
     np.testing.assert_allclose(hits[0].scores, hits[1].scores, rtol=1e-5)
@@ -209,7 +209,7 @@ def test_only_the_new_checkpoint_is_computed(task, tmp_path, monkeypatch):
         return run(self, checkpoint, items, *args, **kwargs)
 
     monkeypatch.setattr(gradindex.gradients.Engine, "run", counted)
-    gradindex.add_checkpoint(task, tmp_path / "store")
+    gradindex.growth.add_checkpoint(task, tmp_path / "store")
     assert passes == [2] * 30
 
 
@@ -222,7 +222,7 @@ CHANGES = {
     "add without columns": (lambda task, store: gradindex.add(replace(task, columns={}), store), "columns"),
     "fewer": (lambda task, store: gradindex.add(first(task, 5), store), r"data length \(12 stored, 5 now\)"),
     "checkpoint": (
-        lambda task, store: gradindex.add_checkpoint(replace(task, checkpoints=task.checkpoints[::-1]), store),
+        lambda task, store: gradindex.growth.add_checkpoint(replace(task, checkpoints=task.checkpoints[::-1]), store),
         "checkpoints",
     ),
 }
@@ -238,78 +238,65 @@ def test_a_task_that_is_not_the_stores_changes_nothing(task, tmp_path, case):
     assert snapshot(tmp_path / "store") == before
 
 
-class Broken:
-    """Training data that cannot be read from some example on, while ``bad`` is set."""
+@pytest.fixture
+def broken(monkeypatch):
+    """What to call to have the computation of example 22 fail, or not."""
+    rows = gradindex.rows.RowMaker.rows
 
-    bad = None
-
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, i):
-        if self.bad is not None and i >= self.bad:
+    def failing(self, items, names, role):
+        if "Training example 22" in names:
             raise OSError("the network drive is gone")
-        return self.data[i]
+        return rows(self, items, names, role)
+
+    return lambda yes: monkeypatch.setattr(gradindex.rows.RowMaker, "rows", failing if yes else rows)
 
 
-def test_an_interrupted_addition_leaves_the_store_as_it_was_and_goes_on(task, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gradindex.Task, "check_reads_repeat", lambda self: None)
-    monkeypatch.setattr(gradindex.Task, "data_fingerprint", lambda self, ids=None: "always the same")
-    monkeypatch.setattr(gradindex.Task, "first_and_last", lambda self: [self.train[0], self.train[1]])
+def test_an_interrupted_addition_leaves_the_store_as_it_was_and_goes_on(task, tmp_path, broken, capsys):
     store = gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
     whole = gradindex.build(first(task, 12), tmp_path / "whole", **OPTIONS)
     gradindex.add(task, whole.folder)
     hits = gradindex.load(store.folder, task).proponents(range(4), k=12)
-    data = Broken(task.train)
-    data.bad = 22
-    grown = replace(task, train=data)
+    broken(True)
     with pytest.raises(OSError, match="network drive"):
-        gradindex.add(grown, store.folder)
+        gradindex.add(task, store.folder)
     np.testing.assert_array_equal(gradindex.load(store.folder, task).proponents(range(4), k=12).ids, hits.ids)
     for change in (
-        lambda: gradindex.remove(store.folder, np.array([1])),
-        lambda: gradindex.compact(store.folder),
-        lambda: gradindex.add_checkpoint(task, store.folder),
+        lambda: gradindex.store.remove(store.folder, np.array([1])),
+        lambda: gradindex.store.compact(store.folder),
+        lambda: gradindex.growth.add_checkpoint(task, store.folder),
     ):
         with pytest.raises(StoreError, match="has an unfinished `add`. Finish it with the same command as before"):
             change()
     with pytest.raises(MismatchError, match=r"unfinished `add` of other data: data length \(30 then, 28 now\) differ"):
         gradindex.add(first(task, 28), store.folder)
-    data.bad = None
+    broken(False)
     capsys.readouterr()
-    gradindex.add(grown, store.folder)
+    gradindex.add(task, store.folder)
     assert capsys.readouterr().err == f"{store.folder}: going on, 8 of 18 rows are there\n"
     kept = {p.name: p.read_bytes() for p in (store.folder / "shards").iterdir()}
     assert kept == {p.name: p.read_bytes() for p in (whole.folder / "shards").iterdir()}
 
 
-def test_a_change_can_be_given_up(task, tmp_path):
+def test_a_change_can_be_given_up(task, tmp_path, broken):
     store = gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
-    data = Broken(task.train)
-    with pytest.raises(OSError, match="network drive"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradindex.Task, "check_reads_repeat", lambda self: None)
-        patch.setattr(gradindex.Task, "data_fingerprint", lambda self, ids=None: "")
-        patch.setattr(gradindex.Task, "first_and_last", lambda self: [self.train[0], self.train[1]])
-        data.bad = 22
-        gradindex.add(replace(task, train=data), store.folder)
+    broken(True)
+    with pytest.raises(OSError, match="network drive"):
+        gradindex.add(task, store.folder)
     (store.folder / "pending.json").unlink()
-    assert gradindex.remove(store.folder, np.array([1])).n_train == 11
+    assert gradindex.store.remove(store.folder, np.array([1])).n_train == 11
     assert len(list((store.folder / "shards").glob("*.h5"))) == 3  # shards of the given-up change are gone
 
 
 def test_parts_by_several_processes_are_one_build(task, tmp_path):
     whole = gradindex.build(task, tmp_path / "whole", **OPTIONS)
     for part in ((2, 3), (3, 3)):
-        gradindex.build_part(task, tmp_path / "parts", part, **OPTIONS)
+        gradindex.building.build_part(task, tmp_path / "parts", part, **OPTIONS)
     with pytest.raises(StoreError, match=r"has not finished: 3 of 8 shards are missing, the first is 0001-00000"):
-        gradindex.seal(tmp_path / "parts")
+        gradindex.store.seal(tmp_path / "parts")
     with pytest.raises(StoreError, match=r"has not finished \(5 of 8 shards\).*gradindex seal"):
         gradindex.GradientStore(tmp_path / "parts")
-    gradindex.build_part(task, tmp_path / "parts", (1, 3), **OPTIONS)
-    store = gradindex.seal(tmp_path / "parts")
+    gradindex.building.build_part(task, tmp_path / "parts", (1, 3), **OPTIONS)
+    store = gradindex.store.seal(tmp_path / "parts")
     for folder in (whole.folder, store.folder):
         for path in [*folder.glob("lock*"), folder / "log.jsonl"]:
             path.unlink()
@@ -318,7 +305,7 @@ def test_parts_by_several_processes_are_one_build(task, tmp_path):
     ]
     for part in ((0, 3), (4, 3)):
         with pytest.raises(ArgumentError, match=f"part is {part[0]}/3, but must be from 1/3 to 3/3"):
-            gradindex.build_part(task, tmp_path / "parts", part, **OPTIONS)
+            gradindex.building.build_part(task, tmp_path / "parts", part, **OPTIONS)
 
 
 HOLD = """
@@ -356,24 +343,24 @@ def test_two_builders_are_kept_apart_and_a_dead_one_blocks_nobody(task, tmp_path
 
 def test_parts_run_side_by_side_but_not_twice_nor_beside_a_change(task, tmp_path):
     process = held(tmp_path / "store", (1, 2))
-    gradindex.build_part(task, tmp_path / "store", (2, 2), **OPTIONS)
+    gradindex.building.build_part(task, tmp_path / "store", (2, 2), **OPTIONS)
     for action in (
-        lambda: gradindex.build_part(task, tmp_path / "store", (1, 2), **OPTIONS),
+        lambda: gradindex.building.build_part(task, tmp_path / "store", (1, 2), **OPTIONS),
         lambda: gradindex.build(task, tmp_path / "store", **OPTIONS),
     ):
         with pytest.raises(StoreError, match="is being written by"):
             action()
     let_go(process, lambda p: p.stdin.close())
-    gradindex.build_part(task, tmp_path / "store", (1, 2), **OPTIONS)
-    assert gradindex.seal(tmp_path / "store").n_train == 30
+    gradindex.building.build_part(task, tmp_path / "store", (1, 2), **OPTIONS)
+    assert gradindex.store.seal(tmp_path / "store").n_train == 30
 
 
 def test_a_reader_of_a_store_that_went_on_without_its_shards_is_told_to_open_it_again(task, tmp_path):
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
     early = gradindex.GradientStore(store.folder)
     rows = early.rows(np.array([0, 1]))  # this shard stays mapped
-    gradindex.remove(store.folder, np.array([2, 9]))
-    gradindex.compact(store.folder)
+    gradindex.store.remove(store.folder, np.array([2, 9]))
+    gradindex.store.compact(store.folder)
     np.testing.assert_array_equal(early.rows(np.array([0, 1])), rows)
     with pytest.raises(StoreError, match=r"store has changed since it was opened. Open it again"):
         early.rows(np.array([8]))

@@ -31,15 +31,15 @@ def test_a_folder_of_shards_that_are_others_is_left_alone(task, tmp_path, name):
 def test_others_files_among_shards_are_not_swept(task, tmp_path):  # noqa: F811
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
     (store.folder / "shards" / "notes.txt").write_text("mine")
-    gradindex.remove(store.folder, [1])
-    gradindex.compact(store.folder)
+    gradindex.store.remove(store.folder, [1])
+    gradindex.store.compact(store.folder)
     assert (store.folder / "shards" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("lost", ["pending.json", "manifest.json"])
 def test_shards_that_nothing_tells_of_are_not_taken_for_done(task, tmp_path, lost):  # noqa: F811
     if lost == "pending.json":
-        gradindex.build_part(task, tmp_path / "store", (1, 2), **OPTIONS)
+        gradindex.building.build_part(task, tmp_path / "store", (1, 2), **OPTIONS)
     else:
         gradindex.build(task, tmp_path / "store", **OPTIONS)
     (tmp_path / "store" / lost).unlink()
@@ -54,7 +54,7 @@ def with_other_activation(task):  # noqa: F811
 
 
 def test_a_build_does_not_go_on_with_other_code_or_other_columns(task, tmp_path):  # noqa: F811
-    gradindex.build_part(task, tmp_path / "store", (1, 2), **OPTIONS)
+    gradindex.building.build_part(task, tmp_path / "store", (1, 2), **OPTIONS)
     before = snapshot(tmp_path / "store")
     with pytest.raises(MismatchError, match="losses of training examples .* differ"):
         gradindex.build(with_other_activation(task), tmp_path / "store", **OPTIONS)
@@ -76,7 +76,7 @@ def test_added_columns_must_agree_with_those_that_are_there(task, tmp_path):  # 
 def test_data_that_changed_are_found_by_their_losses_where_no_sample_is_left(tmp_path):
     whole = toys.make_task(tmp_path, n_train=40)
     store = gradindex.build(whole, tmp_path / "store", **(OPTIONS | {"shard_rows": 40}))
-    gradindex.remove(store.folder, [i for i, _ in store.samples()])
+    gradindex.store.remove(store.folder, [i for i, _ in store.samples()])
     assert GradientStore(store.folder).samples() == []
     x, y = whole.train.tensors
     with pytest.raises(MismatchError, match="losses of training examples"):
@@ -96,7 +96,7 @@ def test_what_are_no_ids_is_refused(task, tmp_path, case):  # noqa: F811
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
     before = snapshot(store.folder)
     for action in (
-        lambda ids: gradindex.remove(store.folder, ids),
+        lambda ids: gradindex.store.remove(store.folder, ids),
         store.rows,
         store.losses,
         store.self_influence,
@@ -130,17 +130,17 @@ def test_views_outside_a_shard_are_refused(task, tmp_path, place):  # noqa: F811
 def test_ids_that_were_used_once_are_not_merged_in(task, tmp_path):  # noqa: F811
     for name in "ab":
         gradindex.build(first(task, 12), tmp_path / name, **OPTIONS)
-    gradindex.remove(tmp_path / "a", range(8, 12))
-    gradindex.compact(tmp_path / "a")
-    gradindex.remove(tmp_path / "b", range(8))
+    gradindex.store.remove(tmp_path / "a", range(8, 12))
+    gradindex.store.compact(tmp_path / "a")
+    gradindex.store.remove(tmp_path / "b", range(8))
     with pytest.raises(ArgumentError, match="b has 8, and a has or had ids up to 11"):
-        gradindex.merge(tmp_path / "a", tmp_path / "b")
+        gradindex.store.merge(tmp_path / "a", tmp_path / "b")
 
 
 def test_an_open_retriever_follows_its_store(task, tmp_path):  # noqa: F811
     gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
     retriever = gradindex.load(tmp_path / "store", task)
-    gradindex.remove(tmp_path / "store", [3, 4])
+    gradindex.store.remove(tmp_path / "store", [3, 4])
     assert sorted(retriever.proponents(0, k=10).ids[0]) == [0, 1, 2, 5, 6, 7, 8, 9, 10, 11]
     gradindex.add(task, tmp_path / "store")
     assert retriever.proponents(0, k=28).ids.max() == 29
@@ -162,9 +162,9 @@ def test_numbers_too_small_for_a_scale_are_zero():
 def test_parts_of_another_number_are_kept_out(task, tmp_path):  # noqa: F811
     process = held(tmp_path / "store", (1, 2))
     with pytest.raises(StoreError, match="is being written by"):
-        gradindex.build_part(task, tmp_path / "store", (1, 4), **OPTIONS)
+        gradindex.building.build_part(task, tmp_path / "store", (1, 4), **OPTIONS)
     let_go(process, lambda p: p.stdin.close())
-    gradindex.build_part(task, tmp_path / "store", (1, 4), **OPTIONS)
+    gradindex.building.build_part(task, tmp_path / "store", (1, 4), **OPTIONS)
 
 
 def test_the_lock_names_no_process_that_is_dead(task, tmp_path):  # noqa: F811
@@ -178,8 +178,8 @@ def test_the_lock_names_no_process_that_is_dead(task, tmp_path):  # noqa: F811
 
 def test_compacting_drops_a_shard_that_is_removed_as_a_whole(task, tmp_path):  # noqa: F811
     gradindex.build(task, tmp_path / "store", **OPTIONS)
-    gradindex.remove(tmp_path / "store", range(4, 8))
-    store = gradindex.compact(tmp_path / "store")
+    gradindex.store.remove(tmp_path / "store", range(4, 8))
+    store = gradindex.store.compact(tmp_path / "store")
     assert [entry["first"] for entry in store.manifest["shards"]] == [0, 8, 12, 16, 20, 24, 28]
     assert store.manifest["removed"] == []
     assert store.n_train == 26
@@ -187,22 +187,22 @@ def test_compacting_drops_a_shard_that_is_removed_as_a_whole(task, tmp_path):  #
 
 def test_a_damaged_shard_stops_a_compaction_and_can_be_repaired_then(task, tmp_path):  # noqa: F811
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
-    gradindex.remove(store.folder, [1, 5])
+    gradindex.store.remove(store.folder, [1, 5])
     (store.folder / "shards" / "0001-00001.h5").write_bytes(b"damage")
     with pytest.raises(StoreError, match="gradindex build --repair"):
-        gradindex.compact(store.folder)
-    assert len(gradindex.repair(task, store.folder)) == 1
-    assert gradindex.compact(store.folder).n_train == 28
+        gradindex.store.compact(store.folder)
+    assert len(gradindex.growth.repair(task, store.folder)) == 1
+    assert gradindex.store.compact(store.folder).n_train == 28
     with pytest.raises(StoreError, match="gradindex build --repair"):
         store = gradindex.GradientStore(store.folder)
         (store.folder / "shards" / f"{store.manifest['shards'][0]['name']}.h5").unlink()
         extra = gradindex.Checkpoint(task.checkpoints[0].path, 0.1, step=9)
-        gradindex.add_checkpoint(replace(task, checkpoints=[*task.checkpoints, extra]), store.folder)
+        gradindex.growth.add_checkpoint(replace(task, checkpoints=[*task.checkpoints, extra]), store.folder)
 
 
 def test_seal_writes_nothing_into_a_folder_that_is_no_store(tmp_path):
     with pytest.raises(StoreError, match="is not a gradindex store"):
-        gradindex.seal(tmp_path)
+        gradindex.store.seal(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,7 +212,7 @@ def test_a_store_without_its_shards_is_repaired(task, tmp_path):  # noqa: F811
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
     rows = store.rows(store.ids)
     shutil.rmtree(store.folder / "shards")
-    assert len(gradindex.repair(task, store.folder)) == 8
+    assert len(gradindex.growth.repair(task, store.folder)) == 8
     store = gradindex.GradientStore(store.folder)
     np.testing.assert_array_equal(store.rows(store.ids), rows)
 
@@ -226,10 +226,10 @@ def test_an_offset_that_cannot_be_leaves_no_plan(task, tmp_path, case):  # noqa:
     for name in "ab":
         gradindex.build(first(task, 12), tmp_path / name, **OPTIONS)
     with pytest.raises(error, match=message):
-        gradindex.merge(tmp_path / "a", [tmp_path / "b"], offset=offset)
+        gradindex.store.merge(tmp_path / "a", [tmp_path / "b"], offset=offset)
     with pytest.raises(ArgumentError, match="There is no store to merge"):
-        gradindex.merge(tmp_path / "a", [])
-    assert gradindex.merge(tmp_path / "a", tmp_path / "b", offset=np.int64(12)).n_train == 24
+        gradindex.store.merge(tmp_path / "a", [])
+    assert gradindex.store.merge(tmp_path / "a", tmp_path / "b", offset=np.int64(12)).n_train == 24
 
 
 def test_fitted_stores_are_merged_when_one_takes_the_bases_of_the_other(task, tmp_path):  # noqa: F811
@@ -237,9 +237,9 @@ def test_fitted_stores_are_merged_when_one_takes_the_bases_of_the_other(task, tm
     gradindex.build(first(task, 12), tmp_path / "a", **options)
     gradindex.build(only(task, range(12, 30)), tmp_path / "b", **options)
     with pytest.raises(MismatchError, match="gradindex build --bases-from .*a"):
-        gradindex.merge(tmp_path / "a", tmp_path / "b", offset=12)
+        gradindex.store.merge(tmp_path / "a", tmp_path / "b", offset=12)
     gradindex.build(only(task, range(12, 30)), tmp_path / "c", **options, bases_from=tmp_path / "a")
-    merged = gradindex.merge(tmp_path / "a", tmp_path / "c", offset=12)
+    merged = gradindex.store.merge(tmp_path / "a", tmp_path / "c", offset=12)
     grown = gradindex.add(task, gradindex.build(first(task, 12), tmp_path / "d", **options).folder)
     np.testing.assert_allclose(merged.rows(merged.ids), grown.rows(grown.ids), rtol=1e-4, atol=1e-5)
     with pytest.raises(MismatchError, match="has no bases for"):
@@ -255,8 +255,8 @@ def test_what_a_later_version_adds_is_kept_by_changes(task, tmp_path):  # noqa: 
     manifest = GradientStore(store.folder).manifest
     del manifest["sha256"]
     files_of.write_manifest(store.folder, {**manifest, "later": [1, 2], "generation": manifest["generation"] + 1})
-    gradindex.remove(store.folder, range(13, 17))
-    compacted = gradindex.compact(store.folder)
+    gradindex.store.remove(store.folder, range(13, 17))
+    compacted = gradindex.store.compact(store.folder)
     assert compacted.manifest["later"] == [1, 2]
     kept = [compacted._shards[number].arrays for number in range(len(compacted.manifest["shards"]))]
     assert sum("later/extra" in arrays for arrays in kept) >= 3
@@ -303,8 +303,8 @@ def test_blocks_without_a_row_are_exported_as_nothing(task, tmp_path):  # noqa: 
     import pyarrow.parquet
 
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
-    store = gradindex.remove(store.folder, range(4, 8))
-    gradindex.export(store, tmp_path / "rows.parquet")
+    store = gradindex.store.remove(store.folder, range(4, 8))
+    gradindex.store.export(store, tmp_path / "rows.parquet")
     table = pyarrow.parquet.read_table(tmp_path / "rows.parquet")
     assert table["id"].to_pylist() == store.ids.tolist()
     assert table["columns.word"].to_pylist() == [word(i) for i in store.ids]

@@ -75,7 +75,7 @@ def test_every_error_is_ours_and_the_builtin_that_callers_expect():
 
 
 def test_importing_takes_well_under_a_second_more_than_torch_and_no_optional_package():
-    optional = ("faiss", "matplotlib", "jinja2", "safetensors", "PIL", "sklearn", "scipy")
+    optional = ("faiss", "matplotlib", "jinja2", "safetensors", "pyarrow", "PIL", "sklearn", "scipy")
     code = f"""
 import sys, time
 for name in {optional}: sys.modules[name] = None
@@ -93,9 +93,9 @@ def test_the_lightest_import_needs_nothing():
 
 def test_extras_name_what_errors_tell_people_to_install():
     extras = dict(CONFIG["options.extras_require"])
-    assert {"cpu", "gpu", "demo", "dev", "safetensors"} <= set(extras)
+    assert {"cpu", "gpu", "demo", "dev", "parquet", "safetensors"} <= set(extras)
     text = " ".join(path.read_text() for path in (TOP / "gradindex").rglob("*.py"))
-    assert {"cpu", "gpu", "demo", "safetensors"} == set(re.findall(r"gradindex\[(\w+)\]", text))
+    assert {"cpu", "gpu", "demo", "parquet", "safetensors"} == set(re.findall(r"gradindex\[(\w+)\]", text))
 
 
 def test_pyproject_holds_the_build_system_only():

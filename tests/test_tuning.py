@@ -215,8 +215,8 @@ def test_an_index_follows_its_store(store, quick):
     evaluation.index(folder, recall=0.97, k=10, n_query=200)
     retriever = gradindex.load(folder, task)
     best = retriever.proponents(0, k=10).ids[0]
-    gradindex.remove(folder, best[:3])
-    gradindex.compact(folder)
+    gradindex.store.remove(folder, best[:3])
+    gradindex.store.compact(folder)
     assert not np.isin(best[:3], retriever.proponents(0, k=10).ids).any()
     gradindex.add(task, folder)
     assert "300 newer rows are compared in full" in retriever.search_note
@@ -235,7 +235,7 @@ def test_an_index_of_other_rows_is_not_used_and_says_so(store, quick):
     evaluation.index(folder, recall=0.97, k=10, n_query=100)
     extra = gradindex.Checkpoint(task.checkpoints[0].path, 0.05, step=9)
     longer = replace(task, checkpoints=[*task.checkpoints, extra])
-    gradindex.add_checkpoint(replace(longer, train=Subset(task.train, range(600))), folder)
+    gradindex.growth.add_checkpoint(replace(longer, train=Subset(task.train, range(600))), folder)
     retriever = gradindex.load(folder, longer)
     assert "the index is of other rows, `gradindex index` makes it anew" in retriever.search_note
     assert retriever.proponents(0, k=600).ids.shape == (1, 600)

@@ -233,7 +233,7 @@ class Job:
         Args:
             planned: of the plan.
             columns: values for its ids.
-            samples: ids and digests of some of its examples.
+            samples: ids and digests of some of its examples; what is added meanwhile is kept as well.
             specs: shapes and types of arrays, where they are copied; by default those of computed rows.
 
         Raises:
@@ -304,7 +304,7 @@ def shard_writer(
     all_specs |= {name: (column.shape, column.dtype.str) for name, column in values.items()}
     attributes = {"format": FORMAT, "version": VERSION, "map": after["fingerprint"], "rows@row_type": after["row_type"]}
     about = {"name": planned["name"], "map": after["fingerprint"], "ids": planned["ids"]}
-    about |= {"row_type": after["row_type"], "samples": [list(sample) for sample in samples]}
+    about |= {"row_type": after["row_type"], "samples": samples}
     with writing(folder / SHARDS / f"{planned['name']}.h5", all_specs, attributes, about) as raw:
         for name, column in {"ids": ids, **values}.items():
             raw.put(name, 0, column)

@@ -94,8 +94,8 @@ def jobs(bench: Bench, folder: Path, n: int) -> None:
         "verify": "assert gradindex.GradientStore(folder).verify() == []",
         "search 10 queries": "gradindex.load(folder, task).proponents(range(10), k=100, rerank='none')",
         "self-influence ranking": "gradindex.GradientStore(folder).top_self_influence(1000)",
-        "remove 1%": f"gradindex.remove(folder, np.random.default_rng(0).choice({n}, {n} // 100, replace=False))",
-        "compact": "gradindex.compact(folder)",
+        "remove 1%": f"gradindex.store.remove(folder, np.random.default_rng(0).choice({n}, {n} // 100, replace=False))",
+        "compact": "gradindex.store.compact(folder)",
     }
     for name, code in steps.items():
         taken, anonymous = in_a_process(code, folder, n)
