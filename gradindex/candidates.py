@@ -61,16 +61,16 @@ class Candidates:
     @property
     def how(self) -> str:
         """How rows are searched, for people."""
+        if self.stale:
+            return "exact over all rows; the index is of other rows, `gradindex index` makes it anew"
         if self.index is None:
-            return "exact over all rows" + (
-                "; the index is of other rows, `gradindex index` makes it anew" * self.stale
-            )
+            return "exact over all rows"
         shape, recall = self.index.about["shape"], self.index.about["recall"]
         lists = f", {shape['lists']} lists" if shape["kind"] == "ivf" else ""
         new = f"; {runs.count(self._new):,} newer rows are compared in full" if len(self._new) else ""
         return (
             f"index {shape['kind']} of {shape['dim']} numbers{lists}, recall@{recall['k']} at least "
-            f"{min(recall['proponents'], recall['opponents']):.4f} ({recall['against']}){new}"
+            f"{min(recall['proponents_at_least'], recall['opponents_at_least']):.4f} ({recall['against']}){new}"
         )
 
     def effort(self, k: int) -> Effort:

@@ -230,7 +230,7 @@ def full_disk(bench: Bench, times: int) -> None:
         whole = None
         program = TOY.format(bench=str(Path(__file__).parent), folder=str(folder / "store"), task=name)
         for number in range(times + 1):
-            size = "64m" if number == 0 else f"{int(generator.integers(64, 17_000))}k"
+            size = "64m" if number == 0 else f"{int(generator.integers(64, 16_000))}k"
             mounted = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
             if subprocess.run(mounted, stderr=subprocess.DEVNULL, check=False).returncode:
                 print("full disk: left out, for mounting a memory disk needs the rights of root")
