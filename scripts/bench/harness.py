@@ -71,12 +71,9 @@ class Bench:
         lines = [f"# {self.title}", "", *(f"- {name}: {value}" for name, value in machine(self.packages).items())]
         # --save says where the result goes, not how it came about.
         command = ["python", Path(sys.argv[0]).resolve().relative_to(TOP).as_posix()] + ["--quick"] * self.quick
-        lines += [
-            f"- command: `{shlex.join(command)}`",
-            "",
-            "| bar | value | target | holds |",
-            "| --- | --- | --- | --- |",
-        ]
+        lines += [f"- command: `{shlex.join(command)}`"]
+        if self.bars:
+            lines += ["", "| bar | value | target | holds |", "| --- | --- | --- | --- |"]
         for bar in self.bars:
             holds = "yes" if bar["holds"] else "**no**"
             lines.append(f"| {bar['name']} | {bar['value']:.4g} {bar['unit']} | {bar['target']} | {holds} |")

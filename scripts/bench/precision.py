@@ -1,7 +1,8 @@
 """What bfloat16 costs in accuracy: rows in bfloat16 and float32 of the same map, against exact float32 scores.
 
-Rows of all layers of the MNIST task, of the last layer of the CIFAR-10 task, and of all its layers. Queries are in
-float32 either way, as they are in use. Trains the CIFAR-10 task first if it is not in the cache (half an hour).
+Rows of all layers of the MNIST task, of the last layer of the CIFAR-10 task, and of all its layers; of the second and
+third a part of the training set alone, for time. Queries are in float32 either way, as they are in use. Trains the
+CIFAR-10 task first if it is not in the cache (half an hour).
 
     python scripts/bench/precision.py [--quick] [--json] [--data DIR] [--save FILE]
 """
@@ -33,6 +34,7 @@ def part_of(task: gradindex.Task, n: int, queries: int) -> gradindex.Task:
 
 def compare(bench: Bench, name: str, task: gradindex.Task, projection: Projection) -> None:
     """Pearson and recall of both precisions."""
+    name = f"{name} ({task.n_train:,} examples, {task.n_query} queries)"
     truth = gradindex.exact_scores(task, [task.query[i] for i in range(task.n_query)])
     estimates, rows = {}, {}
     for precision in ("float32", "bfloat16"):
