@@ -257,6 +257,8 @@ def test_a_promise_that_cannot_be_kept_is_an_error_and_leaves_what_was_there(sto
 def test_no_index_is_made_where_comparing_all_rows_is_as_fast(store, monkeypatch):
     _, folder = store
     monkeypatch.setattr(tuning, "_milliseconds", lambda search, truth, effort, k: 1.0)
+    (folder / "index").mkdir()
+    (folder / "index" / "manifest.json").write_text("of another time, and damaged")
     assert evaluation.index(folder, recall=0.9, k=10, n_query=100).how == "exact over all rows"
     assert not (folder / "index").exists()
 
@@ -316,5 +318,7 @@ def test_the_command_line_makes_and_measures_an_index(store, quick):
     assert names[1:] == ["best 10 of all rows", "best 100 of all rows"]
     assert all(record["recall@10 proponents"] > 0.85 for record in measured["records"])
     (next((folder / "index").glob("*.faiss"))).write_bytes(b"")
+    assert "search: damaged index: " in call("info", folder).stdout
+    assert "make the index again: gradindex index" in call("verify", folder).stderr
     broken = call("evaluate", folder)
     assert (broken.exit_code, "Make the index again: gradindex index" in broken.stderr) == (1, True)

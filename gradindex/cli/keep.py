@@ -20,12 +20,16 @@ def info(folder: Path, as_json: bool) -> None:
     Example: gradindex info /tmp/mnist
     """
     from ..candidates import Candidates
+    from ..errors import IndexFileError
     from ..hits import table
     from ..store import GradientStore, overview
 
     found = overview(folder)
     if found["state"] == "complete":
-        found["search"] = Candidates(GradientStore(folder)).how
+        try:
+            found["search"] = Candidates(GradientStore(folder)).how
+        except IndexFileError as error:
+            found["search"] = f"damaged index: {error}"
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -69,15 +73,20 @@ def _bytes(size: float) -> str:
 @click.command()
 @FOLDER
 def verify(folder: Path) -> None:
-    """Read every file of a store and compare every block with its checksum.
+    """Read every file of a store, and of its index, and compare it with its checksums.
 
     Example: gradindex verify /tmp/mnist
     """
+    from ..candidates import INDEX_FOLDER
     from ..errors import StoreError
+    from ..index import damage
     from ..store import GradientStore
 
     store = GradientStore(folder)
     problems = store.verify()
+    index = folder / INDEX_FOLDER
+    problem = damage(index) if index.is_dir() else None
+    problems += [f"{problem}; make the index again: gradindex index {folder}"] if problem else []
     if problems:
         raise StoreError("; ".join(problems))
     click.echo(f"{folder}: {store.n_train:,} rows in {len(store.manifest['shards'])} shards are sound")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -228,6 +229,7 @@ def index(
             found.save(store.folder / INDEX_FOLDER, about)
             return Candidates(store)
         if choices and min(choice[0] for choice in choices) >= all_rows:
+            shutil.rmtree(store.folder / INDEX_FOLDER, ignore_errors=True)  # of another time, or damaged
             return Candidates(store, use_index=False)
         raise RecallError(
             f"No index of {store.folder} holds {recall:.4g} of the true top-{k} {truth.against}: the best reaches "
