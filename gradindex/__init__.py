@@ -45,10 +45,15 @@ _HOMES = {
     "load_task": "task",
 }
 
+# Reached as attributes without an import of their own, and loaded then.
+_ROOMS = ("building", "evaluation", "growth", "store")
+
 __all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'gradindex' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

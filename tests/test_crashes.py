@@ -17,7 +17,9 @@ from torch.utils.data import Subset, TensorDataset
 
 import gradindex
 from gradindex import files
-from gradindex.errors import MismatchError, StoreError
+from gradindex.candidates import Candidates
+from gradindex.errors import IndexFileError, MismatchError, StoreError
+from gradindex.index import CompactIndex, Shape
 from gradindex.projection import Projection
 from gradindex.store import GradientStore, container, upkeep
 
@@ -164,6 +166,18 @@ def built(tmp_path):
     return task, tmp_path / "store"
 
 
+@pytest.fixture
+def indexed(built):
+    """The same with an index."""
+    task, folder = built
+    store = GradientStore(folder)
+    made = CompactIndex.build(Shape("ivf", 6, 4), store.rows(store.ids), store.blocks)
+    about = {"map": store.manifest["fingerprint"], "ids": store.id_runs.tolist()}
+    recall = {"k": 5, "proponents_at_least": 1, "opponents_at_least": 1, "against": ""}
+    made.save(folder / "index", about | {"effort": {"probes": 2, "proposals": 9}, "recall": recall})
+    return task, folder
+
+
 def everything(folder):
     """All that a store can answer, as bytes."""
     store = GradientStore(folder)
@@ -172,6 +186,7 @@ def everything(folder):
     values += [side for sides in store.factors(ids).values() for side in sides]
     values += [side for sides in store.bases().values() for side in sides]
     values += [rows for _, rows in store.blocks()]
+    values += Candidates(store).search(store.rows(ids[:4]), 5)
     return [value.tobytes() for value in values] + [json.dumps(store.manifest["map"])]
 
 
@@ -184,10 +199,12 @@ def damage(content, generator, cut):
 
 
 @pytest.mark.parametrize(("cut", "times"), [(False, 1000), (True, 200)], ids=["one bit", "cut short"])
-def test_no_damage_leads_to_a_wrong_answer(built, cut, times):
-    _, folder = built
+def test_no_damage_leads_to_a_wrong_answer(indexed, cut, times):
+    """Of shards, seals, bases, manifest and index."""
+    _, folder = indexed
     expected, generator, found = everything(folder), random.Random(2), 0
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".h5", ".json"))
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".h5", ".json", ".faiss"))
+    assert len(paths) == 9
     for _ in range(times):
         path = generator.choice(paths)
         content = path.read_bytes()
@@ -195,7 +212,7 @@ def test_no_damage_leads_to_a_wrong_answer(built, cut, times):
         path.write_bytes(damage(content, generator, cut))
         try:
             assert everything(folder) == expected
-        except StoreError:
+        except (StoreError, IndexFileError):
             found += 1
         path.unlink()
         path.write_bytes(content)
