@@ -1,5 +1,6 @@
 """Whatever ends a build - a kill, a full disk, a damaged file - what was finished stays, and no wrong answer leaves."""
 
+import contextlib
 import json
 import os
 import random
@@ -78,7 +79,8 @@ class Nursery:
         pid = int(self.process.stdout.readline())
         if kill_after is not None:
             time.sleep(kill_after)
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was quicker
+                os.kill(pid, signal.SIGKILL)
         code, message = json.loads(self.process.stdout.readline())
         self.errors += [message] if code > 0 else []
         return code
