@@ -214,9 +214,7 @@ class Retriever:
                 else:
                     exact = sign * _exact(engine, items, union, "query", store.manifest["batch_size"])
                 if self._unit_norm:
-                    # The norm of a zero gradient is taken as 1: its cosine with anything is 0.
-                    norms = np.sqrt(np.outer(query.self_influence.sum(1), store.self_influence(union).sum(1)))
-                    exact = exact / np.where(norms > 0, norms, 1.0)
+                    exact = _cosines(store, exact, query, union)
                 found = np.take_along_axis(exact, np.searchsorted(union, ids), 1)
                 order = np.lexsort((ids, -found), axis=1)[:, :k]
                 scores, ids = np.take_along_axis(found, order, 1), np.take_along_axis(ids, order, 1)
@@ -247,10 +245,18 @@ class Retriever:
             return maker.rows(items, names, "query").rows
 
     def exact_scores(self, queries: int | Sequence[Any], source: Source = "query") -> NDArray[Any]:
-        """(n_query, n_train) exact TracInCP of every row's training example, in the order of the store's ids."""
-        items, _, _ = self._resolve(queries, source)
+        """(n_query, n_train) exact scores of all rows' training examples, in the order of the store's ids.
+
+        TracInCP, or cosines where the store's rows have unit norm.
+        """
+        items, names, _ = self._resolve(queries, source)
+        store = self.store
         with preserved_random_state(), self._engine as engine:
-            return _exact(engine, items, self.store.ids, "query", self.store.manifest["batch_size"])
+            exact = _exact(engine, items, store.ids, "query", store.manifest["batch_size"])
+            if not self._unit_norm:
+                return exact
+            maker = RowMaker(engine, self._projection, self._bases, unit_norm=True)
+            return _cosines(store, exact, maker.rows(items, names, "query"), store.ids)
 
     def _resolve(
         self, queries: int | Sequence[Any], source: Source
@@ -311,3 +317,10 @@ def _by_factors(store: GradientStore, query: RowBatch, ids: NDArray[np.int64]) -
         products = (mine[1] @ output_gradients.astype(np.float32).T, mine[0] @ activations.astype(np.float32).T)
         scores += products[0].astype(np.float64) * products[1]
     return scores
+
+
+def _cosines(store: GradientStore, exact: NDArray[Any], query: RowBatch, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Exact scores (n_query, len(ids)) divided by the norms; that of a zero gradient is taken as 1: its cosine is 0."""
+    norms = np.sqrt(np.outer(query.self_influence.sum(1), store.self_influence(ids).sum(1)))
+    cosines: NDArray[np.float64] = exact / np.where(norms > 0, norms, 1.0)
+    return cosines

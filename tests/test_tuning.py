@@ -292,6 +292,18 @@ def test_real_queries_are_measured_against_exact_scores(store, quick):
         evaluation.index(folder, k=10, retriever=gradindex.load(folder, replace(task, query=None)))
 
 
+def test_cosines_are_measured_against_cosines(made, tmp_path, quick):
+    task, _ = made
+    gradindex.build(task, tmp_path / "store", projection=Projection("none"), unit_norm=True, batch_size=50)
+    retriever = gradindex.load(tmp_path / "store", task)
+    exact = retriever.exact_scores(range(5))
+    assert np.abs(exact).max() <= 1 + 1e-4
+    hits = retriever.proponents(range(5), k=900)
+    np.testing.assert_allclose(np.take_along_axis(exact, hits.ids, 1), hits.scores, atol=1e-4)
+    found = evaluation.index(tmp_path / "store", recall=0.9, k=10, n_query=40, retriever=retriever)
+    assert found.index.about["recall"]["proponents"] > 0.9
+
+
 def test_impossible_promises_are_refused(store):
     _, folder = store
     for options, message in (
