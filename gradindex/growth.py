@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import MismatchError, StoreError
 from .files import storing
@@ -195,11 +197,15 @@ def _check_columns(store: GradientStore, task: Task) -> None:
     differing = [name for name in {**types, **store.manifest["columns"]} if types.get(name) != _type_of(store, name)]
     if not differing:
         now = task.column_arrays("train", ids)
-        differing = [name for name in types if not np.array_equal(now[name], store.column(name, ids))]
+        differing = [name for name in types if not _equal(now[name], store.column(name, ids))]
     if differing:
         raise MismatchError(
             f"The task does not match {store.folder}: columns differ ({', '.join(differing)}). Give the same columns."
         )
+
+
+def _equal(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    return np.array_equal(one, other, equal_nan=one.dtype.kind == other.dtype.kind == "f")
 
 
 def _type_of(store: GradientStore, name: str) -> str | None:
