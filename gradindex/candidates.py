@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .index import CompactIndex, SearchIndex
+from .files import signature
+from .index import MANIFEST, CompactIndex, SearchIndex
 from .store import GradientStore, runs
 
 INDEX_FOLDER = "index"
@@ -48,6 +50,7 @@ class Candidates:
 
     def __init__(self, store: GradientStore, index: CompactIndex | None = None, *, use_index: bool = True) -> None:
         self._store = store
+        self._seen = signature(store.folder / INDEX_FOLDER / MANIFEST)
         found = CompactIndex.load(store.folder / INDEX_FOLDER) if index is None and use_index else index
         own = index is None and found is not None
         self.stale = own and found is not None and found.about["map"] != store.manifest["fingerprint"]
@@ -57,6 +60,16 @@ class Candidates:
             covered = self.index.about["ids"] if own else live
             self._new = runs.without(live, covered)
             self._gone = runs.to_ids(runs.without(covered, live))
+
+    @property
+    def n_train(self) -> int:
+        """The number of rows that are searched."""
+        return self._store.n_train
+
+    @property
+    def current(self) -> bool:
+        """Whether the store and its index on disk are still those that were opened."""
+        return self._store.current and signature(self._store.folder / INDEX_FOLDER / MANIFEST) == self._seen
 
     @property
     def how(self) -> str:
@@ -104,9 +117,9 @@ class Candidates:
         scores = np.empty((len(query), k), dtype=np.float32)
         ids = np.empty((len(query), k), dtype=np.int64)
         proposed = self.index.search(query, max(k, effort.proposals), probes=effort.probes, removed=self._gone)[1]
-        new = runs.to_ids(self._new)
+        newer = self._best_of_new(query, k)
         for number, row in enumerate(query):
-            some = np.sort(np.concatenate([proposed[number][proposed[number] >= 0], new]))
+            some = np.sort(np.concatenate([proposed[number][proposed[number] >= 0], newer[number]]))
             if len(some) < k:  # few lists, and none of the others was looked into
                 scores[number : number + 1], ids[number : number + 1] = all_rows.search(query[number : number + 1], k)
                 continue
@@ -114,3 +127,11 @@ class Candidates:
             best = np.lexsort((some, -products))[:k]
             scores[number], ids[number] = products[best], some[best]
         return scores, ids
+
+    def _best_of_new(self, query: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+        """(n_query, at most k) ids among the rows that are not in the index, which are all compared."""
+        count = runs.count(self._new)
+        if not count:
+            return np.empty((len(query), 0), dtype=np.int64)
+        new = SearchIndex(self._store.dim, count, partial(self._store.blocks, self._new))
+        return new.search(query, min(k, count))[1]

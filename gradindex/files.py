@@ -75,6 +75,15 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def signature(path: Path) -> tuple[int, int, int] | None:
+    """What tells a file from the one that replaces it, without reading; ``None`` where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
     """Turn the operating system's errors on writing ``path`` into one that a person can act on.

@@ -107,13 +107,14 @@ class Retriever:
         store: a complete store.
         task: the task that it was built from.
         device: where to compute, by default where the model is.
+        use_index: whether an index is used, where there is one.
 
     Raises:
         MismatchError: the task is not the store's; says what differs.
         StoreError: the store is damaged.
     """
 
-    def __init__(self, store: GradientStore, task: Task, device: str | None = None) -> None:
+    def __init__(self, store: GradientStore, task: Task, device: str | None = None, use_index: bool = True) -> None:
         require()
         self.task = task
         stored = store.manifest["map"]
@@ -125,7 +126,8 @@ class Retriever:
             engine.check_routes()
             check_task(store, engine)
         self._bases = store.bases()
-        self._opened = store, Candidates(store)
+        self._use_index = use_index
+        self._opened = store, Candidates(store, use_index=use_index)
 
     @property
     def store(self) -> GradientStore:
@@ -138,11 +140,11 @@ class Retriever:
 
     def _now(self) -> tuple[GradientStore, Candidates]:
         store, candidates = self._opened
-        if not store.current:
+        if not candidates.current:
             now = GradientStore(store.folder)
             if now.manifest["fingerprint"] != store.manifest["fingerprint"]:
                 raise StoreError(f"{store.folder} has other rows than when it was opened. Load it again.")
-            self._opened = store, candidates = now, Candidates(now)
+            self._opened = store, candidates = now, Candidates(now, use_index=self._use_index)
         return store, candidates
 
     @property
@@ -282,19 +284,20 @@ class Retriever:
         return [data[int(q)] for q in chosen], [f"{source} {q}" for q in chosen], columns
 
 
-def load(folder: str | os.PathLike[str], task: Task, *, device: str | None = None) -> Retriever:
+def load(folder: str | os.PathLike[str], task: Task, *, device: str | None = None, use_index: bool = True) -> Retriever:
     """Open a store for queries.
 
     Args:
         folder: what :func:`build` filled.
         task: the task that it was built from.
         device: where to compute, such as ``"cuda"``, by default where the model is.
+        use_index: whether an index is used, where there is one; else all rows are compared.
 
     Raises:
         StoreError: missing, damaged or not complete.
         MismatchError: the task is not the store's; says what differs.
     """
-    return Retriever(GradientStore(folder), task, device)
+    return Retriever(GradientStore(folder), task, device, use_index)
 
 
 def _default_candidates(searched: Candidates, k: int) -> int:

@@ -137,6 +137,15 @@ def test_ids_that_were_used_once_are_not_merged_in(task, tmp_path):  # noqa: F81
         gradindex.store.merge(tmp_path / "a", tmp_path / "b")
 
 
+def test_a_merge_that_is_given_again_copies_nothing_twice(task, tmp_path):  # noqa: F811
+    gradindex.build(first(task, 12), tmp_path / "a", **OPTIONS)
+    gradindex.build(only(task, range(12, 30)), tmp_path / "b", **OPTIONS)
+    gradindex.store.merge(tmp_path / "a", tmp_path / "b", offset=12)
+    before = snapshot(tmp_path / "a")
+    assert gradindex.store.merge(tmp_path / "a", tmp_path / "b", offset=12).n_train == 30
+    assert snapshot(tmp_path / "a") == before
+
+
 def test_an_open_retriever_follows_its_store(task, tmp_path):  # noqa: F811
     gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
     retriever = gradindex.load(tmp_path / "store", task)

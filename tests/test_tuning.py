@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 
 import faiss
 import numpy as np
 import pytest
+import torch
 import toys
 from click.testing import CliRunner
 from torch.utils.data import Subset
@@ -249,7 +251,10 @@ def test_a_promise_that_cannot_be_kept_is_an_error_and_leaves_what_was_there(sto
     before = {path: path.read_bytes() for path in (folder / "index").iterdir()}
     monkeypatch.setattr(tuning, "_DIMS", (1,))
     monkeypatch.setattr(tuning, "_PROPOSALS", (1,))
-    with pytest.raises(RecallError, match=r"No index of .* holds 0.999 of the true top-10 .*: the best reaches 0\.\d+"):
+    with pytest.raises(
+        RecallError,
+        match=r"No index of .* is sure to hold 0.999 of the true top-10, .*: the best reaches at least 0\.\d+",
+    ):
         evaluation.index(folder, recall=0.999, k=10, n_query=100)
     assert {path: path.read_bytes() for path in (folder / "index").iterdir()} == before
 
@@ -268,7 +273,8 @@ def test_truth_counts_equal_scores_and_not_the_query_itself(store):
     opened = GradientStore(folder)
     truth = tuning.held_out(opened, 30, 10)
     ids = opened.ids
-    chosen = [int(np.flatnonzero((opened.rows(ids) == row).all(1))[0]) for row in truth.rows]
+    chosen = truth.own.tolist()
+    np.testing.assert_array_equal(opened.rows(truth.own), truth.rows)
     rows = opened.rows(ids).astype(np.float64)
     for sign in (1, -1):
         scores = sign * rows[chosen] @ rows.T
@@ -276,11 +282,113 @@ def test_truth_counts_equal_scores_and_not_the_query_itself(store):
         for query in range(30):
             best = truth.best[sign][query]
             assert set(best[best >= 0]) == set(np.argsort(-scores[query])[:10])
-    assert truth.recalls(1, np.where(truth.best[1] >= 0, truth.best[1], 0)).min() == 1
-    assert truth.recalls(1, np.full((30, 5), -1)).max() == 0
-    same = np.ones((6, 3), np.float32)
-    equal = tuning._truth(same[:1], [(np.arange(6), same[:1] @ same.T)], np.array([2]), 3, "")
-    assert set(equal.best[1][0]) - {-1} == {0, 1, 3, 4, 5}
+    assert truth.recalls(1, np.where(truth.best[1] >= 0, truth.best[1], 0), 99).min() == 1
+    assert truth.recalls(1, np.full((30, 5), -1), 99).max() == 0
+    first = np.concatenate([truth.own[:, None], truth.best[1]], 1)  # the query itself takes no place
+    assert truth.recalls(1, first, first.shape[1] - 1).min() == 1
+
+
+def test_queries_whose_top_is_not_clear_are_left_out():
+    rows = np.eye(30, 40, dtype=np.float32)
+    scores = np.random.default_rng(0).standard_normal((30, 50)).astype(np.float32)
+    scores[:5] = 1  # all equal
+    scores[5, :4] = 9  # four equal at the top, of which any three are the top-3
+    truth = tuning._truth(rows, [(np.arange(50), scores)], np.full(30, -1), 3, "", 0)
+    assert len(truth.rows) == 25
+    (place,) = np.flatnonzero(truth.rows[:, 5])
+    assert set(truth.best[1][place]) - {-1} == {0, 1, 2, 3}
+    assert sorted(truth.rows.argmax(1)) == list(range(5, 30))
+    assert truth.rows.argmax(1).tolist() != list(range(5, 30))  # in no order, so that halves are not alike
+    scores[:] = 1
+    with pytest.raises(ArgumentError, match="There are 0 queries whose top-3 is clear, but at least 20 are needed"):
+        tuning._truth(rows, [(np.arange(50), scores)], np.full(30, -1), 3, "", 0)
+
+
+def test_the_lower_bound_holds_as_often_as_it_says_and_is_never_certain():
+    generator, missed = np.random.default_rng(0), 0
+    for _ in range(2000):
+        values = 1 - generator.integers(0, 3, 40) * (generator.random(40) < 0.3) / 10
+        missed += tuning.lower_bound(values, 10) > 1 - 0.3 / 10
+    assert missed / 2000 < 0.06
+    assert 0.95 < tuning.lower_bound(np.ones(20), 10) < 0.995
+    assert 0.999 < tuning.lower_bound(np.ones(250), 100) < 1
+    assert tuning.lower_bound(np.ones(20), 10, tries=5) < tuning.lower_bound(np.ones(20), 10)
+    # Student's t with 10 degrees of freedom has 1.8125 at 95%.
+    values = np.array([0.9, 1.0] * 5)
+    with_one = np.append(values, 0.8)
+    expected = with_one.mean() - 1.8125 * with_one.std(ddof=1) / 11**0.5
+    assert tuning.lower_bound(values, 10) == pytest.approx(expected, abs=2e-4)
+
+
+def test_the_worse_of_both_kinds_counts():
+    assert tuning.Measured(1, 1, 0.7, 0.9).at_least == tuning.Measured(1, 1, 0.9, 0.7).at_least == 0.7
+
+
+def test_what_is_measured_are_queries_that_were_not_tuned_with_and_it_decides(store, quick, monkeypatch):
+    _, folder = store
+    tuned, measured = [], []
+    fewest, measure = tuning._fewest_proposals, tuning.measure
+
+    def watched(made, truth, *rest):
+        tuned.append(truth.own.tolist())
+        return fewest(made, truth, *rest)
+
+    def poor(search, truth, *rest, **options):
+        measured.append(truth.own.tolist())
+        return replace(measure(search, truth, *rest, **options), opponents_at_least=0.5)
+
+    monkeypatch.setattr(tuning, "_fewest_proposals", watched)
+    monkeypatch.setattr(tuning, "measure", poor)
+    with pytest.raises(RecallError, match=r"the best reaches at least 0\.5000"):
+        evaluation.index(folder, recall=0.9, k=10, n_query=100)
+    assert not set(tuned[0]) & set(measured[0])
+    assert (len(tuned[0]), len(measured[0])) == (50, 50)
+
+
+def test_a_larger_k_than_tuned_for_takes_more_proposals(store, quick):
+    _, folder = store
+    search = evaluation.index(folder, recall=0.9, k=10, n_query=100)
+    assert search.effort(25).proposals == 3 * search.effort(10).proposals
+
+
+def test_what_is_measured_later_is_what_queries_do_then(store, quick):
+    task, folder = store
+    evaluation.index(folder, recall=0.95, k=10, n_query=100)
+    gradindex.store.remove(folder, np.arange(0, 600, 2))
+    gradindex.add(task, folder)
+    _, found = evaluation.evaluate(folder, k=10, n_query=100)
+    (by_index,) = [measured for name, measured in found.items() if name.startswith("index")]
+    assert min(by_index.proponents, by_index.opponents) > 0.95
+
+
+def test_an_open_retriever_sees_a_new_index(store, quick):
+    task, folder = store
+    retriever = gradindex.load(folder, task)
+    assert retriever.search_note == "exact over all rows"
+    evaluation.index(folder, recall=0.9, k=10, n_query=100)
+    assert retriever.search_note.startswith("index flat of")
+    assert gradindex.load(folder, task, use_index=False).search_note == "exact over all rows"
+
+
+def test_threads_share_a_retriever(store):
+    task, folder = store
+    retriever = gradindex.load(folder, task)
+    expected, wrong = retriever.proponents(range(20), k=5), []
+    weights = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+
+    def ask():
+        for _ in range(3):
+            hits = retriever.proponents(range(20), k=5)
+            wrong.extend([] if np.array_equal(hits.ids, expected.ids) else [hits])
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    for name, tensor in task.model.state_dict().items():
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0)
 
 
 def test_real_queries_are_measured_against_exact_scores(store, quick):
@@ -310,7 +418,7 @@ def test_impossible_promises_are_refused(store):
         ({"recall": 1.0}, "recall is 1.0, but must be between 0 and 1"),
         ({"k": 0}, "k is 0"),
         ({"k": 601}, "k is 601"),
-        ({"n_query": 3, "k": 10}, "There are 3 queries, but at least 4"),
+        ({"n_query": 19, "k": 10}, "There are 19 queries whose top-10 is clear, but at least 20 are needed"),
     ):
         with pytest.raises(ArgumentError, match=message):
             evaluation.index(folder, **options)
@@ -332,5 +440,8 @@ def test_the_command_line_makes_and_measures_an_index(store, quick):
     (next((folder / "index").glob("*.faiss"))).write_bytes(b"")
     assert "search: damaged index: " in call("info", folder).stdout
     assert "make the index again: gradindex index" in call("verify", folder).stderr
+    assert call("evaluate", folder, "--queries", 19).exit_code == 2
     broken = call("evaluate", folder)
     assert (broken.exit_code, "Make the index again: gradindex index" in broken.stderr) == (1, True)
+    assert call("index", folder, "--drop").stdout == f"{folder}: exact over all rows\n"
+    assert call("evaluate", folder).exit_code == 0

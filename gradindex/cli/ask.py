@@ -25,7 +25,11 @@ from .main import CSV, DEVICE, FOLDER, JSON, PATH, show
     show_default=True,
     help="Settle the order by exact scores, or show the rows' estimates.",
 )
-@click.option("--candidates", type=int, help="Candidates to settle by exact scores, by default 10 k.")
+@click.option(
+    "--candidates",
+    type=int,
+    help="Candidates to settle by exact scores, by default 10 k, or what the index was tuned to.",
+)
 @DEVICE
 @click.option("--html", type=PATH, help="Also write a page with pictures here (extra \"demo\").")  # fmt: skip
 @JSON

@@ -11,8 +11,10 @@ import click
 from .main import DEVICE, FOLDER, JSON
 
 _TASK = click.option("--task", help="Take the task's own queries and exact scores; by default training examples.")
-_K = click.option("-k", "--k", default=100, show_default=True, help="How many are the top.")
-_QUERIES = click.option("--queries", default=500, show_default=True, help="How many queries, at most.")
+_K = click.option("-k", "--k", type=int, help="How many are the top; by default 100, or all if there are fewer.")
+_QUERIES = click.option(
+    "--queries", type=click.IntRange(min=20), default=500, show_default=True, help="How many queries, at most."
+)
 
 
 def _retriever(folder: Path, task: str | None, device: str | None) -> Any:
@@ -21,7 +23,13 @@ def _retriever(folder: Path, task: str | None, device: str | None) -> Any:
     from ..retrieval import load
     from ..task import load_task
 
-    return load(folder, load_task(task), device=device)
+    return load(folder, load_task(task), device=device, use_index=False)
+
+
+def _top(folder: Path, k: int | None) -> int:
+    from ..store import GradientStore
+
+    return min(100, GradientStore(folder).n_train) if k is None else k
 
 
 @click.command()
@@ -31,7 +39,10 @@ def _retriever(folder: Path, task: str | None, device: str | None) -> Any:
 @_QUERIES
 @_TASK
 @DEVICE
-def index(folder: Path, recall: float, k: int, queries: int, task: str | None, device: str | None) -> None:
+@click.option("--drop", is_flag=True, help="Take the index away instead: all rows are compared.")
+def index(
+    folder: Path, recall: float, k: int | None, queries: int, task: str | None, device: str | None, drop: bool
+) -> None:
     """Make the fastest index that finds --recall of the true top-k, of proponents and of opponents.
 
     It is tuned with half of the queries and measured with the other half; if no index keeps the promise, none is
@@ -40,8 +51,15 @@ def index(folder: Path, recall: float, k: int, queries: int, task: str | None, d
     Example: gradindex index /tmp/mnist --recall 0.99 --k 100
     """
     from ..evaluation import index as run
+    from ..evaluation.tuning import drop as take_away
+    from ..store import GradientStore
 
-    found = run(folder, recall=recall, k=k, n_query=queries, retriever=_retriever(folder, task, device))
+    if drop:
+        GradientStore(folder)  # of a store, and of nothing else
+        take_away(folder)
+        click.echo(f"{folder}: exact over all rows")
+        return
+    found = run(folder, recall=recall, k=_top(folder, k), n_query=queries, retriever=_retriever(folder, task, device))
     click.echo(f"{folder}: {found.how}")
 
 
@@ -52,7 +70,7 @@ def index(folder: Path, recall: float, k: int, queries: int, task: str | None, d
 @_TASK
 @DEVICE
 @JSON
-def evaluate(folder: Path, k: int, queries: int, task: str | None, device: str | None, as_json: bool) -> None:
+def evaluate(folder: Path, k: int | None, queries: int, task: str | None, device: str | None, as_json: bool) -> None:
     """Measure how much of the true top-k is found, by the index and by the rows alone.
 
     "at least" is the lower end of a one-sided 95% interval over the queries.
@@ -63,6 +81,7 @@ def evaluate(folder: Path, k: int, queries: int, task: str | None, device: str |
     from ..evaluation.tuning import evaluate as run
     from ..hits import table
 
+    k = _top(folder, k)
     against, found = run(folder, k=k, n_query=queries, retriever=_retriever(folder, task, device))
     records = as_records(found, k)
     click.echo(json.dumps({"against": against, "records": records}) if as_json else f"{table(records)}\n{against}")

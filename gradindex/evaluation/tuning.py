@@ -7,6 +7,8 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..candidates import INDEX_FOLDER, Candidates, Effort
 from ..errors import ArgumentError, RecallError, check_k
+from ..gradients import HALF
 from ..index import CompactIndex, Shape
 from ..progress import progress
 from ..retrieval import Retriever
@@ -26,8 +29,8 @@ _DIMS = (16, 32, 64, 128, 256)
 _LISTS_FROM = 100_000
 _PROPOSALS = (1, 2, 3, 5, 8, 12, 20, 40)  # times k
 _TIMED = 40
-# One-sided 95% of a normal distribution, which the mean of many recalls nearly has.
-_NORMAL_95 = 1.645
+# Fewer queries say too little.
+_LEAST_QUERIES = 20
 
 
 @dataclass(frozen=True)
@@ -35,26 +38,33 @@ class Truth:
     """What an index is judged by.
 
     Args:
-        rows: (n_query, dim) float32 rows of the queries.
+        rows: (n_query, dim) float32 rows of the queries, in random order.
         best: for both signs (1 and -1), (n_query, m) ids whose true score is at least the k-th largest; -1 elsewhere.
+        own: (n_query,) the query's own id, which does not count; -1 where it has none.
         k: how many are the top.
         against: what the scores are, for people.
     """
 
     rows: NDArray[np.float32]
     best: dict[int, NDArray[np.int64]]
+    own: NDArray[np.int64]
     k: int
     against: str
 
     def half(self, which: int) -> Truth:
         """Every other query, from 0 or 1 on."""
         best = {sign: ids[which::2] for sign, ids in self.best.items()}
-        return Truth(self.rows[which::2], best, self.k, self.against)
+        return Truth(self.rows[which::2], best, self.own[which::2], self.k, self.against)
 
-    def recalls(self, sign: int, proposed: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(n_query,) shares of the true top-k that (n_query, m) proposed ids hold; -1 is no id."""
-        pairs = zip(self.best[sign], proposed, strict=True)
-        found = [np.isin(mine[mine >= 0], true[true >= 0]).sum() for true, mine in pairs]
+    def recalls(self, sign: int, proposed: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+        """(n_query,) shares of the true top-k among the first ``count`` of (n_query, m) ids but the query's own.
+
+        An id of -1 is none.
+        """
+        found = []
+        for true, mine, own in zip(self.best[sign], proposed, self.own, strict=True):
+            others = mine[(mine != own) & (mine >= 0)][:count]
+            found.append(np.isin(others, true[true >= 0]).sum())
         return np.minimum(found, self.k) / self.k
 
 
@@ -64,9 +74,13 @@ def _truth(
     own: NDArray[np.int64],
     k: int,
     against: str,
+    seed: int,
 ) -> Truth:
-    """From ids (m,) and true scores (n_query, m), piece by piece; ``own`` is what does not count for each query."""
-    width = 2 * k  # room for equal scores at the k-th place
+    """From ids (m,) and true scores (n_query, m), piece by piece.
+
+    Queries with more equal scores at the k-th place than are kept cannot be judged and are left out.
+    """
+    width = 2 * k + 1
     best = {sign: (np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.int64)) for sign in (1, -1)}
     for ids, scores in scored:
         for sign, (kept, names) in best.items():
@@ -77,11 +91,18 @@ def _truth(
                 places = np.argpartition(-kept, width - 1, axis=1)[:, :width]
                 kept, names = np.take_along_axis(kept, places, 1), np.take_along_axis(names, places, 1)
             best[sign] = kept, names
-    top = {}
+    clear, top = np.ones(len(rows), dtype=bool), {}
     for sign, (kept, names) in best.items():
         kth = np.partition(kept, -k, axis=1)[:, -k]
         top[sign] = np.where(kept >= kth[:, None], names, -1)
-    return Truth(rows, top, k, against)
+        clear &= (kept < kth[:, None]).any(1) | (kept.shape[1] < width)
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(clear))  # halves must not be alike
+    if len(order) < _LEAST_QUERIES:
+        raise ArgumentError(
+            f"There are {len(order)} queries whose top-{k} is clear, but at least {_LEAST_QUERIES} are needed. "
+            "Give more, or another k where many scores are equal."
+        )
+    return Truth(rows[order], {sign: ids[order] for sign, ids in top.items()}, own[order], k, against)
 
 
 def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0) -> Truth:
@@ -95,7 +116,8 @@ def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0) -> Truth
     """
     ids = store.ids
     chosen = np.sort(np.random.default_rng(seed).choice(ids, min(n_query, len(ids)), replace=False))
-    exact = store.manifest["factors"] == "float32" and not store.manifest["map"]["unit_norm"]
+    described = store.manifest["map"]
+    exact = store.manifest["factors"] == "float32" and not (described["unit_norm"] or described["precision"] in HALF)
     rows, mine = store.rows(chosen), store.factors(chosen) if exact else {}
 
     def scored() -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
@@ -108,26 +130,28 @@ def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0) -> Truth
                 advance(len(some))
 
     kind = "exact scores" if exact else "scores of all rows"
-    return _truth(rows, scored(), chosen, k, f"against {kind}, training examples as queries")
+    return _truth(rows, scored(), chosen, k, f"against {kind}, training examples as queries", seed)
 
 
-def real(retriever: Retriever, n_query: int, k: int) -> Truth:
-    """The task's own queries, with exact scores.
+def real(retriever: Retriever, n_query: int, k: int, seed: int = 0) -> Truth:
+    """The task's own queries, drawn at random, with exact scores, (n_query, n_train) of which are in memory.
 
     Args:
         retriever: open, of a task with query data.
-        n_query: how many, at most, from the first on.
+        n_query: how many, at most.
         k: how many are the top.
+        seed: which.
 
     Raises:
-        ArgumentError: the task has no query data.
+        ArgumentError: the task has no query data, or too few queries.
     """
-    if retriever.task.n_query == 0:
+    n = retriever.task.n_query
+    if n == 0:
         raise ArgumentError("The task has no query data. Give Task(query=...), or leave the task out.")
-    queries = range(min(n_query, retriever.task.n_query))
+    queries = [int(q) for q in np.random.default_rng(seed).choice(n, min(n_query, n), replace=False)]
     rows = retriever.query_rows(queries)
     scored = [(retriever.store.ids, retriever.exact_scores(queries).astype(np.float32))]
-    return _truth(rows, scored, np.full(len(rows), -1), k, "against exact scores, the task's queries")
+    return _truth(rows, scored, np.full(len(rows), -1), k, "against exact scores, the task's queries", seed)
 
 
 @dataclass(frozen=True)
@@ -145,27 +169,44 @@ class Measured:
         return min(self.proponents_at_least, self.opponents_at_least)
 
 
-def measure(index: CompactIndex, truth: Truth, effort: Effort) -> Measured:
-    """How many of the true top-k are among the rows that an index proposes."""
-    return _measured(truth, {sign: index.search(sign * truth.rows, effort.proposals, probes=effort.probes)[1]
-                             for sign in (1, -1)})  # fmt: skip
+def measure(search: Candidates, truth: Truth, count: int, effort: Effort | None = None, tries: int = 1) -> Measured:
+    """How many of the true top-k are among the rows that a search hands on to exact scores.
+
+    Args:
+        search: with an index or without.
+        truth: see :class:`Truth`.
+        count: rows that are handed on.
+        effort: with an index, by default what it was tuned to.
+        tries: among how many measurements this one may be the luckiest.
+    """
+    n = min(count + 1, search.n_train)  # one of them may be the query itself
+    found = {sign: search.search(sign * truth.rows, n, effort)[1] for sign in (1, -1)}
+    return _measured(truth, found, count, tries)
 
 
-def measure_all_rows(store: GradientStore, truth: Truth, candidates: int) -> Measured:
-    """The same of the best rows of all."""
-    everything = Candidates(store, use_index=False)
-    count = min(candidates, store.n_train)
-    return _measured(truth, {sign: everything.search(sign * truth.rows, count)[1] for sign in (1, -1)})
+def _measured(truth: Truth, found: dict[int, NDArray[np.int64]], count: int, tries: int = 1) -> Measured:
+    recalls = [truth.recalls(sign, found[sign], count) for sign in (1, -1)]
+    least = [lower_bound(values, truth.k, tries) for values in recalls]
+    return Measured(float(recalls[0].mean()), float(recalls[1].mean()), least[0], least[1])
 
 
-def _measured(truth: Truth, proposed: dict[int, NDArray[np.int64]]) -> Measured:
-    means, least = [], []
-    for sign in (1, -1):
-        recalls = truth.recalls(sign, proposed[sign])
-        error = recalls.std(ddof=1) / len(recalls) ** 0.5 if len(recalls) > 1 else 0.0
-        means.append(float(recalls.mean()))
-        least.append(float(recalls.mean() - _NORMAL_95 * error))
-    return Measured(means[0], means[1], least[0], least[1])
+def lower_bound(recalls: NDArray[np.float64], k: int, tries: int = 1) -> float:
+    """The lower end of a one-sided 95% interval of the mean recall.
+
+    By Student's t, with one query more that misses one of its top-k, so that equal recalls do not pretend to be
+    certain; the 5% are shared out among ``tries`` measurements (Bonferroni).
+
+    Args:
+        recalls: (n,) of queries, drawn at random.
+        k: how many are the top.
+        tries: see :func:`measure`.
+    """
+    values = np.append(recalls, max(0.0, recalls.min() - 1 / k))
+    free = len(values) - 1
+    z = NormalDist().inv_cdf(1 - 0.05 / tries)
+    # Quantile of Student's t from that of the normal distribution (Abramowitz and Stegun, 26.7.5).
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    return max(0.0, float(values.mean() - t * values.std(ddof=1) / len(values) ** 0.5))
 
 
 def index(
@@ -195,7 +236,7 @@ def index(
         The search, with the index or, where there is no faster one, without.
 
     Raises:
-        ArgumentError: ``recall`` or ``k`` is out of range, or there are fewer than 4 queries.
+        ArgumentError: ``recall`` or ``k`` is out of range, or there are fewer than 20 queries.
         RecallError: no index reaches the recall; says how close one came. What was there stays.
         StoreError: the store is damaged, or the index cannot be written.
     """
@@ -203,38 +244,51 @@ def index(
         raise ArgumentError(f"recall is {recall}, but must be between 0 and 1.")
     with changing(folder) as store:
         check_k(k, store.n_train)
-        truth = held_out(store, n_query, k, seed) if retriever is None else real(retriever, n_query, k)
-        if len(truth.rows) < 4:
-            raise ArgumentError(f"There are {len(truth.rows)} queries, but at least 4 are needed. Give more.")
-        choices, closest = _choices(store, truth.half(0), recall, seed)
+        truth = held_out(store, n_query, k, seed) if retriever is None else real(retriever, n_query, k, seed)
+        sample = _sample(store, seed)
+        choices, best = _choices(store, sample, truth.half(0), recall, seed)
         all_rows = _milliseconds(Candidates(store, use_index=False), truth, None, k)
-        for milliseconds, found, effort in sorted(choices, key=lambda choice: choice[0]):
-            if milliseconds >= all_rows:
-                break
-            measured = measure(found, truth.half(1), effort)
-            if measured.at_least < recall:
-                closest = max(closest, measured.at_least)
-                continue
-            about = {
-                "map": store.manifest["fingerprint"],
-                "ids": store.id_runs.tolist(),
-                "effort": asdict(effort),
-                "recall": {"target": recall, "k": k, "against": truth.against, "queries": len(truth.half(1).rows)}
-                | asdict(measured),
-                "milliseconds": {"index": milliseconds, "all_rows": all_rows},
-                "curve": [
-                    {"shape": made.about["shape"], "effort": asdict(e), "milliseconds": ms} for ms, made, e in choices
-                ],
-            }
-            found.save(store.folder / INDEX_FOLDER, about)
+        quicker = [choice for choice in choices if choice.milliseconds < all_rows]
+        if choices and not quicker:
+            drop(store.folder)  # of another time, or damaged
             return Candidates(store)
-        if choices and min(choice[0] for choice in choices) >= all_rows:
-            shutil.rmtree(store.folder / INDEX_FOLDER, ignore_errors=True)  # of another time, or damaged
-            return Candidates(store, use_index=False)
+        reached = []
+        for choice in sorted(quicker, key=lambda choice: choice.milliseconds):
+            made = CompactIndex.build(choice.shape, sample, store.blocks, seed)
+            searched, effort = Candidates(store, made), choice.effort
+            measured = measure(searched, truth.half(1), effort.proposals, effort, tries=len(quicker))
+            if measured.at_least >= recall:
+                made.save(
+                    store.folder / INDEX_FOLDER, _about(store, choice, choices, measured, truth, recall, all_rows)
+                )
+                return Candidates(store)
+            reached.append(measured.at_least)
         raise RecallError(
-            f"No index of {store.folder} holds {recall:.4g} of the true top-{k} {truth.against}: the best reaches "
-            f"{max(closest, 0):.4f}. Ask for less, or search all rows, as before."
+            f"No index of {store.folder} is sure to hold {recall:.4g} of the true top-{k}, {truth.against}: the best "
+            f"reaches at least {max(reached or [best]):.4f}. Ask for less, give more queries, or search all rows, as "
+            "before."
         )
+
+
+def drop(folder: str | os.PathLike[str]) -> None:
+    """Take away a store's index: all rows are compared from then on."""
+    shutil.rmtree(Path(folder) / INDEX_FOLDER, ignore_errors=True)
+
+
+def _about(
+    store: GradientStore, chosen: Choice, choices: Sequence[Choice], measured: Measured, truth: Truth, recall: float,
+    all_rows: float,
+) -> dict[str, Any]:  # fmt: skip
+    """What the manifest of an index says of how it came about."""
+    against = {"target": recall, "k": truth.k, "against": truth.against, "queries": len(truth.half(1).rows)}
+    return {
+        "map": store.manifest["fingerprint"],
+        "ids": store.id_runs.tolist(),
+        "effort": asdict(chosen.effort),
+        "recall": against | asdict(measured),
+        "milliseconds": {"index": chosen.milliseconds, "all_rows": all_rows},
+        "curve": [asdict(choice) for choice in choices],
+    }
 
 
 def evaluate(
@@ -263,32 +317,46 @@ def evaluate(
     """
     store = GradientStore(folder)
     check_k(k, store.n_train)
-    truth = held_out(store, n_query, k, seed) if retriever is None else real(retriever, n_query, k)
-    candidates, found = Candidates(store), {}
-    if candidates.index is not None:
-        effort = candidates.effort(k)
-        found[f"index, {effort.proposals:,} proposals"] = measure(candidates.index, truth, effort)
+    truth = held_out(store, n_query, k, seed) if retriever is None else real(retriever, n_query, k, seed)
+    search, found = Candidates(store), {}
+    if search.index is not None:
+        effort = search.effort(k)
+        found[f"index, {effort.proposals:,} proposals"] = measure(search, truth, effort.proposals, effort)
+    everything = Candidates(store, use_index=False)
     for count in (k, 10 * k):
-        found[f"best {min(count, store.n_train):,} of all rows"] = measure_all_rows(store, truth, count)
+        found[f"best {min(count, store.n_train):,} of all rows"] = measure(everything, truth, count)
     return truth.against, found
 
 
-def _choices(
-    store: GradientStore, truth: Truth, recall: float, seed: int
-) -> tuple[list[tuple[float, CompactIndex, Effort]], float]:
-    """Indexes that reach the recall with these queries, and the milliseconds that a query takes; the best recall."""
+def _sample(store: GradientStore, seed: int) -> NDArray[np.float32]:
     count = min(store.n_train, _SAMPLE_ROWS, max(1000, _SAMPLE_BYTES // (4 * store.dim)))
-    sample = store.rows(np.sort(np.random.default_rng(seed).choice(store.ids, count, replace=False)))
+    return store.rows(np.sort(np.random.default_rng(seed).choice(store.ids, count, replace=False)))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An index that reached the recall with the queries that it was tuned with, and what a query takes."""
+
+    shape: Shape
+    effort: Effort
+    milliseconds: float
+
+
+def _choices(
+    store: GradientStore, sample: NDArray[np.float32], truth: Truth, recall: float, seed: int
+) -> tuple[list[Choice], float]:
+    """Indexes that reach the recall with these queries, one at a time in memory; and the best recall of any."""
     choices, best = [], 0.0
     shapes = list(_shapes(store, len(sample)))
     with progress("indexes", len(shapes), "indexes") as advance:
         for shape in shapes:
             made = CompactIndex.build(shape, sample, store.blocks, seed)
-            for probes in [1] if shape.kind == "flat" else [2**i for i in range(shape.lists.bit_length() - 1)]:
+            for probes in [1] if shape.kind == "flat" else [2**i for i in range(shape.lists.bit_length())]:
                 effort, reached = _fewest_proposals(made, truth, recall, probes, store.n_train)
                 best = max(best, reached)
                 if effort is not None:
-                    choices.append((_milliseconds(Candidates(store, made), truth, effort, truth.k), made, effort))
+                    milliseconds = _milliseconds(Candidates(store, made), truth, effort, truth.k)
+                    choices.append(Choice(shape, effort, milliseconds))
                     break  # more lists only take longer
             advance(1)
     return choices, best
@@ -307,10 +375,10 @@ def _fewest_proposals(
     made: CompactIndex, truth: Truth, recall: float, probes: int, n_train: int
 ) -> tuple[Effort | None, float]:
     counts = sorted({min(times * truth.k, n_train) for times in _PROPOSALS})
-    found = {sign: made.search(sign * truth.rows, counts[-1], probes=probes)[1] for sign in (1, -1)}
+    found = {sign: made.search(sign * truth.rows, counts[-1] + 1, probes=probes)[1] for sign in (1, -1)}
     reached = 0.0
     for count in counts:
-        reached = _measured(truth, {sign: ids[:, :count] for sign, ids in found.items()}).at_least
+        reached = _measured(truth, found, count).at_least
         if reached >= recall:
             return Effort(probes, count), reached
     return None, reached

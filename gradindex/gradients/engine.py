@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -27,6 +29,8 @@ from .rules import RULES
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 _ADAM_EPSILON = 1e-8
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
 # Precisions whose gradients are not exact.
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,10 +41,10 @@ _LOSS_SCALES = (2.0**14, 2.0**7, 1.0)
 class Engine:
     """Computes factors of the per-example gradients of a task, each scaled by sqrt(eta).
 
-    Use as a context: hooks and eval mode last until it ends, whatever happens inside. The
-    model's own weights are never written: each pass runs with a checkpoint's tensors in
-    their place. With a row phi_c(z) = sqrt(eta_c) grad l(w_c, z), <phi_c(z), phi_c(z')>
-    is one term of TracInCP (Pruthi et al. 2020, section 3.3).
+    Use as a context: hooks and eval mode last until it ends, whatever happens inside, and other threads
+    with an engine of the same model wait. The model's own weights are never written: each pass runs with a
+    checkpoint's tensors in their place. With a row phi_c(z) = sqrt(eta_c) grad l(w_c, z),
+    <phi_c(z), phi_c(z')> is one term of TracInCP (Pruthi et al. 2020, section 3.3).
 
     Args:
         task: what is differentiated.
@@ -132,6 +136,10 @@ class Engine:
         return self.hooks.at
 
     def __enter__(self) -> Engine:
+        with _LOCKS_LOCK:
+            lock = _LOCKS.setdefault(self.model, threading.RLock())
+        lock.acquire()  # while hooks are on a model and other tensors in it, no other thread may use it
+        self._lock = lock
         self._training = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         if self.device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in self.model.modules()):
@@ -149,6 +157,7 @@ class Engine:
         self._stack.close()
         for module, training in self._training:
             module.training = training
+        self._lock.release()
 
     def replan(self, layers: Sequence[Layer], shares: bool) -> None:
         """Take other routes from now on; ``shares`` as in :class:`Hooks`."""

@@ -1,5 +1,6 @@
 """Index: rows in, the largest inner products out."""
 
+from .compact import MANIFEST as MANIFEST
 from .compact import CompactIndex as CompactIndex
 from .compact import Shape as Shape
 from .compact import damage as damage

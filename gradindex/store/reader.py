@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, StoreError, check_k
-from ..files import is_there
+from ..files import is_there, signature
 from ..progress import progress
 from . import runs
 from .bases import Bases, read_bases
@@ -47,7 +47,7 @@ class GradientStore:
                 f"{self.folder} is a build that has not finished ({done} of {shards} shards). "
                 "Run the same `gradindex build` again to go on, or `gradindex seal` once every part is done."
             )
-        self._seen = _signature(self.folder)
+        self._seen = signature(self.folder / MANIFEST)
         self.manifest = read_manifest(self.folder)
         self.dim: int = self.manifest["dim"]
         self.n_checkpoints: int = len(self.manifest["map"]["checkpoints"])
@@ -68,7 +68,7 @@ class GradientStore:
     @property
     def current(self) -> bool:
         """Whether the store on disk is still the one that was opened."""
-        return _signature(self.folder) == self._seen
+        return signature(self.folder / MANIFEST) == self._seen
 
     @property
     def n_train(self) -> int:
@@ -103,14 +103,22 @@ class GradientStore:
         """Names of the columns."""
         return list(self.manifest["columns"])
 
-    def blocks(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Ids (m,) and rows (m, dim) float32 in the order of ids, in pieces of about 16 MiB."""
+    def blocks(self, only: runs.Runs | None = None) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Ids (m,) and rows (m, dim) float32 in the order of ids, in pieces of about 16 MiB.
+
+        Args:
+            only: the ids that are wanted, by default all.
+        """
         step = max(1, _PIECE_BYTES // (4 * self.dim))
         for number, entry in enumerate(self._entries):
+            if only is not None and not len(runs.without(only, runs.without(only, self.shard_runs(number)))):
+                continue
             for start in range(0, entry["rows"], step):
                 shard, stop = self._shards[number], min(start + step, entry["rows"])
                 ids, rows = shard.ids[start:stop], shard.rows(start, stop)
                 kept = ~runs.contain(self._removed, ids)
+                if only is not None:
+                    kept &= runs.contain(only, ids)
                 yield (ids, rows) if kept.all() else (ids[kept], rows[kept])
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -320,12 +328,3 @@ class GradientStore:
         for number in range(len(self._entries)):
             parts.append(self._shards[number].take(name, np.flatnonzero(self._live(number)[1])))
         return np.concatenate(parts)
-
-
-def _signature(folder: Path) -> tuple[int, int, int] | None:
-    """What tells one manifest from the next without reading it."""
-    try:
-        status = (folder / MANIFEST).stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size

@@ -103,6 +103,9 @@ def merge(
         raise ArgumentError(f"offset is {shift}, but must not be negative.")
     with changing(folder, "merge") as store:
         sources = {str(path.resolve()): GradientStore(path) for path in paths}
+        merged = [source.manifest["sha256"] for source in sources.values()]
+        if Job.pending(store.folder) is None and set(merged) <= set(store.manifest.get("merged", [])):
+            return store  # the command was given again after its end
         if len(sources) < len(paths) or str(store.folder.resolve()) in sources:
             raise ArgumentError("A store is named twice. Name each store once.")
         plan: list[dict[str, Any]] = []
@@ -120,8 +123,8 @@ def merge(
         plan.sort(key=lambda planned: int(planned["ids"][0][0]))
         if Job.pending(store.folder) is None:
             _check_apart(store, plan)
-        data = [[source.manifest["sha256"] for source in sources.values()], offset]
-        after = {**kept(store), "next_id": end, "data": data}
+        known = [*store.manifest.get("merged", []), *merged]
+        after = {**kept(store), "next_id": end, "merged": known, "data": [merged, offset]}
         job = Job.begin(store.folder, "merge", after, plan, store.manifest["shards"])
         _copy(job, sources)
         return GradientStore(store.folder)
