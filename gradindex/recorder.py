@@ -77,7 +77,8 @@ class Recorder:
         if earlier and not overwrite:
             raise ArgumentError(
                 f"{self._directory} already holds {len(earlier)} checkpoints of another training. "
-                "Choose another folder, or pass overwrite=True to delete them."
+                "If this training goes on from there, pass first_step=; else choose another folder, or pass "
+                "overwrite=True to delete them."
             )
         for path in earlier:
             path.unlink()
