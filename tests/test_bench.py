@@ -13,6 +13,7 @@ TOP = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(TOP / "scripts" / "bench")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     import harness
 
     def bench(*options):
@@ -47,7 +48,17 @@ def test_a_saved_result_names_machine_versions_and_command(run, tmp_path):
     assert "| time | 12.35 s |" in text
 
 
+def test_a_saved_result_says_so_where_threads_were_limited(run, tmp_path, monkeypatch):
+    made = run()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    made.options.save = tmp_path / "result.md"
+    made.finish()
+    assert "- command: `OMP_NUM_THREADS=1 python scripts/bench/mnist.py`\n" in (tmp_path / "result.md").read_text()
+
+
 def test_committed_results_are_those_of_benchmarks_that_exist():
     for page in (TOP / "docs" / "results").glob("*.md"):
         (command,) = [line for line in page.read_text().splitlines() if line.startswith("- command: ")]
-        assert (TOP / command.split()[3].strip("`")).name == f"{page.stem}.py"
+        (script,) = [word.strip("`") for word in command.split() if word.strip("`").endswith(".py")]
+        assert (TOP / script).is_file()
+        assert Path(script).name == f"{page.stem}.py"

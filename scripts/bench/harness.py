@@ -71,6 +71,8 @@ class Bench:
         lines = [f"# {self.title}", "", *(f"- {name}: {value}" for name, value in machine(self.packages).items())]
         # --save says where the result goes, not how it came about.
         command = ["python", Path(sys.argv[0]).resolve().relative_to(TOP).as_posix()] + ["--quick"] * self.quick
+        if "OMP_NUM_THREADS" in os.environ:
+            command.insert(0, f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}")
         lines += [f"- command: `{shlex.join(command)}`"]
         if self.bars:
             lines += ["", "| bar | value | target | holds |", "| --- | --- | --- | --- |"]
