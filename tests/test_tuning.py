@@ -18,6 +18,7 @@ from gradindex import evaluation
 from gradindex.candidates import Candidates
 from gradindex.cli import main
 from gradindex.errors import ArgumentError, IndexFileError, RecallError
+from gradindex.evaluation import truth as truth_of
 from gradindex.evaluation import tuning
 from gradindex.index import CompactIndex, Shape, damage
 from gradindex.projection import Projection
@@ -271,7 +272,7 @@ def test_no_index_is_made_where_comparing_all_rows_is_as_fast(store, monkeypatch
 def test_truth_counts_equal_scores_and_not_the_query_itself(store):
     _, folder = store
     opened = GradientStore(folder)
-    truth = tuning.held_out(opened, 30, 10)
+    truth = truth_of.held_out(opened, 30, 10)
     ids = opened.ids
     chosen = truth.own.tolist()
     np.testing.assert_array_equal(opened.rows(truth.own), truth.rows)
@@ -293,7 +294,7 @@ def test_queries_whose_top_is_not_clear_are_left_out():
     scores = np.random.default_rng(0).standard_normal((30, 50)).astype(np.float32)
     scores[:5] = 1  # all equal
     scores[5, :4] = 9  # four equal at the top, of which any three are the top-3
-    truth = tuning._truth(rows, [(np.arange(50), scores)], np.full(30, -1), 3, "", 0)
+    truth = truth_of.truth_from(rows, [(np.arange(50), scores)], np.full(30, -1), 3, "", 0)
     assert len(truth.rows) == 25
     (place,) = np.flatnonzero(truth.rows[:, 5])
     assert set(truth.best[1][place]) - {-1} == {0, 1, 2, 3}
@@ -301,23 +302,23 @@ def test_queries_whose_top_is_not_clear_are_left_out():
     assert truth.rows.argmax(1).tolist() != list(range(5, 30))  # in no order, so that halves are not alike
     scores[:] = 1
     with pytest.raises(ArgumentError, match="There are 0 queries whose top-3 is clear, but at least 20 are needed"):
-        tuning._truth(rows, [(np.arange(50), scores)], np.full(30, -1), 3, "", 0)
+        truth_of.truth_from(rows, [(np.arange(50), scores)], np.full(30, -1), 3, "", 0)
 
 
 def test_the_lower_bound_holds_as_often_as_it_says_and_is_never_certain():
     generator, missed = np.random.default_rng(0), 0
     for _ in range(2000):
         values = 1 - generator.integers(0, 3, 40) * (generator.random(40) < 0.3) / 10
-        missed += tuning.lower_bound(values, 10) > 1 - 0.3 / 10
+        missed += truth_of.lower_bound(values, 10) > 1 - 0.3 / 10
     assert missed / 2000 < 0.06
-    assert 0.95 < tuning.lower_bound(np.ones(20), 10) < 0.995
-    assert 0.999 < tuning.lower_bound(np.ones(250), 100) < 1
-    assert tuning.lower_bound(np.ones(20), 10, tries=5) < tuning.lower_bound(np.ones(20), 10)
+    assert 0.95 < truth_of.lower_bound(np.ones(20), 10) < 0.995
+    assert 0.999 < truth_of.lower_bound(np.ones(250), 100) < 1
+    assert truth_of.lower_bound(np.ones(20), 10, tries=5) < truth_of.lower_bound(np.ones(20), 10)
     # Student's t with 10 degrees of freedom has 1.8125 at 95%.
     values = np.array([0.9, 1.0] * 5)
     with_one = np.append(values, 0.8)
     expected = with_one.mean() - 1.8125 * with_one.std(ddof=1) / 11**0.5
-    assert tuning.lower_bound(values, 10) == pytest.approx(expected, abs=2e-4)
+    assert truth_of.lower_bound(values, 10) == pytest.approx(expected, abs=2e-4)
 
 
 def test_the_worse_of_both_kinds_counts():

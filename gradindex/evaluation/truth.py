@@ -1,0 +1,159 @@
+"""What an index is judged by: the true top-k of queries, and how sure a measured recall is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ArgumentError
+from ..gradients import HALF
+from ..progress import progress
+from ..retrieval import Retriever
+from ..store import GradientStore
+
+# Fewer queries say too little.
+_LEAST_QUERIES = 20
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What an index is judged by.
+
+    Args:
+        rows: (n_query, dim) float32 rows of the queries, in random order.
+        best: for both signs (1 and -1), (n_query, m) ids whose true score is at least the k-th largest; -1 elsewhere.
+        own: (n_query,) the query's own id, which does not count; -1 where it has none.
+        k: how many are the top.
+        against: what the scores are, for people.
+    """
+
+    rows: NDArray[np.float32]
+    best: dict[int, NDArray[np.int64]]
+    own: NDArray[np.int64]
+    k: int
+    against: str
+
+    def half(self, which: int) -> Truth:
+        """Every other query, from 0 or 1 on."""
+        best = {sign: ids[which::2] for sign, ids in self.best.items()}
+        return Truth(self.rows[which::2], best, self.own[which::2], self.k, self.against)
+
+    def recalls(self, sign: int, proposed: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+        """(n_query,) shares of the true top-k among the first ``count`` of (n_query, m) ids but the query's own.
+
+        An id of -1 is none.
+        """
+        found = []
+        for true, mine, own in zip(self.best[sign], proposed, self.own, strict=True):
+            others = mine[(mine != own) & (mine >= 0)][:count]
+            found.append(np.isin(others, true[true >= 0]).sum())
+        return np.minimum(found, self.k) / self.k
+
+
+def truth_from(
+    rows: NDArray[np.float32],
+    scored: Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]],
+    own: NDArray[np.int64],
+    k: int,
+    against: str,
+    seed: int,
+) -> Truth:
+    """From ids (m,) and true scores (n_query, m), piece by piece.
+
+    Queries with more equal scores at the k-th place than are kept cannot be judged and are left out.
+    """
+    width = 2 * k + 1
+    best = {sign: (np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.int64)) for sign in (1, -1)}
+    for ids, scores in scored:
+        for sign, (kept, names) in best.items():
+            signed = np.where(ids[None] == own[:, None], -np.inf, sign * scores).astype(np.float32)
+            kept = np.concatenate([kept, signed], 1)
+            names = np.concatenate([names, np.broadcast_to(ids, signed.shape)], 1)
+            if kept.shape[1] > width:
+                places = np.argpartition(-kept, width - 1, axis=1)[:, :width]
+                kept, names = np.take_along_axis(kept, places, 1), np.take_along_axis(names, places, 1)
+            best[sign] = kept, names
+    clear, top = np.ones(len(rows), dtype=bool), {}
+    for sign, (kept, names) in best.items():
+        kth = np.partition(kept, -k, axis=1)[:, -k]
+        top[sign] = np.where(kept >= kth[:, None], names, -1)
+        clear &= (kept < kth[:, None]).any(1) | (kept.shape[1] < width)
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(clear))  # halves must not be alike
+    if len(order) < _LEAST_QUERIES:
+        raise ArgumentError(
+            f"There are {len(order)} queries whose top-{k} is clear, but at least {_LEAST_QUERIES} are needed. "
+            "Give more, or another k where many scores are equal."
+        )
+    return Truth(rows[order], {sign: ids[order] for sign, ids in top.items()}, own[order], k, against)
+
+
+def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0) -> Truth:
+    """Training examples as queries, each without itself; truth is exact where the store has exact factors.
+
+    Args:
+        store: a complete one.
+        n_query: how many, at most.
+        k: how many are the top.
+        seed: which.
+    """
+    ids = store.ids
+    chosen = np.sort(np.random.default_rng(seed).choice(ids, min(n_query, len(ids)), replace=False))
+    described = store.manifest["map"]
+    exact = store.manifest["factors"] == "float32" and not (described["unit_norm"] or described["precision"] in HALF)
+    rows, mine = store.rows(chosen), store.factors(chosen) if exact else {}
+
+    def scored() -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        with progress("true scores", len(ids), "rows") as advance:
+            for some, block in store.blocks():
+                scores = np.zeros((len(chosen), len(some)), dtype=np.float32) if exact else rows @ block.T
+                for key, (activations, output_gradients) in (store.factors(some) if exact else {}).items():
+                    scores += (mine[key][1] @ output_gradients.T) * (mine[key][0] @ activations.T)
+                yield some, scores
+                advance(len(some))
+
+    kind = "exact scores" if exact else "scores of all rows"
+    return truth_from(rows, scored(), chosen, k, f"against {kind}, training examples as queries", seed)
+
+
+def real(retriever: Retriever, n_query: int, k: int, seed: int = 0) -> Truth:
+    """The task's own queries, drawn at random, with exact scores, (n_query, n_train) of which are in memory.
+
+    Args:
+        retriever: open, of a task with query data.
+        n_query: how many, at most.
+        k: how many are the top.
+        seed: which.
+
+    Raises:
+        ArgumentError: the task has no query data, or too few queries.
+    """
+    n = retriever.task.n_query
+    if n == 0:
+        raise ArgumentError("The task has no query data. Give Task(query=...), or leave the task out.")
+    queries = [int(q) for q in np.random.default_rng(seed).choice(n, min(n_query, n), replace=False)]
+    rows = retriever.query_rows(queries)
+    scored = [(retriever.store.ids, retriever.exact_scores(queries).astype(np.float32))]
+    return truth_from(rows, scored, np.full(len(rows), -1), k, "against exact scores, the task's queries", seed)
+
+
+def lower_bound(recalls: NDArray[np.float64], k: int, tries: int = 1) -> float:
+    """The lower end of a one-sided 95% interval of the mean recall.
+
+    By Student's t, with one query more that misses one of its top-k, so that equal recalls do not pretend to be
+    certain; the 5% are shared out among ``tries`` measurements (Bonferroni).
+
+    Args:
+        recalls: (n,) of queries, drawn at random.
+        k: how many are the top.
+        tries: see :func:`measure`.
+    """
+    values = np.append(recalls, max(0.0, recalls.min() - 1 / k))
+    free = len(values) - 1
+    z = NormalDist().inv_cdf(1 - 0.05 / tries)
+    # Quantile of Student's t from that of the normal distribution (Abramowitz and Stegun, 26.7.5).
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    return max(0.0, float(values.mean() - t * values.std(ddof=1) / len(values) ** 0.5))
