@@ -69,9 +69,9 @@ def fill(
     digest, first = job.after["map"]["bases"], 0 if beside is None else beside.n_checkpoints
     bases = None if digest is None else read_bases(job.folder, digest)
     maker = row_maker(engine, job.after, bases, first)
+    check_losses(engine, job.made(16), first, job.folder)
     job.tidy(part)
     done, total = job.rows_done(part)
-    check_losses(engine, job.made(16), first, job.folder)
     if done:
         note(f"{job.folder}: going on, {done:,} of {total:,} rows are there")
     with threads(job.after["threads"]), progress("gradients", total, "rows", done) as advance:

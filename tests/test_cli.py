@@ -306,6 +306,7 @@ USAGE = [
     ["rebuild"],
     ["build", "mine.py:task", "--out", "new", "--part", "3"],
     ["build", "mine.py:task", "--out", "new", "--part", "1/2", "--repair"],
+    ["build", "mine.py:task", "--out", "store", "--dim", "8", "--repair"],
     ["remove", "store"],
     ["remove", "store", "--id", "1", "--ids-from", "-"],
     ["merge", "store"],

@@ -95,6 +95,14 @@ def test_a_planned_shard_that_is_not_whole_is_computed_again(task, built, tmp_pa
     assert shards(again.folder) == shards(built.folder)
 
 
+def test_a_shard_that_is_damaged_before_the_build_ends_is_computed_again(task, built, tmp_path):
+    gradindex.building.build_part(task, tmp_path / "parts", (1, 1), **OPTIONS)
+    flip(tmp_path / "parts" / "shards" / "0001-00001.h5")  # the whole file is one block
+    again = gradindex.build(task, tmp_path / "parts", **OPTIONS)
+    assert again.verify() == []
+    assert shards(again.folder) == shards(built.folder)
+
+
 def test_a_finished_build_is_not_touched_by_another_run(built, task):
     before = snapshot(built.folder)
     gradindex.build(task, built.folder, projection=Projection(dim=8))  # other sizes of batches and shards

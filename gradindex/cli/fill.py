@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from .main import CHANNELS, DEVICE, FOLDER, PATH, WORKERS
 
@@ -85,8 +86,11 @@ def build(
     if sum(size is not None for size in (dim, row_dim, row_bytes)) > 1:
         raise click.UsageError("Give one of --dim, --row-dim and --row-bytes.")
     if repair:
-        if part is not None:
-            raise click.UsageError("Give --part or --repair, not both.")
+        context = click.get_current_context()
+        by_hand = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        idle = [name for name in by_hand if name not in ("task", "out", "repair", "device", "workers", "channels_last")]
+        if idle:
+            raise click.UsageError(f"--repair takes all else from the store: leave out --{idle[0].replace('_', '-')}.")
         said = growth.repair(load_task(task), out, **{n: options[n] for n in ("device", "workers", "channels_last")})
         click.echo("\n".join(said) if said else f"{out} is sound: nothing to repair")
         return

@@ -124,7 +124,7 @@ class Job:
         Args:
             folder: the store's.
             kind: of the job, for people.
-            after: ``FIXED``, ``removed``, ``next_id``, and ``data``, by which the same data are known again.
+            after: the manifest without ``shards``, and ``data``, by which the same data are known again.
             plan: ``ids`` of each shard, and ``sources``.
             keep: entries of the manifest that stay.
 
@@ -215,10 +215,19 @@ class Job:
         sweep(self.folder)
 
     def made(self, limit: int) -> list[tuple[int, NDArray[np.float64]]]:
-        """The first id of up to ``limit`` shards that are made, and its losses (C,)."""
+        """The first id of up to ``limit`` shards that are made, and its losses (C,).
+
+        A shard that turns out to be damaged loses its seal, and so is to be made again.
+        """
         entries = [entry for planned in self.plan if (entry := self._entry(planned)) is not None]
-        shards = [Shard(self.folder, entry) for entry in entries[:: max(1, len(entries) // limit)]]
-        return [(int(shard.ids[0]), shard.arrays.view("losses", 0, 1)[0]) for shard in shards]
+        found = []
+        for entry in entries[:: max(1, len(entries) // limit)]:
+            try:
+                shard = Shard(self.folder, entry)
+                found.append((int(shard.ids[0]), shard.arrays.view("losses", 0, 1)[0]))
+            except StoreError:
+                discard(self.folder / SHARDS / f"{entry['name']}.json")
+        return found
 
     @contextmanager
     def shard(
