@@ -12,7 +12,7 @@ from gradindex.errors import ArgumentError, StoreError
 from gradindex.factors import Factors, Formed, Layer, Lookups, Sum
 from gradindex.projection import Projection, SubspaceFit, dense
 from gradindex.projection.hashing import buckets_and_signs, gaussians, hash64, key, rademachers
-from gradindex.projection.sides import sizes
+from gradindex.projection.sides import best_size, rooms, sizes
 
 GOLDEN_BUCKETS = [1, 5, 2, 12, 9, 4]
 GOLDEN_SIGNS = [-1.0, -1.0, -1.0, -1.0, 1.0, 1.0]
@@ -192,6 +192,49 @@ def test_fitted_sides_find_the_common_subspace_despite_heavy_examples():
         found = torch.from_numpy(found).double()
         torch.testing.assert_close(found.T @ found, torch.eye(2).double(), atol=1e-5, rtol=0)
         assert float((true.T @ found).square().sum()) > 1.99  # of 2, for the same subspace
+
+
+def test_fitted_sides_are_as_long_as_each_needs():
+    """A classification layer: one direction of activations, as many of output gradients as classes."""
+    generator = torch.Generator().manual_seed(0)
+    x = 1 + 0.05 * torch.randn(500, 1, 30, generator=generator, dtype=torch.float64)
+    delta = torch.eye(40, dtype=torch.float64)[torch.arange(500) % 40][:, None]
+    fit = SubspaceFit([Layer("l", ("l.weight",), 40, 30, "linear")], 40, 5, torch.zeros((), dtype=torch.float64))
+    for _ in range(SubspaceFit.PASSES):
+        fit.add([fit.share(0, Factors(x, delta))])
+        fit.end_pass()
+    ((left, right),) = fit.sides()
+    assert (left.shape, right.shape) == ((40, 40), (30, 1))
+    true = (delta[:, 0] @ delta[:, 0].T) * (x[:, 0] @ x[:, 0].T)
+    rows = torch.einsum("nr,ra,nc,cb->nab", delta[:, 0], torch.from_numpy(left).double(), x[:, 0],
+                        torch.from_numpy(right).double()).flatten(1)  # fmt: skip
+    assert float((rows @ rows.T - true).square().sum() / true.square().sum()) < 0.01  # 6 x 6 keep a sixth
+
+
+def test_the_size_that_keeps_most_is_found():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        left, right = (np.sort(generator.exponential(size=n) ** 3)[::-1] for n in (7, 12))
+        for room in (1, 2, 5, 13, 40, 200):
+            a, b = best_size(left, right, room)
+            kept = {
+                (i, j): left[:i].sum() * right[:j].sum() for i in range(1, 8) for j in range(1, 13) if i * j <= room
+            }
+            assert kept[a, b] == pytest.approx(max(kept.values()))
+
+
+def test_rows_of_fitted_maps_have_room_for_each_layer():
+    layers = [Layer("a", ("a.weight",), 4, 6, "linear"), LAYER, Layer("c", ("c.bias",), 3, 1, "linear")]
+    assert rooms(layers, 21) == [7, 7, 3]
+    assert Projection("fitted", 21).block_dim(layers) == 17
+    bases = {(0, n): (np.eye(x.rows, dtype=np.float32)[:, :1], np.eye(x.columns, dtype=np.float32)[:, :1])
+             for n, x in enumerate(layers)}  # fmt: skip
+    block = torch.zeros(2, 17, dtype=torch.float64)
+    block_map = Projection("fitted", 21).for_checkpoint(0, layers, block, bases)
+    factors = random_factors()
+    block_map.add(block, 1, factors)
+    torch.testing.assert_close(block[:, 7], factors.gradient[:, 0, 0])
+    assert block.count_nonzero() == 2
 
 
 def test_a_fitted_estimate_is_never_too_large(tmp_path):

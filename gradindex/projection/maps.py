@@ -15,7 +15,7 @@ from ..errors import ArgumentError
 from ..factors import Gradients, Layer
 from .dense import Dense
 from .hashing import key
-from .sides import TwoSided, random_sides, sizes
+from .sides import TwoSided, random_sides, rooms, sizes
 from .sketch import TensorSketch
 
 Kind = Literal["tensorsketch", "fitted", "kronecker", "gaussian", "rademacher", "none"]
@@ -30,7 +30,8 @@ class Projection:
     """Which map makes rows, one for each (checkpoint, layer).
 
     - ``"tensorsketch"``: count sketch of delta x^T, all layers in one sketch; unbiased.
-    - ``"fitted"``: B^T G A with bases fitted to a sample of training examples; biased towards 0.
+    - ``"fitted"``: B^T G A with bases fitted to a sample of training examples, as many of each side as keep most of
+      the gradients; biased towards 0.
     - ``"kronecker"``: the same with random Gaussian sides; unbiased, but a large error.
     - ``"gaussian"``, ``"rademacher"``: a dense random matrix, made piece by piece; unbiased and slow.
     - ``"none"``: whole gradients; exact.
@@ -92,7 +93,9 @@ class Projection:
         """How many numbers one checkpoint takes in a row."""
         if self.kind == "none":
             return sum(layer.size for layer in layers)
-        if self.kind in ("fitted", "kronecker"):
+        if self.kind == "fitted":
+            return sum(rooms(layers, self.dim))
+        if self.kind == "kronecker":
             return sum(a * b for a, b in sizes(layers, self.dim))
         return self.dim
 
@@ -112,7 +115,8 @@ class Projection:
         if self.kind == "fitted":
             if bases is None:
                 raise ArgumentError("A fitted projection has no bases yet. Fit it, or open the store that keeps them.")
-            return TwoSided([bases[checkpoint, number] for number in range(len(layers))], like)
+            sides = [bases[checkpoint, number] for number in range(len(layers))]
+            return TwoSided(sides, like, rooms(layers, self.dim))
         return Dense(self.kind, self.dim, streams)
 
 

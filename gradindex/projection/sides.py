@@ -15,6 +15,8 @@ from ..factors import Gradients, Layer
 from .hashing import gaussians, key
 
 _OVERSAMPLING = 8
+# No side is fitted wider: beyond it, fitting would cost more than the rows.
+_WIDEST = 1024
 
 Sides = tuple[NDArray[np.float32], NDArray[np.float32]]
 
@@ -31,6 +33,31 @@ def sizes(layers: Sequence[Layer], dim: int) -> list[tuple[int, int]]:
         b = min(layer.columns, max(1, share // a))
         found.append((min(layer.rows, max(1, share // b)), b))
     return found
+
+
+def rooms(layers: Sequence[Layer], dim: int) -> list[int]:
+    """Numbers that each layer's fitted map has in a block: an equal share of ``dim``, no more than its own."""
+    share = max(1, dim // len(layers))
+    return [min(layer.size, share) for layer in layers]
+
+
+def best_size(left: NDArray[np.float64], right: NDArray[np.float64], room: int) -> tuple[int, int]:
+    """(a, b) with a b <= ``room`` that keeps most: the product of the energies of the two sides.
+
+    A square wastes what one side does not need. The output gradients of a classification layer have about as many
+    directions as there are classes, its activations few: with 1,000 classes, 1 x 1,000 numbers find every true top-100
+    that 32 x 32 miss nine times of ten (docs/search.md).
+
+    Args:
+        left: energies of the directions of the output gradients, largest first.
+        right: of the activations.
+        room: the most numbers.
+    """
+    lefts, rights = np.cumsum(left), np.cumsum(right)
+    heights = np.arange(1, min(len(left), room) + 1)
+    widths = np.minimum(len(right), room // heights)
+    place = int(np.argmax(lefts[heights - 1] * rights[widths - 1]))
+    return int(heights[place]), int(widths[place])
 
 
 def random_sides(layer: Layer, stream: int, size: tuple[int, int]) -> Sides:
@@ -52,12 +79,14 @@ class TwoSided:
     Args:
         sides: of each layer, B (rows, a) and A (columns, b).
         like: gives dtype and device.
+        rooms: numbers that each layer has in a block, of which it fills the first a b; by default as many.
     """
 
-    def __init__(self, sides: Sequence[Sides], like: Tensor) -> None:
+    def __init__(self, sides: Sequence[Sides], like: Tensor, rooms: Sequence[int] | None = None) -> None:
         self._sides = [(torch.from_numpy(left).to(like), torch.from_numpy(right).to(like)) for left, right in sides]
-        ends = list(accumulate(left.shape[1] * right.shape[1] for left, right in sides))
-        self._spans = list(zip([0, *ends[:-1]], ends, strict=True))
+        filled = [left.shape[1] * right.shape[1] for left, right in sides]
+        starts = accumulate(filled[:-1] if rooms is None else rooms[:-1], initial=0)
+        self._spans = [(start, start + count) for start, count in zip(starts, filled, strict=True)]
 
     def add(self, block: Tensor, number: int, gradients: Gradients) -> None:
         """See ``BlockMap``."""
@@ -71,7 +100,8 @@ class SubspaceFit:
     B and A hold the leading eigenvectors of sum_z G_z G_z^T / ||G_z||^2 and of
     sum_z G_z^T G_z / ||G_z||^2: the heavy gradients of a few examples would else decide alone.
     Found by randomised subspace iteration, so that neither matrix is ever formed: a pass adds
-    what :meth:`share` makes of each batch, and ends with :meth:`end_pass`.
+    what :meth:`share` makes of each batch, and ends with :meth:`end_pass`. How many of each side
+    are kept follows from their eigenvalues, see :func:`best_size`.
 
     Source: Halko, Martinsson and Tropp 2011 (arXiv:0909.4061), algorithms 4.4 and 5.3.
 
@@ -85,14 +115,15 @@ class SubspaceFit:
     PASSES = 2
 
     def __init__(self, layers: Sequence[Layer], dim: int, stream: int, like: Tensor) -> None:
-        self._sizes = sizes(layers, dim)
+        self._rooms = rooms(layers, dim)
         self._starts: list[list[Tensor]] = []
-        for number, (layer, size) in enumerate(zip(layers, self._sizes, strict=True)):
+        self._energies: list[list[NDArray[np.float64]]] = []
+        for number, (layer, room) in enumerate(zip(layers, self._rooms, strict=True)):
             starts = []
-            for side, n, k in (("left", layer.rows, size[0]), ("right", layer.columns, size[1])):
-                wanted = min(n, k + _OVERSAMPLING)
+            for side, n in (("left", layer.rows), ("right", layer.columns)):
+                wanted = min(n, min(room, _WIDEST) + _OVERSAMPLING)
                 start = gaussians(key(stream, number, side), n * wanted).reshape(n, wanted)
-                starts.append(_orthonormal(torch.from_numpy(start).to(like)))
+                starts.append(_leading(torch.from_numpy(start).to(like))[0])
             self._starts.append(starts)
         self._sums = [[torch.zeros_like(start) for start in starts] for starts in self._starts]
 
@@ -111,18 +142,22 @@ class SubspaceFit:
 
     def end_pass(self) -> None:
         """Start the next pass from what this one found."""
-        self._starts = [[_orthonormal(total) for total in totals] for totals in self._sums]
+        found = [[_leading(total) for total in totals] for totals in self._sums]
+        self._starts = [[directions for directions, _ in sides] for sides in found]
+        self._energies = [[energies for _, energies in sides] for sides in found]
         self._sums = [[torch.zeros_like(total) for total in totals] for totals in self._sums]
 
     def sides(self) -> list[Sides]:
         """The sides of each layer, as the last pass left them."""
-        return [
-            (left[:, :a].cpu().float().numpy(), right[:, :b].cpu().float().numpy())
-            for (left, right), (a, b) in zip(self._starts, self._sizes, strict=True)
-        ]
+        kept = []
+        for starts, energies, room in zip(self._starts, self._energies, self._rooms, strict=True):
+            size = best_size(energies[0], energies[1], room)
+            left, right = (start[:, :k].cpu().float().numpy() for start, k in zip(starts, size, strict=True))
+            kept.append((left, right))
+        return kept
 
 
-def _orthonormal(matrix: Tensor) -> Tensor:
-    """Left singular vectors, the leading ones first."""
-    left: Tensor = torch.linalg.svd(matrix.double(), full_matrices=False)[0]
-    return left.to(matrix)
+def _leading(matrix: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
+    """Left singular vectors and singular values, the largest first."""
+    left, values, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return left.to(matrix), values.cpu().numpy()

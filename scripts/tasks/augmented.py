@@ -5,7 +5,7 @@ checkpoints; the 256 features of each are kept in float16, and the tracked last 
 those that it was trained with, 10% of them flipped. The harder ``pseudo_classes`` splits each class of 250,000 of the
 rows into 100 clusters and trains a layer for these 1,000 anew, for rows of ten classes have few directions.
 
-    python scripts/tasks/augmented.py --part 1/2     # features, about 45 minutes for both halves side by side on 2 cores
+    python scripts/tasks/augmented.py --part 1/2     # features; both halves side by side take 45 minutes on 2 cores
     gradindex build scripts/tasks/augmented.py:ten_classes --out /tmp/augmented --projection fitted --dim 128
 """
 
@@ -56,7 +56,9 @@ def variants(round_: int, n: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
         return np.full(n, unchanged), np.ones(n)
     order = np.argsort(np.random.default_rng(SEED).random((n, 2 * side**2 - 1)), axis=1)
     which = order[:, round_ - 1]
-    return which + (which >= unchanged), np.random.default_rng((SEED, round_)).uniform(1 - BRIGHTNESS, 1 + BRIGHTNESS, n)
+    return which + (which >= unchanged), np.random.default_rng((SEED, round_)).uniform(
+        1 - BRIGHTNESS, 1 + BRIGHTNESS, n
+    )
 
 
 def _backbones() -> list[nn.Module]:
