@@ -5,4 +5,5 @@ from .compact import CompactIndex as CompactIndex
 from .compact import Shape as Shape
 from .compact import damage as damage
 from .flat import SearchIndex as SearchIndex
-from .flat import require as require
+from .gpu import devices as devices
+from .library import require as require

@@ -1,4 +1,4 @@
-"""A compact index: rows turned to a few fitted directions, in a stock FAISS file (owns faiss, with flat.py).
+"""A compact index: rows turned to a few fitted directions, in a stock FAISS file.
 
 Gradient rows are a hard case for inner-product indexes: their norms are heavy-tailed, and most of a query's true
 top-k come from the heaviest rows, of which lists made by k-means on raw vectors lose most. Here directions are
@@ -9,7 +9,7 @@ below, so that a list of heavy rows is looked into first.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, IndexFileError
-from ..files import discard, read_checked, replacing, sha256, storing, write_checked
-from .flat import Blocks, checked_query, load_faiss, ranked
+from ..files import discard, flush, put_in_place, read_checked, sha256, storing, temporary_for, write_checked
+from . import gpu
+from .flat import Blocks, checked_query, ranked
+from .library import load_faiss
 
 FORMAT, VERSION = "gradindex-index", 1
 MANIFEST = "manifest.json"
 # The share of a list's rows whose norm stays below what the list is probed by.
 _NORM_QUANTILE = 0.9
+_WRITTEN_BYTES = 1 << 20
 _OVERSAMPLING, _POWER_ITERATIONS, _KMEANS_ITERATIONS = 16, 3, 20
 
 
@@ -41,6 +44,11 @@ class Shape:
     kind: Literal["flat", "ivf"]
     dim: int
     lists: int = 0
+
+    def bytes_for(self, rows: int) -> int:
+        """Memory that making an index of so many rows takes at most: codes and ids, whose arrays grow by doubling."""
+        assigning = 12 if self.kind == "ivf" else 0
+        return 2 * rows * (self.dim + 8) + rows * assigning
 
 
 def fitted_directions(sample: NDArray[np.float32], dim: int, seed: int = 0) -> NDArray[np.float32]:
@@ -80,14 +88,25 @@ class CompactIndex:
     Args:
         index: a FAISS ``IndexPreTransform`` with inner product.
         about: what the manifest says of it.
+        gpus: numbers of CUDA devices that search copies of it, see :func:`devices`.
     """
 
-    def __init__(self, index: Any, about: Mapping[str, Any]) -> None:
-        self._index, self.about = index, dict(about)
+    def __init__(self, index: Any, about: Mapping[str, Any], gpus: Sequence[int] = ()) -> None:
+        self._index, self.about, self._copy = index, dict(about), None
+        if gpus:
+            faiss = load_faiss()
+            turn = faiss.downcast_VectorTransform(index.chain.at(0))
+            self._turn = faiss.vector_to_array(turn.A).reshape(turn.d_out, turn.d_in).T
+            self._copy = gpu.GpuCopy(faiss.downcast_index(index.index), gpus)
 
     @classmethod
     def build(
-        cls, shape: Shape, sample: NDArray[np.float32], blocks: Callable[[], Blocks], seed: int = 0
+        cls,
+        shape: Shape,
+        sample: NDArray[np.float32],
+        blocks: Callable[[], Blocks],
+        seed: int = 0,
+        gpus: Sequence[int] = (),
     ) -> CompactIndex:
         """Make an index; rows stream, twice for ``"ivf"``.
 
@@ -96,6 +115,7 @@ class CompactIndex:
             sample: (m, n) rows that directions, lists and codes are fitted to.
             blocks: hands out all ids and rows, piece by piece.
             seed: of what is random.
+            gpus: devices that cluster, assign and search.
 
         Raises:
             ArgumentError: more directions than a row has numbers, or more lists than the sample has rows.
@@ -113,14 +133,12 @@ class CompactIndex:
                     yield ids, np.ascontiguousarray(rows @ directions)
 
         make = _flat if shape.kind == "flat" else _norm_aware_lists
-        inner = make(faiss, shape, np.ascontiguousarray(sample @ directions), turned, seed)
+        inner = make(faiss, shape, np.ascontiguousarray(sample @ directions), turned, seed, gpus)
         turn = faiss.LinearTransform(sample.shape[1], shape.dim, False)
         faiss.copy_array_to_vector(np.ascontiguousarray(directions.T).ravel(), turn.A)
         turn.is_trained = True
-        whole = faiss.IndexPreTransform(turn, inner)
         about = {"shape": asdict(shape), "dim": sample.shape[1], "rows": int(inner.ntotal)}
-        # Written and read, so that what is searched is what later processes will search, and owns all of its parts.
-        return cls(faiss.deserialize_index(faiss.serialize_index(whole)), about)
+        return cls(faiss.IndexPreTransform(turn, inner), about, gpus)  # which keeps its parts alive
 
     def search(
         self, query: NDArray[np.float32], k: int, *, probes: int = 1, removed: NDArray[np.int64] | None = None
@@ -142,6 +160,9 @@ class CompactIndex:
             ArgumentError: the query is not finite.
         """
         faiss, query = load_faiss(), checked_query(query, self.about["dim"])
+        gone = 0 if removed is None else len(removed)
+        if self._copy is not None and max(k + gone, probes) <= gpu.MOST:
+            return self._on_gpu(query, k, probes, removed if gone else None)
         selector = None if removed is None or not len(removed) else faiss.IDSelectorNot(faiss.IDSelectorBatch(removed))
         if self.about["shape"]["kind"] == "ivf":
             inner = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
@@ -150,6 +171,20 @@ class CompactIndex:
         found = min(k, self.about["rows"])
         scores, ids = self._index.search(query, found, params=faiss.SearchParametersPreTransform(index_params=inner))
         scores = np.where(ids < 0, -np.inf, scores).astype(np.float32)  # FAISS pads with a score like any other
+        return ranked(scores, ids.astype(np.int64), found)
+
+    def _on_gpu(
+        self, query: NDArray[np.float32], k: int, probes: int, removed: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """As :meth:`search`; no kernel leaves out removed rows, so that more are found and they are dropped."""
+        assert self._copy is not None
+        found = min(k, self.about["rows"])
+        more = 0 if removed is None else len(removed)
+        turned = np.ascontiguousarray(query @ self._turn)
+        scores, ids = self._copy.search(turned, min(found + more, self.about["rows"]), probes)
+        if removed is not None:
+            ids = np.where(np.isin(ids, removed), -1, ids)
+        scores = np.where(ids < 0, -np.inf, scores).astype(np.float32)
         return ranked(scores, ids.astype(np.int64), found)
 
     def save(self, folder: Path, about: Mapping[str, Any]) -> None:
@@ -165,19 +200,26 @@ class CompactIndex:
         faiss = load_faiss()
         with storing(folder):
             folder.mkdir(exist_ok=True)
-            content = faiss.serialize_index(self._index)
-            digest = hashlib.sha256(content).hexdigest()
-            name = f"index-{digest[:16]}.faiss"  # another content has another name: nothing is ever overwritten
-            with replacing(folder / name) as temporary:
-                content.tofile(temporary)
-            file = {"name": name, "bytes": len(content), "sha256": digest}
-            self.about |= {**about, "format": FORMAT, "version": VERSION, "file": file}
+            temporary = temporary_for(folder / "index.faiss")
+            try:
+                file = _written(faiss, self._index, temporary)
+                # Another content has another name: nothing is ever overwritten.
+                name = f"index-{file['sha256'][:16]}.faiss"
+                flush(temporary)
+                put_in_place((temporary, folder / name))
+            finally:
+                discard(temporary)
+            self.about |= {**about, "format": FORMAT, "version": VERSION, "file": {"name": name, **file}}
             write_checked(folder / MANIFEST, self.about)
         discard(*(path for path in folder.iterdir() if path.name not in (name, MANIFEST)))
 
     @classmethod
-    def load(cls, folder: Path) -> CompactIndex | None:
+    def load(cls, folder: Path, gpus: Sequence[int] = ()) -> CompactIndex | None:
         """Check the manifest, then size and SHA-256 of the index, then map it; ``None`` where there is none.
+
+        Args:
+            folder: of the index.
+            gpus: devices to copy it to, see :func:`devices`.
 
         Raises:
             IndexFileError: damaged, of a newer version, or not an index that searches by inner product.
@@ -189,10 +231,26 @@ class CompactIndex:
             raise IndexFileError(f"{problem}. Make the index again: gradindex index {folder.parent}.")
         faiss, about = load_faiss(), read_checked(folder / MANIFEST)
         path = folder / about["file"]["name"]
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if about["shape"]["kind"] == "ivf" else 0)
+        mapped = about["shape"]["kind"] == "ivf" and not gpus
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if mapped else 0)
         if index.metric_type != faiss.METRIC_INNER_PRODUCT or index.d != about["dim"]:
             raise IndexFileError(f"{path} is not the index that its manifest tells of. Make it again: gradindex index.")
-        return cls(index, about)
+        return cls(index, about, gpus)
+
+
+def _written(faiss: Any, index: Any, path: Path) -> dict[str, Any]:
+    """Write an index piece by piece: no copy of it is ever in memory. Returns its size and checksum."""
+    state, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+
+        def write(content: bytes) -> int:
+            nonlocal size
+            size += len(content)
+            state.update(content)
+            return file.write(content)
+
+        faiss.write_index(index, faiss.PyCallbackIOWriter(write, _WRITTEN_BYTES))
+    return {"bytes": size, "sha256": state.hexdigest()}
 
 
 def damage(folder: Path) -> str | None:
@@ -214,7 +272,14 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _flat(faiss: Any, shape: Shape, sample: NDArray[np.float32], blocks: Callable[[], Blocks], seed: int) -> Any:
+def _flat(
+    faiss: Any,
+    shape: Shape,
+    sample: NDArray[np.float32],
+    blocks: Callable[[], Blocks],
+    seed: int,
+    gpus: Sequence[int],
+) -> Any:
     """All rows, a byte a number."""
     inner = faiss.IndexIDMap2(faiss.index_factory(shape.dim, "SQ8", faiss.METRIC_INNER_PRODUCT))
     inner.train(sample)
@@ -224,14 +289,16 @@ def _flat(faiss: Any, shape: Shape, sample: NDArray[np.float32], blocks: Callabl
 
 
 def _norm_aware_lists(
-    faiss: Any, shape: Shape, sample: NDArray[np.float32], blocks: Callable[[], Blocks], seed: int
+    faiss: Any,
+    shape: Shape,
+    sample: NDArray[np.float32],
+    blocks: Callable[[], Blocks],
+    seed: int,
+    gpus: Sequence[int],
 ) -> Any:
     """Lists of rows of about the same direction, probed by <query, centroid> times the norm of the list's rows."""
-    means = faiss.Kmeans(shape.dim, shape.lists, niter=_KMEANS_ITERATIONS, spherical=True, seed=seed, verbose=False)
-    means.train(_units(sample))
-    centroids = means.centroids.reshape(shape.lists, shape.dim)
-    finder = faiss.IndexFlatIP(shape.dim)
-    finder.add(centroids)
+    centroids = gpu.train_centroids(_units(sample), shape.lists, _KMEANS_ITERATIONS, seed, gpus)
+    finder = gpu.nearest(centroids, gpus)
     assigned, norms = [], []
     for _, rows in blocks():
         assigned.append(finder.search(rows, 1)[1][:, 0])  # the norm of a row does not change its nearest direction
@@ -249,9 +316,7 @@ def _norm_aware_lists(
         ids = np.ascontiguousarray(ids)
         inner.add_core(len(ids), faiss.swig_ptr(rows), faiss.swig_ptr(ids), faiss.swig_ptr(mine))
         start += len(ids)
-    quantizer.this.disown()  # from now on the lists own it
-    inner.own_fields = True
-    return inner
+    return inner  # which keeps the quantizer alive
 
 
 def _norms_of(lists: NDArray[np.int64], norms: NDArray[np.float32], count: int) -> NDArray[np.float32]:

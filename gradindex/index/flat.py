@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError, DependencyError, DimensionMismatchError, check_k
+from ..errors import ArgumentError, DimensionMismatchError, check_k
+from . import gpu
 
 Blocks = Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]]
 
@@ -21,10 +20,11 @@ class SearchIndex:
         dim: numbers in a row.
         n_train: the number of rows.
         blocks: hands out all ids (m,) int64 and rows (m, dim) float32, piece by piece.
+        gpus: numbers of CUDA devices, see :func:`devices`; the first compares.
     """
 
-    def __init__(self, dim: int, n_train: int, blocks: Callable[[], Blocks]) -> None:
-        self._dim, self.n_train, self._blocks = dim, n_train, blocks
+    def __init__(self, dim: int, n_train: int, blocks: Callable[[], Blocks], gpus: Sequence[int] = ()) -> None:
+        self._dim, self.n_train, self._blocks, self._gpus = dim, n_train, blocks, gpus
 
     def search(self, query: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The rows with the largest inner products.
@@ -44,14 +44,13 @@ class SearchIndex:
         """
         query = checked_query(query, self._dim)
         check_k(k, self.n_train)
-        faiss = load_faiss()
         scores = np.empty((len(query), 0), dtype=np.float32)
         ids = np.empty((len(query), 0), dtype=np.int64)
         for some, rows in self._blocks():
             if not len(some):
                 continue
             rows = np.ascontiguousarray(rows, dtype=np.float32)
-            found, places = faiss.knn(query, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+            found, places = gpu.knn(query, rows, min(k, len(rows)), self._gpus)
             scores, ids = ranked(np.concatenate([scores, found], 1), np.concatenate([ids, some[places]], 1), k)
         return scores, ids
 
@@ -79,33 +78,3 @@ def ranked(
     """The k best of each row, by score descending, then id ascending."""
     order = np.lexsort((ids, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
-
-
-def load_faiss() -> Any:
-    """The module.
-
-    Raises:
-        DependencyError: it is missing or broken.
-    """
-    try:
-        import faiss
-    except (ImportError, RuntimeError) as error:  # faiss-gpu without its CUDA wheels raises RuntimeError
-        raise DependencyError(
-            f"FAISS cannot be imported ({error}). Install one: pip install 'gradindex[cpu]' or 'gradindex[gpu]'."
-        ) from None
-    return faiss
-
-
-def require() -> None:
-    """Check that FAISS can be used, before hours of other work.
-
-    Raises:
-        DependencyError: it is missing, broken, or installed twice.
-    """
-    packages = sorted(set(importlib.metadata.packages_distributions().get("faiss", [])))
-    if len(packages) > 1:
-        raise DependencyError(
-            f"{' and '.join(packages)} are both installed and overwrite each other's files. "
-            "Uninstall all of them, then install one: pip install 'gradindex[cpu]' or 'gradindex[gpu]'."
-        )
-    load_faiss()
