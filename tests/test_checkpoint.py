@@ -223,10 +223,16 @@ def chosen(found):
 
 @pytest.mark.parametrize(
     ("n", "count", "expected"),
-    [(20, 5, [4, 8, 12, 16, 20]), (20, 1, [20]), (5, 5, [1, 2, 3, 4, 5]), (7, 3, [2, 4, 7]), (1, 1, [1])],
+    [(20, 5, [2, 6, 10, 14, 18]), (20, 1, [10]), (5, 5, [1, 2, 3, 4, 5]), (7, 3, [1, 4, 6]), (1, 1, [1])],
 )
-def test_evenly_takes_the_last_of_equal_spans(n, count, expected):
+def test_evenly_takes_the_middles_of_equal_spans(n, count, expected):
     assert chosen(gradindex.checkpoint.evenly(steps(n), count)) == expected
+
+
+def test_evenly_takes_none_twice():
+    for n in range(1, 30):
+        for count in range(1, n + 1):
+            assert len(set(chosen(gradindex.checkpoint.evenly(steps(n), count)))) == count
 
 
 def test_by_loss_drop_takes_those_before_which_the_loss_fell_most():

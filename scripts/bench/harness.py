@@ -40,7 +40,8 @@ class Bench:
             "--data", type=Path, help="folder of the archives (default: GRADINDEX_DATA or ../shared/data)"
         )
         parser.add_argument("--save", type=Path, help=self.save_help)
-        for name, meaning in (files or {}).items():
+        self._files = files or {}
+        for name, meaning in self._files.items():
             parser.add_argument(f"--{name}", type=Path, help=meaning)
         self.options = parser.parse_args()
         if self.options.data:
@@ -78,6 +79,9 @@ class Bench:
     def command(self) -> str:
         """What makes the figures again; --save says where the result goes, not how it came about."""
         command = ["python", Path(sys.argv[0]).resolve().relative_to(TOP).as_posix()] + ["--quick"] * self.quick
+        for name in self._files:
+            if vars(self.options)[name] is not None:
+                command += [f"--{name}", str(vars(self.options)[name])]
         if "OMP_NUM_THREADS" in os.environ:
             command.insert(0, f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}")
         return shlex.join(command)
