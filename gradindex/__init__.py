@@ -3,7 +3,8 @@
 A retrieval system for training-data influence by TracIn (Pruthi et al. 2020,
 arXiv:2002.08484). Start with :class:`Task`, :func:`build` and :func:`load`. What else can be done
 with a store is in :mod:`gradindex.store` (remove, compact, merge, seal, export) and
-:mod:`gradindex.growth` (add checkpoints, repair); :mod:`gradindex.evaluation` makes and measures indexes.
+:mod:`gradindex.growth` (add checkpoints, repair); :mod:`gradindex.evaluation` makes and measures indexes;
+:mod:`gradindex.checkpoint` chooses among many checkpoints (evenly, by_loss_drop).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _HOMES = {
 }
 
 # Reached as attributes without an import of their own, and loaded then.
-_ROOMS = ("building", "evaluation", "growth", "store")
+_ROOMS = ("building", "checkpoint", "evaluation", "growth", "store")
 
 __all__ = [*_HOMES, "__version__"]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import math
 import os
 import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,6 +148,20 @@ class Checkpoint:
             found = {name.removeprefix(prefix): moments for name, moments in found.items()} | found
         return found
 
+    def loss(self) -> float:
+        """The training loss that ``Recorder.save(loss)`` recorded.
+
+        Raises:
+            CheckpointError: it was not recorded.
+        """
+        record = read_record(Path(self.path)) or {}
+        if "loss" not in record:
+            raise CheckpointError(
+                f"{self.path} has no recorded training loss. Train with gradindex.Recorder and save(loss), "
+                "or give losses."
+            )
+        return float(record["loss"])
+
     @property
     def weight_source(self) -> str:
         """Where eta comes from, in words: the weighting, or ``"given"``."""
@@ -246,6 +262,61 @@ def find_checkpoints(
     if callable(learning_rate):
         return [replace(item, learning_rate=float(learning_rate(item.step or 0))) for item in found]
     return [replace(item, learning_rate=learning_rate) for item in found]
+
+
+def evenly(checkpoints: Sequence[Checkpoint], count: int) -> list[Checkpoint]:
+    """The last of each of ``count`` equal spans, so that the very start is left out and the end is in.
+
+    Each keeps its own weight; ``"integrated"`` covers the steps since the checkpoint saved before it,
+    also where that one is not chosen.
+
+    Args:
+        checkpoints: in the order of training.
+        count: from 1 to their number.
+
+    Raises:
+        ArgumentError: ``count`` is out of range.
+    """
+    _check_count(checkpoints, count)
+    return [checkpoints[number * len(checkpoints) // count - 1] for number in range(1, count + 1)]
+
+
+def by_loss_drop(
+    checkpoints: Sequence[Checkpoint], count: int, losses: Sequence[float] | None = None
+) -> list[Checkpoint]:
+    """Those before which the training loss fell most, in the order of training.
+
+    The drop of a checkpoint is the loss at the one before it minus its own; the first has none before it
+    and is chosen only when all are.
+
+    Source: Pruthi et al. 2020 (arXiv:2002.08484), section 3.5: checkpoints from where the loss falls.
+
+    Args:
+        checkpoints: in the order of training.
+        count: from 1 to their number.
+        losses: the training loss of each; by default what ``Recorder.save(loss)`` recorded.
+
+    Raises:
+        ArgumentError: ``count`` is out of range, or there is not one finite loss for each checkpoint.
+        CheckpointError: no loss was recorded.
+    """
+    _check_count(checkpoints, count)
+    values = [item.loss() for item in checkpoints] if losses is None else [float(loss) for loss in losses]
+    if len(values) != len(checkpoints) or not all(map(math.isfinite, values)):
+        finite = sum(map(math.isfinite, values))
+        raise ArgumentError(
+            f"losses has {finite} finite values, but there are {len(checkpoints)} checkpoints. Give one for each."
+        )
+    drops = [-math.inf] + [before - after for before, after in pairwise(values)]
+    chosen = sorted(range(len(values)), key=lambda number: -drops[number])[:count]
+    return [checkpoints[number] for number in sorted(chosen)]
+
+
+def _check_count(checkpoints: Sequence[Checkpoint], count: int) -> None:
+    if not 1 <= count <= len(checkpoints):
+        raise ArgumentError(
+            f"count is {count}, but must be from 1 to {len(checkpoints)}, the number of checkpoints. Choose another."
+        )
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -94,13 +95,22 @@ class Recorder:
             self._rates[number] = rate
             self._sums[number] = self._sums.get(number, 0.0) + rate
 
-    def save(self) -> Path:
+    def save(self, loss: float | None = None) -> Path:
         """Write a checkpoint of the present weights and return its path.
 
+        Args:
+            loss: the training loss, such as its mean over the epoch, which
+                ``gradindex.checkpoint.by_loss_drop`` chooses checkpoints by.
+
         Raises:
+            ArgumentError: the loss is not finite.
             CheckpointError: no optimizer step was taken since the last ``save``, or second
                 moments were asked for and the optimizer has none.
         """
+        if loss is not None and not math.isfinite(loss):
+            raise ArgumentError(
+                f"loss is {loss} at step {self.step}, but must be finite. Leave it out, or see why training diverged."
+            )
         if not self._sums:
             raise CheckpointError(
                 f"No optimizer step was taken before Recorder.save() at step {self.step}, so there is no "
@@ -115,6 +125,8 @@ class Recorder:
             for number, group in enumerate(self._optimizer.param_groups)
         ]
         record: dict[str, Any] = {"version": 1, "step": self.step, "groups": groups}
+        if loss is not None:
+            record["loss"] = float(loss)
         if self._second_moments:
             record["second_moments"] = self._read_second_moments()
         state = {name: tensor.detach().cpu() for name, tensor in self._model.state_dict().items()}

@@ -211,3 +211,55 @@ def test_the_hash_is_the_files(tmp_path, model):
     assert first.sha256() != second.sha256()
     (tmp_path / "copy.pt").write_bytes((tmp_path / "w_3.pt").read_bytes())
     assert gradindex.Checkpoint(tmp_path / "copy.pt").sha256() == first.sha256()
+
+
+def steps(count):
+    return [gradindex.Checkpoint(f"w_{step}.pt", learning_rate=0.1, step=step) for step in range(1, count + 1)]
+
+
+def chosen(found):
+    return [item.step for item in found]
+
+
+@pytest.mark.parametrize(
+    ("n", "count", "expected"),
+    [(20, 5, [2, 6, 10, 14, 18]), (20, 1, [10]), (5, 5, [1, 2, 3, 4, 5]), (7, 3, [1, 4, 6]), (1, 1, [1])],
+)
+def test_evenly_takes_the_middles_of_equal_spans(n, count, expected):
+    assert chosen(gradindex.checkpoint.evenly(steps(n), count)) == expected
+
+
+def test_evenly_takes_none_twice():
+    for n in range(1, 30):
+        for count in range(1, n + 1):
+            assert len(set(chosen(gradindex.checkpoint.evenly(steps(n), count)))) == count
+
+
+def test_by_loss_drop_takes_those_before_which_the_loss_fell_most():
+    losses = [2.0, 1.2, 1.1, 0.4, 0.5]  # drops: -, 0.8, 0.1, 0.7, -0.1
+    for count, expected in ((1, [2]), (2, [2, 4]), (3, [2, 3, 4]), (4, [2, 3, 4, 5]), (5, [1, 2, 3, 4, 5])):
+        assert chosen(gradindex.checkpoint.by_loss_drop(steps(5), count, losses)) == expected
+
+
+def test_by_loss_drop_reads_what_the_recorder_was_given(tmp_path, model):
+    recorder = gradindex.Recorder(model, optimizer := torch.optim.SGD(model.parameters(), lr=0.1), tmp_path)
+    for loss in (3.0, 2.9, 1.0):
+        model(torch.ones(2, 6)).sum().backward()
+        optimizer.step()
+        recorder.save(loss)
+    found = gradindex.find_checkpoints(tmp_path)
+    assert [item.loss() for item in found] == [3.0, 2.9, 1.0]
+    assert chosen(gradindex.checkpoint.by_loss_drop(found, 1)) == [3]
+
+
+def test_a_choice_that_cannot_be_made_says_why(tmp_path, model):
+    with pytest.raises(ArgumentError, match="count is 6, but must be from 1 to 5"):
+        gradindex.checkpoint.evenly(steps(5), 6)
+    for losses in ([1.0, 2.0], [1.0, 2.0, 3.0, 4.0, math.nan]):
+        with pytest.raises(ArgumentError, match=r"losses has \d finite values, but there are 5 checkpoints"):
+            gradindex.checkpoint.by_loss_drop(steps(5), 2, losses)
+    with pytest.raises(CheckpointError, match=r"has no recorded training loss.*save\(loss\)"):
+        gradindex.checkpoint.by_loss_drop([saved(tmp_path, model.state_dict())], 1)
+    recorder = gradindex.Recorder(model, torch.optim.SGD(model.parameters(), lr=0.1), tmp_path / "run")
+    with pytest.raises(ArgumentError, match="loss is nan at step 0, but must be finite"):
+        recorder.save(math.nan)

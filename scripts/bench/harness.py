@@ -9,7 +9,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,24 @@ class Bench:
         title: the heading of the result.
         description: for ``--help``.
         packages: whose versions matter too.
+        files: further options, each the path of a file, and their help.
     """
 
-    def __init__(self, title: str, description: str | None, packages: Sequence[str] = ()) -> None:
+    save_help = "also write the result as Markdown, for docs/results/"
+
+    def __init__(
+        self, title: str, description: str | None, packages: Sequence[str] = (), files: Mapping[str, str] | None = None
+    ) -> None:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--quick", action="store_true", help="less of everything, within a minute")
         parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
         parser.add_argument(
             "--data", type=Path, help="folder of the archives (default: GRADINDEX_DATA or ../shared/data)"
         )
-        parser.add_argument("--save", type=Path, help="also write the result as Markdown, for docs/results/")
+        parser.add_argument("--save", type=Path, help=self.save_help)
+        self._files = files or {}
+        for name, meaning in self._files.items():
+            parser.add_argument(f"--{name}", type=Path, help=meaning)
         self.options = parser.parse_args()
         if self.options.data:
             os.environ["GRADINDEX_DATA"] = str(self.options.data)
@@ -63,17 +71,25 @@ class Bench:
     def finish(self) -> None:
         """Write what was asked for."""
         if self.options.save:
-            self.options.save.write_text(self._markdown())
+            self.options.save.write_text(self.saved())
         if self.options.json:
             print(json.dumps({"bars": self.bars, "figures": self.figures, "machine": machine(self.packages)}))
 
-    def _markdown(self) -> str:
-        lines = [f"# {self.title}", "", *(f"- {name}: {value}" for name, value in machine(self.packages).items())]
-        # --save says where the result goes, not how it came about.
+    @property
+    def command(self) -> str:
+        """What makes the figures again; --save says where the result goes, not how it came about."""
         command = ["python", Path(sys.argv[0]).resolve().relative_to(TOP).as_posix()] + ["--quick"] * self.quick
+        for name in self._files:
+            if vars(self.options)[name] is not None:
+                command += [f"--{name}", str(vars(self.options)[name])]
         if "OMP_NUM_THREADS" in os.environ:
             command.insert(0, f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}")
-        lines += [f"- command: `{shlex.join(command)}`"]
+        return shlex.join(command)
+
+    def saved(self) -> str:
+        """What --save writes."""
+        lines = [f"# {self.title}", "", *(f"- {name}: {value}" for name, value in machine(self.packages).items())]
+        lines += [f"- command: `{self.command}`"]
         if self.bars:
             lines += ["", "| bar | value | target | holds |", "| --- | --- | --- | --- |"]
         for bar in self.bars:

@@ -9,6 +9,7 @@ queries are the first 500 test images. Trained once (about half a minute) and ca
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +59,47 @@ def data() -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
+class Training:
+    """The reference training, paused before each step.
+
+    Args:
+        images: (n, 28, 28) standardised.
+        labels: (n,).
+        learning_rate: another one than the reference's.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, learning_rate: float = LEARNING_RATE) -> None:
+        self.images, self.labels = images, labels
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            self.model = make_model()
+            # Goes on where the initialisation ended, whatever else draws numbers meanwhile.
+            self._order = torch.Generator()
+            self._order.set_state(torch.get_rng_state())
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=learning_rate)
+
+    def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(batch,) rows of each step and their losses, with the gradients computed and the step not yet taken."""
+        for rows in torch.randperm(len(self.images), generator=self._order).split(BATCH):
+            self.optimizer.zero_grad()
+            losses = loss(self.model, (self.images[rows], self.labels[rows]))
+            losses.mean().backward()
+            yield rows, losses.detach()
+            self.optimizer.step()
+
+
 def train(folder: Path) -> None:
     """Train and write the checkpoints into ``folder``."""
     arrays = data()
-    images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        model = make_model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-        recorder = Recorder(model, optimizer, folder)
-        for epoch in range(1, EPOCHS + 1):
-            for rows in torch.randperm(len(images)).split(BATCH):
-                optimizer.zero_grad()
-                loss(model, (images[rows], labels[rows])).mean().backward()
-                optimizer.step()
-            if epoch % 4 == 0:
-                recorder.save()
+    training = Training(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]))
+    recorder = Recorder(training.model, training.optimizer, folder)
+    for epoch in range(1, EPOCHS + 1):
+        for _ in training.epoch():
+            pass
+        if epoch % 4 == 0:
+            recorder.save()
     with torch.no_grad():
-        predicted = model(torch.from_numpy(arrays["query_images"])).argmax(1).numpy()
+        predicted = training.model(torch.from_numpy(arrays["query_images"])).argmax(1).numpy()
     print(f"trained MNIST MLP: test accuracy {np.mean(predicted == arrays['query_labels']):.4f}", file=sys.stderr)
 
 
