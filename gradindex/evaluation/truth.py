@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,13 @@ from ..progress import progress
 from ..retrieval import Retriever
 from ..store import GradientStore
 
+Sides = tuple[NDArray[Any], NDArray[Any]]
+Scored = tuple[NDArray[np.int64], NDArray[np.float32]]
+
 # Fewer queries say too little.
 _LEAST_QUERIES = 20
+# Rows whose factors are in memory at once.
+_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Truth:
 
 def truth_from(
     rows: NDArray[np.float32],
-    scored: Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]],
+    scored: Iterable[Scored],
     own: NDArray[np.int64],
     k: int,
     against: str,
@@ -91,6 +97,33 @@ def truth_from(
     return Truth(rows[order], {sign: ids[order] for sign, ids in top.items()}, own[order], k, against)
 
 
+def against_factors(store: GradientStore, factors: Mapping[tuple[int, int], Sides]) -> Iterator[Scored]:
+    """Ids (m,) and exact scores (n_query, m) of all rows, piece by piece, from their stored factors.
+
+    Args:
+        store: one with factors.
+        factors: of the queries, as :meth:`GradientStore.factors` gives them.
+    """
+    live = store.ids
+    with progress("true scores", len(live), "rows") as advance:
+        for start in range(0, len(live), _AT_ONCE):
+            ids = live[start : start + _AT_ONCE]
+            scores: NDArray[np.float32] | float = 0.0
+            for key, (activations, output_gradients) in store.factors(ids).items():
+                mine = factors[key]
+                scores = scores + (mine[1] @ output_gradients.T) * (mine[0] @ activations.T)
+            yield ids, np.asarray(scores, dtype=np.float32)
+            advance(len(ids))
+
+
+def against_rows(store: GradientStore, rows: NDArray[np.float32]) -> Iterator[Scored]:
+    """Ids (m,) and inner products (n_query, m) with all rows, piece by piece."""
+    with progress("true scores", store.n_train, "rows") as advance:
+        for ids, block in store.blocks():
+            yield ids, rows @ block.T
+            advance(len(ids))
+
+
 def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0) -> Truth:
     """Training examples as queries, each without itself; truth is exact where the store has exact factors.
 
@@ -104,19 +137,10 @@ def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0) -> Truth
     chosen = np.sort(np.random.default_rng(seed).choice(ids, min(n_query, len(ids)), replace=False))
     described = store.manifest["map"]
     exact = store.manifest["factors"] == "float32" and not (described["unit_norm"] or described["precision"] in HALF)
-    rows, mine = store.rows(chosen), store.factors(chosen) if exact else {}
-
-    def scored() -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        with progress("true scores", len(ids), "rows") as advance:
-            for some, block in store.blocks():
-                scores = np.zeros((len(chosen), len(some)), dtype=np.float32) if exact else rows @ block.T
-                for key, (activations, output_gradients) in (store.factors(some) if exact else {}).items():
-                    scores += (mine[key][1] @ output_gradients.T) * (mine[key][0] @ activations.T)
-                yield some, scores
-                advance(len(some))
-
+    rows = store.rows(chosen)
+    scored = against_factors(store, store.factors(chosen)) if exact else against_rows(store, rows)
     kind = "exact scores" if exact else "scores of all rows"
-    return truth_from(rows, scored(), chosen, k, f"against {kind}, training examples as queries", seed)
+    return truth_from(rows, scored, chosen, k, f"against {kind}, training examples as queries", seed)
 
 
 def real(retriever: Retriever, n_query: int, k: int, seed: int = 0) -> Truth:

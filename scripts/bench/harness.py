@@ -26,12 +26,18 @@ class Bench:
         description: for ``--help``.
         packages: whose versions matter too.
         files: further options, each the path of a file, and their help.
+        parts: further options, each choosing some of these names, by default all.
     """
 
     save_help = "also write the result as Markdown, for docs/results/"
 
     def __init__(
-        self, title: str, description: str | None, packages: Sequence[str] = (), files: Mapping[str, str] | None = None
+        self,
+        title: str,
+        description: str | None,
+        packages: Sequence[str] = (),
+        files: Mapping[str, str] | None = None,
+        parts: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--quick", action="store_true", help="less of everything, within a minute")
@@ -43,6 +49,9 @@ class Bench:
         self._files = files or {}
         for name, meaning in self._files.items():
             parser.add_argument(f"--{name}", type=Path, help=meaning)
+        self._parts = parts or {}
+        for name, names in self._parts.items():
+            parser.add_argument(f"--{name}", nargs="+", choices=list(names), default=list(names))
         self.options = parser.parse_args()
         if self.options.data:
             os.environ["GRADINDEX_DATA"] = str(self.options.data)
@@ -50,6 +59,7 @@ class Bench:
         self.packages = packages
         self.figures: list[dict[str, Any]] = []
         self.bars: list[dict[str, Any]] = []
+        self.tables: dict[str, list[dict[str, Any]]] = {}
 
     @property
     def quick(self) -> bool:
@@ -68,12 +78,26 @@ class Bench:
         sign = "at most" if at_most else "at least"
         print(f"{name}: {value:.4g} {unit} ({sign} {target}) {'holds' if holds else 'MISSED'}", flush=True)
 
+    def row(self, table: str, values: Mapping[str, Any]) -> None:
+        """A row of a table; all rows of a table have the same columns."""
+        self.tables.setdefault(table, []).append(dict(values))
+        print(table, *(f"{name} {_short(value)}" for name, value in values.items()), sep="; ", flush=True)
+
     def finish(self) -> None:
         """Write what was asked for."""
         if self.options.save:
             self.options.save.write_text(self.saved())
         if self.options.json:
-            print(json.dumps({"bars": self.bars, "figures": self.figures, "machine": machine(self.packages)}))
+            print(
+                json.dumps(
+                    {
+                        "bars": self.bars,
+                        "figures": self.figures,
+                        "tables": self.tables,
+                        "machine": machine(self.packages),
+                    }
+                )
+            )
 
     @property
     def command(self) -> str:
@@ -82,6 +106,9 @@ class Bench:
         for name in self._files:
             if vars(self.options)[name] is not None:
                 command += [f"--{name}", str(vars(self.options)[name])]
+        for name, names in self._parts.items():
+            if vars(self.options)[name] != list(names):
+                command += [f"--{name}", *vars(self.options)[name]]
         if "OMP_NUM_THREADS" in os.environ:
             command.insert(0, f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}")
         return shlex.join(command)
@@ -98,7 +125,15 @@ class Bench:
         if self.figures:
             lines += ["", "| figure | value |", "| --- | --- |"]
             lines += [f"| {item['name']} | {item['value']:.4g} {item['unit']} |" for item in self.figures]
+        for title, rows in self.tables.items():
+            names = list(rows[0])
+            lines += ["", f"## {title}", "", f"| {' | '.join(names)} |", f"| {' | '.join(['---'] * len(names))} |"]
+            lines += [f"| {' | '.join(_short(row[name]) for name in names)} |" for row in rows]
         return "\n".join(lines) + "\n"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def machine(packages: Sequence[str] = ()) -> dict[str, str]:
