@@ -26,7 +26,8 @@ from .files import write_json
 from .hits import SIGN, as_text, make_cards, table
 from .recorder import Recorder
 from .report import Section, line_chart, require, write_page
-from .retrieval import exact_scores, load
+from .retrieval import load
+from .scoring import exact_scores
 from .store import GradientStore
 from .task import Task
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,30 @@ def parse_where(store: GradientStore, conditions: Sequence[tuple[str, str]]) -> 
     return where
 
 
-_READ = {"i": int, "u": int, "f": float, "b": lambda text: {"true": True, "false": False}[text.lower()]}
+def read_ids(path: Path) -> NDArray[np.int64]:
+    """Training ids from a file: an array that NumPy saved (``.npy``), or text with one id a line.
+
+    Raises:
+        ArgumentError: there is no such file, or it holds something else.
+    """
+    if not path.exists():
+        raise ArgumentError(f"{path} does not exist. Check the path.")
+    try:
+        if path.suffix == ".npy":
+            return runs.as_ids(np.load(path, allow_pickle=False)).ravel()
+        return np.array([int(line) for line in path.read_text().split()], dtype=np.int64)
+    except (OSError, ValueError, OverflowError) as error:  # ArgumentError is a ValueError and says what is wrong
+        raise ArgumentError(
+            f"{path} holds no ids ({str(error)[:100]}). Write one whole number a line, or save an array as .npy."
+        ) from None
+
+
+def _boolean(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
+# By the kind of a column, how a text becomes a value.
+_READ: Mapping[str, Callable[[str], Any]] = {"i": int, "u": int, "f": float, "b": _boolean}
 
 
 def _pieces(store: GradientStore, ids: NDArray[np.int64] | None) -> Iterator[NDArray[np.int64]]:
@@ -147,7 +171,8 @@ def _pieces(store: GradientStore, ids: NDArray[np.int64] | None) -> Iterator[NDA
 
 def _kind(store: GradientStore, name: str) -> np.dtype[Any]:
     store.column(name, np.empty(0, dtype=np.int64))  # refuses what is not there
-    return np.dtype(store.manifest["columns"][name])
+    kind: np.dtype[Any] = np.dtype(store.manifest["columns"][name])
+    return kind
 
 
 def _of_type(name: str, kind: np.dtype[Any], given: Any) -> NDArray[Any]:

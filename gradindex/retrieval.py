@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -294,8 +295,8 @@ class Retriever:
             scores,
             asked.names,
             chosen,
-            tuple(f"{number} {checkpoint.path.name}" for number, checkpoint in enumerate(self.task.checkpoints)),
-            tuple(layer["name"] or "model" for layer in store.manifest["map"]["layers"]),
+            tuple(f"{number} {Path(checkpoint.path).name}" for number, checkpoint in enumerate(self.task.checkpoints)),
+            tuple(layer["name"] or "(model)" for layer in store.manifest["map"]["layers"]),
             scored_as(store),
             self._measure,
         )
