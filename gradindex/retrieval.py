@@ -177,7 +177,7 @@ class Retriever:
 
         Args:
             queries: positions in ``task.query`` (or ids, with ``source="train"``), items, or what :meth:`ask` made.
-            k: how many at most, from 1 to n_train; by default 10, or with ``at_least`` all.
+            k: how many at most, from 1 to n_train; by default 10 (or all, if there are fewer), with ``at_least`` all.
             kind: ``"proponents"``, the highest scores; ``"opponents"``, the lowest; ``"absolute"``, the largest
                 sizes, whose scores keep their sign.
             at_least: only scores of at least this for proponents, of at most its negative for opponents, of at
@@ -222,11 +222,11 @@ class Retriever:
     ) -> list[Hits]:
         question = Question(kinds, k, rerank, candidates, at_least)
         store, searched = self._now()
-        question.check(store.n_train)
+        question.most(store.n_train)  # refused before the gradients are computed
         limits = Filter(ids, where, differs)
         asked = self._asked(store, queries, source, aggregate)
         allowed = allow(store, limits, asked.examples.columns, len(asked)) if limits else None
-        search = Search(store, searched, self._engine, asked, question, allowed, self._unit_norm)
+        search = Search(store, searched, self._computing, asked, question, allowed, self._unit_norm)
         return [self._hits(store, asked, kind, answer) for kind, answer in zip(kinds, search.answers(), strict=True)]
 
     def _hits(self, store: GradientStore, asked: Queries, kind: Kind, answer: Answer) -> Hits:

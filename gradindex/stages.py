@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,11 +20,10 @@ from .hits import Stage
 from .ranking import KINDS, Best, Kind, Ranked, ranked
 from .scoring import Scores, by_factors, cosine_norms, through_model
 from .store import GradientStore
-from .tree import preserved_random_state
 
 Rerank = Literal["exact", "rows", "none"]
 
-_DEFAULT_K = 10
+_DEFAULT_K, _FAISS_K = 10, 1024
 # Ids whose exact scores stream together where all are scored.
 _STREAMED = 1 << 16
 # What is searched for a kind: each with the query or with its negation, never as the lowest of what was found.
@@ -40,7 +40,7 @@ class Question:
 
     Args:
         kinds: of answers, one or several.
-        k: how many at most; by default 10, or with ``at_least`` all.
+        k: how many at most; by default 10, or all if there are fewer, or with ``at_least`` all that reach it.
         rerank: the last stage that scores come from.
         candidates: how many go to exact scores.
         at_least: the strength from which on a training example is wanted.
@@ -58,27 +58,28 @@ class Question:
     def __post_init__(self) -> None:
         for kind in self.kinds:
             if kind not in KINDS:
-                raise ArgumentError(f"kind is {kind!r}, but must be one of: {', '.join(KINDS)}.")
+                raise ArgumentError(f"kind is {kind!r}, but must be one of: {', '.join(KINDS)}. For both, call both().")
         if self.rerank not in get_args(Rerank):
             raise ArgumentError(f"rerank is {self.rerank!r}, but must be one of: {', '.join(get_args(Rerank))}.")
         if self.at_least is not None and math.isnan(self.at_least):
             raise ArgumentError("at_least is NaN, but must be a number.")
-        if self.k is None and self.at_least is None:
-            object.__setattr__(self, "k", _DEFAULT_K)
         if self.candidates is not None and (self.rerank != "exact" or self.candidates < (self.k or 1)):
             raise ArgumentError(
                 f"candidates is {self.candidates}, but must be at least k, {self.k or 1}, and goes with "
                 "rerank='exact' alone."
             )
 
-    def check(self, n_train: int) -> None:
-        """Refuse a ``k`` that a store of so many rows cannot answer.
+    def most(self, n_train: int) -> int | None:
+        """How many hits a query of a store of so many rows has at most; ``None`` for all that reach the threshold.
 
         Raises:
-            ArgumentError: it is below 1 or above ``n_train``.
+            ArgumentError: ``k`` is below 1 or above ``n_train``.
         """
         if self.k is not None:
             check_k(self.k, n_train)
+        elif self.at_least is None:
+            return min(_DEFAULT_K, n_train)
+        return self.k
 
 
 @dataclass(frozen=True)
@@ -102,28 +103,36 @@ class Search:
     Args:
         store: a complete one.
         candidates: its search.
-        engine: of the task; entered only where scores go through the model.
+        computing: locks the model for as long as scores go through it.
         queries: prepared.
         question: what is wanted.
         allowed: who may answer, if not all.
         unit_norm: whether the store's rows have unit norm, so that scores are cosines.
+
+    Raises:
+        ArgumentError: ``k`` is out of range, or ``candidates`` would decide nothing.
     """
 
     def __init__(
         self,
         store: GradientStore,
         candidates: Candidates,
-        engine: Engine,
+        computing: Callable[[], AbstractContextManager[Engine]],
         queries: Queries,
         question: Question,
         allowed: Allowed | None,
         unit_norm: bool,
     ) -> None:
-        self._store, self._candidates, self._engine = store, candidates, engine
+        self._store, self._candidates, self._computing = store, candidates, computing
         self._queries, self._question, self._allowed, self._unit_norm = queries, question, allowed, unit_norm
-        self._n = store.n_train
+        self._n, self._k = store.n_train, question.most(store.n_train)
         self._by_factors = store.manifest["factors"] is not None
         self._exact_stage = "stored factors" if self._by_factors else "model"
+        if self._by_factors and question.at_least is not None and question.candidates is not None:
+            raise ArgumentError(
+                "candidates decides nothing with at_least: the store has factors, so all that may answer get exact "
+                "scores. Leave it out."
+            )
 
     def answers(self) -> list[Answer]:
         """One for each kind."""
@@ -132,9 +141,11 @@ class Search:
             if question.at_least is None:
                 return self._settled(kinds)
             return self._all_exact(kinds) if self._by_factors else self._doubling(kinds)
-        if question.at_least is None and question.rerank == "none" and self._effort(question.k or 1) is not None:
-            return self._estimated(kinds)
-        found, stages = self._by_rows(kinds, question.k, question.at_least)
+        if self._k is not None and question.at_least is None and question.rerank == "none":
+            effort = self._effort(self._k)
+            if effort is not None:
+                return self._estimated(kinds, self._k, effort)
+        found, stages = self._by_rows(kinds, self._k, question.at_least)
         return [Answer(found[kind], stages, "rows") for kind in kinds]
 
     def _effort(self, k: int) -> Effort | None:
@@ -144,26 +155,24 @@ class Search:
         effort = self._candidates.effort(k)
         return None if effort.proposals >= self._n else effort
 
-    def _estimated(self, kinds: Sequence[Kind]) -> list[Answer]:
+    def _estimated(self, kinds: Sequence[Kind], k: int, effort: Effort) -> list[Answer]:
         """By the index's own estimates."""
-        k = self._question.k or 1
-        effort = self._effort(k)
-        assert effort is not None
         by_sign = {sign: self._ragged(sign, self._candidates.propose(self._signed(sign), k, effort))
                    for sign in _signs(kinds)}  # fmt: skip
-        stages = (Stage("index", k), *self._newer())
+        newer = self._candidates.newer
+        stages = (Stage("index", k), *([Stage("rows", newer)] if newer else []))
         return [Answer(self._best_of(kind, by_sign, k), stages, "index") for kind in kinds]
-
-    def _newer(self) -> tuple[Stage, ...]:
-        return (Stage("rows", self._candidates.newer),) if self._candidates.newer else ()
 
     def _by_rows(
         self, kinds: Sequence[Kind], k: int | None, at_least: float | None = None
     ) -> tuple[dict[Kind, list[Ranked]], tuple[Stage, ...]]:
         """The best by full rows: of those that the index proposes, or of all that may answer."""
-        effort = None if k is None or at_least is not None else self._effort(k)
-        if k is not None and effort is not None:
-            return self._compared(kinds, k, effort)
+        if k is not None and at_least is None and self._allowed is None:
+            effort = self._effort(k)
+            # FAISS compares all rows for one kind at a time, and merges its blocks' answers in a time that grows with
+            # their length; beyond that one pass of our own serves every kind and length.
+            if effort is not None or (len(kinds) == 1 and kinds[0] != "absolute" and k <= _FAISS_K):
+                return self._compared(kinds, k, effort)
         best = {kind: Best(kind, len(self._queries), k, at_least) for kind in kinds}
         looked_at = np.zeros(len(self._queries), dtype=np.int64)
         only = None if self._allowed is None else self._allowed.ids
@@ -175,15 +184,15 @@ class Search:
         return {kind: some.found() for kind, some in best.items()}, (Stage("rows", int(looked_at.max())),)
 
     def _compared(
-        self, kinds: Sequence[Kind], k: int, effort: Effort
+        self, kinds: Sequence[Kind], k: int, effort: Effort | None
     ) -> tuple[dict[Kind, list[Ranked]], tuple[Stage, ...]]:
-        """The best by full rows of what the index proposes."""
+        """The best by full rows of what the index proposes, or of all rows."""
         by_sign, most = {}, 0
         for sign in _signs(kinds):
             scores, ids, compared = self._candidates.compared(self._signed(sign), k, effort)
             by_sign[sign], most = self._ragged(sign, (scores, ids)), max(most, compared)
-        stages = Stage("index", max(k, effort.proposals)), Stage("rows", most)
-        return {kind: self._best_of(kind, by_sign, k) for kind in kinds}, stages
+        proposed = () if effort is None else (Stage("index", max(k, effort.proposals)),)
+        return {kind: self._best_of(kind, by_sign, k) for kind in kinds}, (*proposed, Stage("rows", most))
 
     def _signed(self, sign: Kind) -> NDArray[np.float32]:
         rows = self._queries.rows
@@ -202,10 +211,7 @@ class Search:
 
     def _settled(self, kinds: Sequence[Kind]) -> list[Answer]:
         """The candidates' order settled by exact scores."""
-        k = self._question.k or 1
-        effort = self._effort(k)
-        default = 10 * k if effort is None else max(k, effort.proposals)
-        wanted = min(self._n, self._question.candidates or default)
+        wanted, effort = self._wanted()
         by_sign, stages = self._proposed(_signs(kinds), wanted, effort)
         chosen = {kind: self._candidates_of(kind, by_sign) for kind in kinds}
         scores = self._exact(chosen)
@@ -213,15 +219,22 @@ class Search:
         for kind in kinds:
             pairs = zip(chosen[kind], scores[kind], strict=True)
             count = max(map(len, chosen[kind]))
-            found = [ranked(kind, ids, some, k) for ids, some in pairs]
+            found = [ranked(kind, ids, some, self._k) for ids, some in pairs]
             answers.append(Answer(found, (*stages, Stage(self._exact_stage, count)), "exact"))
         return answers
+
+    def _wanted(self) -> tuple[int, Effort | None]:
+        """How many candidates go to exact scores, by default what the index was tuned to propose; and its effort."""
+        k = self._k or min(_DEFAULT_K, self._n)
+        effort = self._effort(k)
+        default = 10 * k if effort is None else max(k, effort.proposals)
+        return min(self._n, self._question.candidates or default), effort
 
     def _proposed(
         self, signs: Sequence[Kind], wanted: int, effort: Effort | None
     ) -> tuple[dict[Kind, list[Ranked]], tuple[Stage, ...]]:
         """Candidates for exact scores. Where the index proposes no more than these, their full rows decide nothing."""
-        if effort is None:
+        if effort is None or wanted >= self._n:
             return self._by_rows(signs, wanted)
         if wanted >= effort.proposals and not self._candidates.newer:
             found = {sign: self._ragged(sign, self._candidates.propose(self._signed(sign), wanted, effort))
@@ -247,7 +260,7 @@ class Search:
         if self._by_factors:
             self._collect(by_factors(self._store, self._queries, union), chosen, scores)
         else:
-            with self._engine as engine, preserved_random_state():
+            with self._computing() as engine:
                 found = through_model(engine, self._queries, union, self._store.manifest["batch_size"])
                 self._collect(found, chosen, scores)
         return scores
@@ -273,7 +286,7 @@ class Search:
     def _all_exact(self, kinds: Sequence[Kind]) -> list[Answer]:
         """Exact scores, from factors, of all that may answer."""
         question, allowed = self._question, self._allowed
-        best = {kind: Best(kind, len(self._queries), question.k, question.at_least) for kind in kinds}
+        best = {kind: Best(kind, len(self._queries), self._k, question.at_least) for kind in kinds}
         looked_at = np.zeros(len(self._queries), dtype=np.int64)
         for some in self._everyone():
             for queries, ids, scores in by_factors(self._store, self._queries, some):
@@ -291,14 +304,14 @@ class Search:
     def _doubling(self, kinds: Sequence[Kind]) -> list[Answer]:
         """More and more candidates through the model, until twice as many hold no more hits."""
         question = self._question
-        strong = {kind: Best(kind, len(self._queries), question.k, question.at_least) for kind in kinds}
+        strong = {kind: Best(kind, len(self._queries), self._k, question.at_least) for kind in kinds}
         seen = {kind: [np.empty(0, dtype=np.int64) for _ in self._queries.names] for kind in kinds}
-        wanted = min(self._n, question.candidates or 10 * (question.k or _DEFAULT_K))
+        wanted, effort = self._wanted()
         stages: tuple[Stage, ...] = ()
         going = {kind: list(range(len(self._queries))) for kind in kinds}
         first = True
         while any(going.values()):
-            by_sign, stages = self._proposed(_signs(kinds), wanted, self._effort(wanted))
+            by_sign, stages = self._proposed(_signs(kinds), wanted, effort)
             fresh = {}
             for kind in kinds:
                 proposed = self._candidates_of(kind, by_sign)

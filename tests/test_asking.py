@@ -396,7 +396,34 @@ def test_a_filter_that_matches_nothing_says_so(request, kept, options, tmp_path)
     assert (tmp_path / "page.html").read_text().count(NOTHING) == 2
 
 
+def test_fewer_rows_than_ten_are_all_answered_by_default(tmp_path):
+    task = toys.make_task(tmp_path, n_train=7)
+    gradindex.build(task, tmp_path / "store")
+    assert gradindex.load(tmp_path / "store", task).proponents(0).ids.shape == (1, 7)
+
+
+def test_an_index_that_finds_too_few_leaves_the_query_to_all_rows(tmp_path, estimates):
+    retriever = make(tmp_path, factors="float32")
+    store = retriever.store
+    made = CompactIndex.build(Shape("ivf", 6, 7), store.rows(store.ids), store.blocks)
+    recall = {"k": 10, "proponents_at_least": 0.9, "opponents_at_least": 0.9, "against": "a test"}
+    about = {"map": store.manifest["fingerprint"], "ids": store.id_runs.tolist(), "recall": recall}
+    made.save(store.folder / INDEX_FOLDER, about | {"effort": {"probes": 1, "proposals": 20}})
+    k = 120  # more than one list holds for most queries, and fewer than all rows
+    monkey = candidates.Candidates(store)
+    short = (monkey.index.search(retriever.query_rows(range(M)), k, probes=1)[1] >= 0).sum(1) < k
+    assert short.any()
+    effort = candidates.Effort(1, k)
+    for scores, ids in (monkey.propose(retriever.query_rows(range(M)), k, effort),
+                        monkey.search(retriever.query_rows(range(M)), k, effort)):  # fmt: skip
+        for query in np.flatnonzero(short):
+            assert ids[query].tolist() == ordered("proponents", estimates[query], k=k)
+            np.testing.assert_allclose(scores[query], estimates[query][ids[query]], rtol=1e-4)
+
+
 REFUSED = {
+    "candidates that decide nothing": ({"at_least": 0.1, "candidates": 20}, "candidates decides nothing with at_least"),
+    "both as a kind": ({"kind": "both"}, r"For both, call both\(\)"),
     "no such column": ({"where": {"colour": "red"}}, r"no column 'colour'. It has: label, number, rate, flipped"),
     "text for a number": ({"where": {"number": "3"}}, "column number holds a whole number, but where asks for '3'"),
     "number for a text": ({"where": {"label": 3}}, "column label holds text, but where asks for 3, which is a int"),
