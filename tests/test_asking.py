@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import toys
-from torch.utils.data import Subset
+from torch.utils.data import Subset, TensorDataset
 
 import gradindex
 from gradindex import candidates, scoring, stages
@@ -310,6 +310,29 @@ def test_a_threshold_through_the_model_doubles_candidates_until_none_is_new(plai
     everything = plain.search(0, kind=kind, at_least=-1e9 if kind != "absolute" else 0, candidates=40)
     agree(everything, kind, truth[:1])
     assert everything.stages[-1].rows == N
+
+
+def test_a_threshold_that_nothing_reaches_is_given_a_whole_doubling(plain):
+    hits = plain.proponents([0, 1], at_least=1e9, candidates=40)
+    assert hits.ids.shape == (2, 0)
+    assert way(hits) == [("rows", N), ("model", 80)]
+
+
+@pytest.mark.parametrize("rerank", ["rows", "exact"])
+def test_equal_scores_come_in_the_order_of_ids_for_every_kind(tmp_path, rerank):
+    task = toys.make_task(tmp_path, n_train=40)
+    x, y = task.train.tensors
+    task = replace(task, train=TensorDataset(x[:4].repeat(10, 1), y[:4].repeat(10)))
+    gradindex.build(task, tmp_path / "store", shard_rows=7, batch_size=1, factors="float32")
+    retriever = gradindex.load(tmp_path / "store", task)
+    for kind in KINDS:
+        for options in ({}, {"where": {}}, {"ids": np.arange(40)}, {"at_least": -1e9}):
+            hits = retriever.search(range(4), 25, kind=kind, rerank=rerank, **options)
+            for ids, scores in zip(hits.ids, hits.scores, strict=True):
+                keys = np.round(KINDS[kind](scores.astype(np.float64)), 5)
+                assert len(np.unique(keys)) == 3
+                assert all(np.all(np.diff(ids[keys == key]) > 0) for key in np.unique(keys))
+                assert ids[keys == keys.min()].tolist() == (ids[-1] % 4 + 4 * np.arange(5)).tolist()
 
 
 def test_ragged_answers_have_no_padding_where_people_look(factors, tmp_path):

@@ -81,6 +81,17 @@ def test_a_split_equals_autograd_layer_by_layer_and_adds_up(tmp_path, case, coun
     assert split.checkpoints == tuple(f"{n} w_{n}.pt" for n in range(3))
 
 
+@pytest.mark.parametrize("case", MODELS)
+def test_a_group_on_every_route_has_the_weighted_sum_of_its_queries(tmp_path, case, monkeypatch):
+    task = MODELS[case](tmp_path)
+    store = gradindex.build(task, tmp_path / "store", projection=Projection(dim=16), precision="float64")
+    retriever = gradindex.load(tmp_path / "store", task)
+    each = by_layer(task, store.manifest["map"]["layers"], range(4), [5, 0, 11]).mean(0)
+    monkeypatch.setattr(gradindex.gradients.products, "_AT_ONCE", 3)
+    split = retriever.split(range(4), [5, 0, 11], aggregate="mean")
+    np.testing.assert_allclose(split.scores[0], each, atol=1e-9 * np.abs(each).max())
+
+
 @pytest.mark.parametrize(
     ("case", "route"), [("forward mode", "forward mode"), ("double backward", "double backward"),
                         ("gradients", "gradients")],
