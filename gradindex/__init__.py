@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .hits import Hits as Hits
     from .recorder import Recorder as Recorder
     from .retrieval import Retriever as Retriever
-    from .retrieval import exact_scores as exact_scores
     from .retrieval import load as load
+    from .scoring import exact_scores as exact_scores
     from .store import GradientStore as GradientStore
     from .task import Task as Task
     from .task import load_task as load_task
@@ -40,7 +40,7 @@ _HOMES = {
     "Task": "task",
     "add": "growth",
     "build": "building",
-    "exact_scores": "retrieval",
+    "exact_scores": "scoring",
     "find_checkpoints": "checkpoint",
     "load": "retrieval",
     "load_task": "task",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +14,11 @@ from .index import MANIFEST, CompactIndex, SearchIndex
 from .store import GradientStore, runs
 
 INDEX_FOLDER = "index"
+
+# What is gathered, and how many scores are made, at once.
+_GATHERED_BYTES, _SCORES = 64 << 20, 4 << 20
+# Where fewer than this share of the rows are wanted, they are gathered; else all rows stream by.
+_FEW = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,11 @@ class Candidates:
         tuned = self.index.about["effort"]
         return Effort(tuned["probes"], tuned["proposals"] * max(1, -(-k // self.index.about["recall"]["k"])))
 
+    @property
+    def newer(self) -> int:
+        """How many rows came after the index, and are compared in full."""
+        return 0 if self.index is None else runs.count(self._new)
+
     def search(
         self, query: NDArray[np.float32], k: int, effort: Effort | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -110,28 +121,112 @@ class Candidates:
             ArgumentError: ``k`` is out of range, or the query is not finite.
             StoreError: a block of the store is damaged.
         """
-        store, all_rows = self._store, SearchIndex(self._store.dim, self._store.n_train, self._store.blocks)
+        return self.compared(query, k, effort)[:2]
+
+    def compared(
+        self, query: NDArray[np.float32], k: int, effort: Effort | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], int]:
+        """As :meth:`search`, and the most rows that were compared in full for one query."""
+        n = self._store.n_train
         effort = None if self.index is None else effort or self.effort(k)
-        if self.index is None or effort is None or effort.proposals >= store.n_train:
-            return all_rows.search(query, k)
+        if self.index is None or effort is None or effort.proposals >= n:
+            return *self._all_rows(query, k), n
         scores = np.empty((len(query), k), dtype=np.float32)
         ids = np.empty((len(query), k), dtype=np.int64)
         proposed = self.index.search(query, max(k, effort.proposals), probes=effort.probes, removed=self._gone)[1]
-        newer = self._best_of_new(query, k)
+        newer, most = self._best_of_new(query, k)[1], 0
         for number, row in enumerate(query):
             some = np.sort(np.concatenate([proposed[number][proposed[number] >= 0], newer[number]]))
             if len(some) < k:  # few lists, and none of the others was looked into
-                scores[number : number + 1], ids[number : number + 1] = all_rows.search(query[number : number + 1], k)
+                scores[number : number + 1], ids[number : number + 1] = self._all_rows(query[number : number + 1], k)
+                most = n
                 continue
-            products = store.rows(some) @ row
+            products = np.concatenate([rows @ row for rows in self._gathered(some)])
             best = np.lexsort((some, -products))[:k]
             scores[number], ids[number] = products[best], some[best]
+            most = max(most, len(some) + self.newer - newer.shape[1])
+        return scores, ids, most
+
+    def propose(
+        self, query: NDArray[np.float32], k: int, effort: Effort
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The k best rows of each query by the index's own estimates, and rows that it lacks by their inner products.
+
+        Args:
+            query: (n_query, dim) float32 rows, negated for opponents.
+            k: how many, from 1 to the number of rows.
+            effort: as for :meth:`search`; there must be an index.
+
+        Returns:
+            Estimates and ids, (n_query, k), by estimate descending, then id ascending. A query for which the index
+            finds fewer rows is compared with all of them instead.
+        """
+        assert self.index is not None
+        scores, ids = self.index.search(query, k, probes=effort.probes, removed=self._gone)
+        if self.newer:
+            more, new = self._best_of_new(query, k)
+            scores, ids = np.concatenate([scores, more], 1), np.concatenate([ids, new], 1)
+            order = np.lexsort((ids, -scores), axis=1)[:, :k]
+            scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+        few = np.flatnonzero((ids >= 0).sum(1) < k)
+        if len(few):
+            width = ((0, 0), (0, k - ids.shape[1]))
+            scores, ids = np.pad(scores, width), np.pad(ids, width)
+            scores[few], ids[few] = self._all_rows(query[few], k)
         return scores, ids
 
-    def _best_of_new(self, query: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-        """(n_query, at most k) ids among the rows that are not in the index, which are all compared."""
-        count = runs.count(self._new)
+    def _all_rows(self, query: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        store = self._store
+        return SearchIndex(store.dim, store.n_train, store.blocks).search(query, k)
+
+    def _gathered(self, ids: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+        """Rows of ascending ids, some at a time."""
+        for some in pieces(ids, _GATHERED_BYTES // (4 * self._store.dim)):
+            yield self._store.rows(some)
+
+    def _best_of_new(self, query: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The best, (n_query, at most k), of the rows that are not in the index, which are all compared."""
+        count = self.newer
         if not count:
-            return np.empty((len(query), 0), dtype=np.int64)
+            return np.empty((len(query), 0), dtype=np.float32), np.empty((len(query), 0), dtype=np.int64)
         new = SearchIndex(self._store.dim, count, partial(self._store.blocks, self._new))
-        return new.search(query, min(k, count))[1]
+        return new.search(query, min(k, count))
+
+
+def scan(
+    store: GradientStore, query: NDArray[np.float32], only: NDArray[np.int64] | None = None
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Compare rows in full: ids (m,) and inner products (n_query, m), piece by piece.
+
+    Args:
+        store: a complete one.
+        query: (n_query, dim) float32 rows.
+        only: ascending ids that are wanted, by default all. A few are gathered; else all rows stream by.
+    """
+    at_once = max(1, _SCORES // len(query))
+    if only is not None and len(only) < _FEW * store.n_train:
+        for ids in pieces(only, min(at_once, _GATHERED_BYTES // (4 * store.dim))):
+            yield ids, query @ store.rows(ids).T
+        return
+    for ids, rows in store.blocks():
+        if only is not None and len(only) < store.n_train:
+            wanted = contained(only, ids)
+            ids, rows = ids[wanted], rows[wanted]
+        for start in range(0, len(ids), at_once):
+            yield ids[start : start + at_once], query @ rows[start : start + at_once].T
+
+
+def contained(ids: NDArray[np.int64], some: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of ``some`` are among ascending ``ids``, without a look at all of these."""
+    places = np.searchsorted(ids, some)
+    found = np.zeros(len(some), dtype=bool)
+    inside = places < len(ids)
+    found[inside] = ids[places[inside]] == some[inside]
+    return found
+
+
+def pieces(ids: NDArray[np.int64], at_once: int) -> Iterator[NDArray[np.int64]]:
+    """Some ids after others."""
+    step = max(1, at_once)
+    for start in range(0, len(ids), step):
+        yield ids[start : start + step]

@@ -26,7 +26,8 @@ from .files import write_json
 from .hits import SIGN, as_text, make_cards, table
 from .recorder import Recorder
 from .report import Section, line_chart, require, write_page
-from .retrieval import exact_scores, load
+from .retrieval import load
+from .scoring import exact_scores
 from .store import GradientStore
 from .task import Task
 
@@ -137,14 +138,14 @@ def run(out: Path) -> Path:
         retriever = load(out / "store", task)
     queries = list(range(task.n_query))
     with clock("all test digits: the index alone"):
-        answers = {"the index alone": retriever.proponents(queries, k=100, rerank="none")}
+        answers = {"the index alone": retriever.proponents(queries, k=100, rerank="rows")}
     with clock("all test digits: the index, then exact scores"):
         answers["its best 300, settled by exact scores"] = retriever.proponents(queries, k=100, candidates=300)
     with clock("all test digits: exact scores of every pair"):
         truth = exact_scores(task, [task.query[i] for i in queries])  # type: ignore[index]  # it has query data
 
     shown = _worth_showing(task)
-    both = [retriever.proponents(shown, k=8), retriever.opponents(shown, k=8)]
+    both = retriever.both(shown, k=8)
     recalls = [
         {"answer": name} | {f"recall@{k}": float(recall_at_k(truth, hits.ids[:, :k], k).mean()) for k in (10, 100)}
         for name, hits in answers.items()

@@ -70,6 +70,9 @@ class Gradients(Protocol):
     def sided(self, start: Tensor, side: int, weights: Tensor) -> Tensor:
         """sum_z weights_z G_z G_z^T start for side 0, G_z^T G_z start for side 1: of the shape of ``start``."""
 
+    def total(self, weights: Tensor) -> Tensor:
+        """sum_z weights_z G_z: (rows, columns)."""
+
 
 class _Whole:
     """Forms that are small enough to be used at once."""
@@ -105,6 +108,10 @@ class Formed(_Whole):
     def sided(self, start: Tensor, side: int, weights: Tensor) -> Tensor:
         """See :class:`Gradients`."""
         return _sided(self.gradient, start, side, weights)
+
+    def total(self, weights: Tensor) -> Tensor:
+        """See :class:`Gradients`."""
+        return torch.einsum("b,brc->rc", weights, self.gradient)
 
 
 class Factors(_Whole):
@@ -172,6 +179,11 @@ class Factors(_Whole):
         inner = torch.bmm(other.transpose(1, 2), ours @ start) * weights[:, None, None]
         return torch.einsum("bpn,bpk->nk", ours, torch.bmm(other, inner))
 
+    def total(self, weights: Tensor) -> Tensor:
+        """Over examples and positions at once. See :class:`Gradients`."""
+        deltas = self.output_gradients * weights[:, None, None]
+        return deltas.flatten(0, 1).T @ self.activations.flatten(0, 1)
+
 
 class Lookups(_Whole):
     """Per-example gradients of an embedding: column ``indices[z, p]`` of G_z gets ``output_gradients[z, p]``.
@@ -226,6 +238,11 @@ class Lookups(_Whole):
         inner = torch.bmm(deltas.transpose(1, 2), start[self.indices]) * weights
         return torch.zeros_like(start).index_add_(0, self.indices.flatten(), torch.bmm(deltas, inner).flatten(0, 1))
 
+    def total(self, weights: Tensor) -> Tensor:
+        """Into the columns that were looked up. See :class:`Gradients`."""
+        deltas = (self.output_gradients * weights[:, None, None]).flatten(0, 1)
+        return deltas.new_zeros(self.columns, deltas.shape[1]).index_add_(0, self.indices.flatten(), deltas).T
+
 
 class Sum(_Whole):
     """The sum of several forms, such as of an embedding that is also the output layer.
@@ -261,6 +278,10 @@ class Sum(_Whole):
     def sided(self, start: Tensor, side: int, weights: Tensor) -> Tensor:
         """See :class:`Gradients`."""
         return _sided(self.gradient, start, side, weights)
+
+    def total(self, weights: Tensor) -> Tensor:
+        """See :class:`Gradients`."""
+        return torch.stack([term.total(weights) for term in self.terms]).sum(0)
 
 
 def concatenated(parts: Sequence[Gradients]) -> Gradients:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
@@ -26,18 +26,43 @@ _NOTEBOOK_QUERIES, _NOTEBOOK_HITS = 5, 10
 _SHOWN_CHARACTERS = 60
 
 
+# What is shown where there is no hit.
+NOTHING = "no training example qualifies"
+
+
 @dataclass(frozen=True)
-class Hits:
-    """Top-k training examples of each query; prints as a table, in a notebook with pictures.
+class Stage:
+    """One step of a search, and the most training examples that got a score there for one query.
 
     Args:
-        ids: (n_query, k) int64.
-        scores: (n_query, k), signed; positive = proponent.
-        kind: ``"proponents"`` or ``"opponents"``.
-        scored: ``"exact"``, or ``"projected"``: the rows' own estimate.
+        name: ``"index"``: by the index's estimates, of which these are the best; ``"rows"``: by their full rows;
+            ``"stored factors"`` or ``"model"``: by exact scores from there.
+        rows: how many.
+    """
+
+    name: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The best training examples of each query; prints as a table, in a notebook with pictures.
+
+    Queries can have different numbers of hits, where a filter or a threshold leaves fewer than k. ``ids`` and
+    ``scores`` are as wide as the longest answer, w; shorter ones end with ids of -1 and scores of NaN, which appear in
+    no table, record or page. :meth:`of` gives one query's hits without these.
+
+    Args:
+        ids: (n_query, w) int64.
+        scores: (n_query, w), signed; positive = proponent.
+        kind: ``"proponents"``, ``"opponents"`` or ``"absolute"``: by score descending, ascending, or by its size
+            descending; of equal ones the lowest id first.
+        scored: where the scores come from: ``"exact"`` gradients, ``"projected"`` rows, the ``"index-estimated"`` ones,
+            or ``"float16-factor"`` and ``"bfloat16-factor"``.
         measure: what the scores are, ``"TracInCP scores"`` or cosines of the gradients behind them.
         queries: what to call each query.
-        columns: by name (n_query, k), of the training examples.
+        stages: what the answer went through, in order.
+        columns: by name (n_query, w), of the training examples; 0 or empty behind a short answer.
         query_columns: by name (n_query,), of the queries.
         show_train: what a person should see of a training id, where the task says so.
         show_query: the same for the position of a query in this answer.
@@ -51,8 +76,19 @@ class Hits:
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     query_columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     measure: str = "TracInCP scores"
+    stages: tuple[Stage, ...] = ()
     show_train: Callable[[int], Any] | None = field(default=None, repr=False)
     show_query: Callable[[int], Any] | None = field(default=None, repr=False)
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """(n_query,) how many hits each query has."""
+        return np.asarray((self.ids >= 0).sum(1), dtype=np.int64)
+
+    def of(self, query: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """Ids and scores of one query's hits, by its place in :attr:`queries`: as many as there are, no padding."""
+        count = self.counts[query]
+        return self.ids[query, :count], self.scores[query, :count]
 
     def records(self) -> list[dict[str, Any]]:
         """One mapping for each hit: query, kind, rank, id, score and the columns."""
@@ -66,7 +102,7 @@ class Hits:
                 **{name: values[row, rank].item() for name, values in self.columns.items()},
             }
             for row, query in enumerate(self.queries)
-            for rank in range(self.ids.shape[1])
+            for rank in range(self.counts[row])
         ]
 
     def first(self, queries: int, k: int) -> Hits:
@@ -82,8 +118,8 @@ class Hits:
 
     @property
     def note(self) -> str:
-        """One sentence: how the scores were computed and what their sign means."""
-        return f"{self.scored} {self.measure}; {SIGN}"
+        """One line: how the scores were computed, what their sign means, and what the answer went through."""
+        return note([self])
 
     def __str__(self) -> str:
         return as_text([self])
@@ -111,7 +147,20 @@ class Hits:
             StoreError: the file cannot be written.
         """
         section = Section("Queries", cards=make_cards([self, *others]))
-        write_page(Path(path), "Training examples behind the predictions", self.note, [section])
+        write_page(Path(path), "Training examples behind the predictions", note([self, *others]), [section])
+
+
+def note(answers: Sequence[Hits]) -> str:
+    """One line about answers to the same queries: the scores, their sign, and the stages, by kind where they differ."""
+    ways = {f"stages of {answer.kind}": answer.stages for answer in answers}
+    if len(set(ways.values())) == 1:
+        ways = {"stages": answers[0].stages}
+    told = [
+        f"; {name}: {', '.join(f'{stage.name} {stage.rows:,}' for stage in stages)}"
+        for name, stages in ways.items()
+        if stages
+    ]
+    return f"{answers[0].scored} {answers[0].measure}; {SIGN}{''.join(told)}"
 
 
 def as_text(answers: Sequence[Hits]) -> str:
@@ -125,14 +174,19 @@ def as_text(answers: Sequence[Hits]) -> str:
             records = [
                 {"rank": rank + 1, "id": i, "score": float(score)}
                 | {name: values[row, rank].item() for name, values in answer.columns.items()}
-                for rank, (i, score) in enumerate(zip(answer.ids[row].tolist(), answer.scores[row], strict=True))
+                for rank, (i, score) in enumerate(_pairs(answer, row))
             ]
             words = [_in_words(answer.show_train, record["id"]) for record in records]
             if all(words):
                 records = [record | {"shown": text} for record, text in zip(records, words, strict=True)]
             heading = f"{query} ({', '.join(about)})" if about else query
-            blocks.append(f"{heading}: {answer.kind}\n{table(records)}")
-    return "\n\n".join([*blocks, first.note])
+            blocks.append(f"{heading}: {answer.kind}\n{table(records) if records else f'({NOTHING})'}")
+    return "\n\n".join([*blocks, note(answers)])
+
+
+def _pairs(hits: Hits, query: int) -> Iterator[tuple[int, float]]:
+    ids, scores = hits.of(query)
+    return zip(ids.tolist(), scores.tolist(), strict=True)
 
 
 def _in_words(show: Callable[[int], Any] | None, which: int) -> str | None:
@@ -152,8 +206,9 @@ def make_cards(answers: Sequence[Hits]) -> list[Card]:
         rows = {
             answer.kind: [
                 _tile(f"id {i}", {n: v[row, r] for n, v in answer.columns.items()}, float(score), answer.show_train, i)
-                for r, (i, score) in enumerate(zip(answer.ids[row].tolist(), answer.scores[row], strict=True))
+                for r, (i, score) in enumerate(_pairs(answer, row))
             ]
+            or [Tile(None, NOTHING)]
             for answer in answers
         }
         cards.append(Card(query, rows))

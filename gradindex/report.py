@@ -122,6 +122,27 @@ def line_chart(x: Sequence[float], lines: Mapping[str, NDArray[Any]], x_label: s
     return _data_address(buffer.getvalue())
 
 
+def heat_map(values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str]) -> str:
+    """Signed numbers (len(rows), len(columns)) as a picture (a ``data:`` address): green above zero, orange below.
+
+    Raises:
+        DependencyError: matplotlib is missing.
+    """
+    figure_type = _need("matplotlib.figure").Figure
+    colours = _need("matplotlib.colors").LinearSegmentedColormap.from_list("sign", ["#c2410c", "#ffffff", "#0a7d4f"])
+    size = min(40.0, 2.5 + 0.45 * len(columns)), min(40.0, 1.8 + 0.35 * len(rows))
+    figure = figure_type(figsize=(max(5.0, size[0]), size[1]), layout="constrained")
+    axes = figure.subplots()
+    largest = float(np.abs(values).max()) or 1.0  # the colours of all zeros need some scale
+    shown = axes.imshow(values, cmap=colours, vmin=-largest, vmax=largest, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=90)
+    axes.set_yticks(range(len(rows)), rows)
+    figure.colorbar(shown, ax=axes)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return _data_address(buffer.getvalue())
+
+
 def picture(shown: Any) -> str:
     """A picture as a ``data:`` address (PNG).
 

@@ -88,7 +88,7 @@ def fails(): return replace(task, train=Fails())
 INTERRUPTED = "Interrupted. What was finished is kept: run the same command again to go on.\n"
 NOTE = (
     "exact TracInCP scores; positive score = training on this example lowered the loss on the query (proponent); "
-    "negative = raised it (opponent)"
+    "negative = raised it (opponent); stages: rows 12, model 12"
 )
 
 
@@ -155,7 +155,10 @@ def test_query_prints_the_tables_of_the_python_answer(built):
 def test_query_for_programs(built):
     up = gradindex.load("store", gradindex.load_task("mine.py:task")).proponents(4, k=3, source="train")
     options = ["query", "store", "--task", "mine.py:task", "--train-id", 4, "-k", 3, "--kind", "proponents"]
-    assert json.loads(call(*options, "--json").stdout) == {"note": NOTE, "records": up.records()}
+    stages = {"proponents": [{"name": "rows", "rows": 12}, {"name": "model", "rows": 12}]}
+    assert json.loads(call(*options, "--json").stdout) == {
+        "note": NOTE, "scored": "exact", "stages": stages, "records": up.records(),
+    }  # fmt: skip
     result = call(*options, "--csv")
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
     assert [(row["query"], int(row["id"]), float(row["score"]), row["name"]) for row in rows] == [
@@ -189,6 +192,69 @@ def test_self_influence_needs_no_task(built):
     )
     records = json.loads(call("self-influence", "store", "-k", 3, "--json").stdout)["records"]
     assert [record["id"] for record in records] == order.tolist()
+
+
+def test_query_takes_what_python_does(built):
+    retriever = gradindex.load("store", gradindex.load_task("mine.py:task"))
+    (built / "ids.txt").write_text("3\n1\n7\n11\n")
+    np.save("ids.npy", np.array([3, 1, 7, 11]))
+    four = {"ids": [1, 3, 7, 11]}
+    cases = [
+        (["--kind", "absolute", "-k", 4], retriever.search(0, 4, kind="absolute")),
+        (["--kind", "proponents", "--at-least", 0], retriever.proponents(0, at_least=0)),
+        (["--kind", "opponents", "--at-least", 0, "-k", 2], retriever.opponents(0, 2, at_least=0)),
+        (["--kind", "proponents", "--rerank", "rows"], retriever.proponents(0, rerank="rows")),
+        (["--kind", "opponents", "--ids", "ids.txt"], retriever.opponents(0, **four)),
+        (["--kind", "opponents", "--ids", "ids.npy"], retriever.opponents(0, **four)),
+        (
+            ["--kind", "proponents", "--where", "name=n2", "--where", "name=n5"],
+            retriever.proponents(0, where={"name": ["n2", "n5"]}),
+        ),
+        (["-q", 2, "--aggregate", "mean", "--kind", "proponents"], retriever.proponents([0, 2], aggregate="mean")),
+    ]
+    for arguments, hits in cases:
+        shown = json.loads(call("query", "store", "--task", "mine.py:task", "-q", 0, *arguments, "--json").stdout)
+        assert shown["records"] == hits.records() and len(hits.records()) > 1, arguments
+        assert shown["stages"] == {hits.kind: [{"name": s.name, "rows": s.rows} for s in hits.stages]}
+        assert (shown["scored"], shown["note"]) == (hits.scored, hits.note)
+    assert [record["query"] for record in shown["records"]] == ["mean of 2 queries"] * 10
+
+
+def test_query_without_hits_says_so_in_every_form(built):
+    options = ["query", "store", "--task", "mine.py:task", "-q", 0, "--where", "name=n99"]
+    text = call(*options, "--html", "page.html").stdout
+    assert text.count("(no training example qualifies)") == 2
+    assert (built / "page.html").read_text().count("no training example qualifies") == 2
+    assert json.loads(call(*options, "--json").stdout)["records"] == []
+    assert call(*options, "--csv").stdout.splitlines() == ["query,kind,rank,id,score,name"]
+
+
+def test_explain_shows_checkpoints_and_layers(built):
+    split = gradindex.load("store", gradindex.load_task("mine.py:task")).split([0], [5, 7])
+    options = ["explain", "store", "--task", "mine.py:task", "--position", 0, "--id", 5, "--id", 7]
+    result = call(*options, "--html", "page.html")
+    assert (result.stdout, result.stderr) == (f"{split}\n", "page.html\n")
+    assert (built / "page.html").read_text().count("data:image/png") == 2
+    assert json.loads(call(*options, "--json").stdout) == {
+        "note": split.note, "scored": "exact", "records": split.records(),
+    }  # fmt: skip
+    rows = list(csv.DictReader(io.StringIO(call(*options, "--csv").stdout)))
+    assert [(row["layer"], float(row["score"])) for row in rows] == [(r["layer"], r["score"]) for r in split.records()]
+
+
+def test_self_influence_of_all_or_of_some(built):
+    store = gradindex.GradientStore("store")
+    scores = store.self_influence().sum(1)
+    rows = list(csv.DictReader(io.StringIO(call("self-influence", "store", "-k", "all", "--csv").stdout)))
+    assert [int(row["id"]) for row in rows] == (-scores).argsort().tolist()
+    assert [float(row["self_influence"]) for row in rows] == sorted(scores.tolist(), reverse=True)
+    assert [row["name"] for row in rows] == [f"n{row['id']}" for row in rows]
+    some = ["self-influence", "store", "-k", "all", "--where", "name=n4", "--where", "name=n9"]
+    found = json.loads(call(*some, "--json").stdout)["records"]
+    assert [(r["rank"], r["id"]) for r in found] == [
+        (n + 1, i) for n, i in enumerate(sorted([4, 9], key=lambda i: -scores[i]))
+    ]
+    assert "(no training example qualifies)" in call("self-influence", "store", "--where", "name=x").stdout
 
 
 def test_info_says_what_a_store_holds(built):
@@ -265,6 +331,11 @@ BAD_BUILDS = {
     "bad file": (["query", "store", "--task", "mine.py:task", "--file", "mine.py"], "Reading queries from mine.py"),
     "wrong task": (["query", "store", "--task", "mine.py:first_layer", "-q", "0"], "not match store: layers differ"),
     "no store": (["query", "gone", "--task", "mine.py:task", "-q", "0"], "gone is not a gradindex store"),
+    "no column": (["query", "store", "--task", "mine.py:task", "-q", "0", "--where", "x=1"], "no column 'x'"),
+    "no value": (["self-influence", "store", "--where", "age=1"], "no column 'age'. It has: name"),
+    "no ids": (["query", "store", "--task", "mine.py:task", "-q", "0", "--ids", "mine.py"], "mine.py holds no ids"),
+    "gone ids": (["query", "store", "--task", "mine.py:task", "-q", "0", "--ids", "i.npy"], "i.npy does not exist"),
+    "explain": (["explain", "store", "--task", "mine.py:task", "-q", "0", "--id", "12"], "no training id 12"),
     "info of nothing": (["info", "gone"], "gone is not a gradindex store"),
     "verify of nothing": (["verify", "."], ". is not a gradindex store"),
     "part": (["build", "mine.py:task", "--out", "new", "--part", "3/2"], "part is 3/2, but must be from 1/2 to 2/2"),
@@ -304,6 +375,10 @@ USAGE = [
     ["build", "mine.py:task"],
     ["build", "mine.py:task", "--out", "new", "--projection", "gauss"],
     ["rebuild"],
+    ["query", "store", "--task", "mine.py:task", "-q", "0", "--where", "name"],
+    ["query", "store", "--task", "mine.py:task", "-q", "0", "--at-least", "much"],
+    ["explain", "store", "--task", "mine.py:task", "-q", "0"],
+    ["self-influence", "store", "-k", "some"],
     ["build", "mine.py:task", "--out", "new", "--part", "3"],
     ["build", "mine.py:task", "--out", "new", "--part", "1/2", "--repair"],
     ["build", "mine.py:task", "--out", "store", "--dim", "8", "--repair"],

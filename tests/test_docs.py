@@ -59,9 +59,9 @@ def test_readme_takes_a_new_user_from_training_to_answers(tmp_path):
             commands += shell_lines(text)
     (tmp_path / "session.py").write_text(script)
     printed = run("python session.py", tmp_path)
-    assert re.findall(r"^query (\d): proponents$", printed, re.MULTILINE) == ["0", "1", "2"]
+    assert re.findall(r"^query (\d) \(label \d\): proponents$", printed, re.MULTILINE) == ["0", "1", "2"]
     assert "positive score = training on this example lowered the loss" in printed
-    assert len(commands) == 17
+    assert len(commands) == 22
     for command in commands:
         assert run(command, tmp_path)
 

@@ -73,3 +73,13 @@ def test_moments_must_have_been_recorded(tmp_path):
 def test_only_adam_is_known(tmp_path):
     with pytest.raises(TaskError, match="preconditioner is 'sgd', but must be 'adam' or None"):
         toys.make_task(tmp_path, preconditioner="sgd")
+
+
+def test_shares_of_layers_and_groups_have_the_preconditioner_as_well(task, tmp_path):
+    gradindex.build(task, tmp_path / "store", precision="float64")
+    retriever = gradindex.load(tmp_path / "store", task)
+    exact = retriever.exact_scores(range(4))
+    close = {"atol": 1e-9 * np.abs(exact).max()}
+    np.testing.assert_allclose(retriever.split(range(4), np.arange(12)).scores.sum((2, 3)), exact, **close)
+    group = retriever.exact_scores(retriever.ask(range(4), aggregate="sum"))
+    np.testing.assert_allclose(group, exact.sum(0, keepdims=True), **close)

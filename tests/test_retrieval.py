@@ -9,7 +9,7 @@ import toys
 from torch import nn
 
 import gradindex
-from gradindex import retrieval
+from gradindex import scoring, stages
 from gradindex.errors import ArgumentError, MismatchError, StoreError, TaskError
 from gradindex.projection import Projection
 
@@ -66,7 +66,7 @@ def test_stored_factors_give_exact_scores_without_a_pass_over_training_examples(
     gradindex.build(task, tmp_path / "store", projection=Projection(dim=8), factors=kept)
     retriever = gradindex.load(tmp_path / "store", task)
     truth = gradindex.exact_scores(task, list(task.query))
-    monkeypatch.setattr(retrieval, "_exact", lambda *_: pytest.fail("training examples were run through the model"))
+    monkeypatch.setattr(stages, "through_model", lambda *_: pytest.fail("training examples were run through the model"))
     for kind, sign in (("proponents", 1), ("opponents", -1)):
         hits = getattr(retriever, kind)(range(4), k=12)
         assert (hits.scored, hits.note.split(" TracInCP")[0]) == (label, label)
@@ -98,7 +98,7 @@ def test_factors_of_rough_gradients_are_labelled(tmp_path):
 def test_queries_in_turns_give_the_same_scores(built, monkeypatch):
     task, _ = built
     whole = gradindex.exact_scores(task, list(task.query))
-    monkeypatch.setattr(retrieval, "_QUERY_BYTES", 1)
+    monkeypatch.setattr(scoring, "_QUERY_BYTES", 1)
     np.testing.assert_allclose(gradindex.exact_scores(task, list(task.query)), whole, rtol=1e-5)
 
 

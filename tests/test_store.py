@@ -291,3 +291,21 @@ def test_workers_read_the_same_examples(task, built, tmp_path):
 def test_impossible_sizes_are_refused(task, tmp_path, options):
     with pytest.raises(ArgumentError, match="must be at least"):
         gradindex.build(task, tmp_path / "store", **options)
+
+
+def test_self_influence_ranks_by_sum_then_by_id(tmp_path, monkeypatch):
+    task = toys.make_task(tmp_path, n_train=40)
+    x, y = task.train.tensors
+    task = replace(task, train=TensorDataset(x[:8].repeat(5, 1), y[:8].repeat(5)))  # five of each sum
+    store = gradindex.build(task, tmp_path / "store", shard_rows=7, batch_size=40)
+    sums = store.self_influence().sum(1)
+    order = np.lexsort((np.arange(40), -sums))
+    for k in (1, 3, 7, 20, 40):
+        ids, top = store.top_self_influence(k)
+        np.testing.assert_array_equal(ids, order[:k])
+        np.testing.assert_array_equal(top, sums[order[:k]])
+    only = np.array([1, 2, 3, 18, 31, 39])
+    expected = [i for i in order if i in only]
+    assert store.top_self_influence(4, only)[0].tolist() == expected[:4]
+    assert store.top_self_influence(30, only)[0].tolist() == expected
+    assert store.top_self_influence(5, only[:0])[0].tolist() == []

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from .ask import query, self_influence
+from .ask import explain, query, self_influence
 from .fill import add, add_checkpoint, build, demo
 from .keep import compact, export, info, merge, remove, seal, verify
 from .main import main
 from .search import evaluate, index
 
 for command in (
-    demo, build, add, add_checkpoint, query, self_influence, index, evaluate, info, verify, remove, compact, merge,
-    seal, export,
+    demo, build, add, add_checkpoint, query, explain, self_influence, index, evaluate, info, verify, remove, compact,
+    merge, seal, export,
 ):  # fmt: skip
     main.add_command(command)
 

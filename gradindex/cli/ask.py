@@ -1,50 +1,101 @@
-"""Commands that answer: query, self-influence."""
+"""Commands that answer: query, explain, self-influence."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .main import CSV, DEVICE, FOLDER, JSON, PATH, show
+from .main import AGGREGATE, CSV, DEVICE, FILE, FOLDER, JSON, PATH, POSITION, TASK, TRAIN_ID, WHERE, show
+
+if TYPE_CHECKING:
+    from ..asking import Queries
+    from ..retrieval import Retriever
+
+# Records whose columns are looked up together.
+_AT_ONCE = 10_000
 
 
 @click.command()
 @FOLDER
-@click.option("--task", required=True, help="The task that the store was built from, as for build.")
-@click.option("-q", "--position", multiple=True, type=int, help="Position in the task's query data; repeatable.")
-@click.option("--train-id", multiple=True, type=int, help="Training id as the query; repeatable.")
-@click.option("--file", "path", type=PATH, help="A file that the task's read_query reads.")
-@click.option("-k", default=10, show_default=True, help="Hits for each query.")
-@click.option("--kind", type=click.Choice(["both", "proponents", "opponents"]), default="both", show_default=True)
+@TASK
+@POSITION
+@TRAIN_ID
+@FILE
+@click.option("-k", type=int, help="Hits for each query, at most; by default 10, or with --at-least all.")
+@click.option(
+    "--kind",
+    type=click.Choice(["both", "proponents", "opponents", "absolute"]),
+    default="both",
+    show_default=True,
+    help="The highest scores, the lowest, or the largest sizes.",
+)
+@click.option(
+    "--at-least", type=float, metavar="X", help="Only scores from X on; for opponents below -X; for absolute, sizes."
+)
 @click.option(
     "--rerank",
-    type=click.Choice(["exact", "none"]),
+    type=click.Choice(["exact", "rows", "none"]),
     default="exact",
     show_default=True,
-    help="Settle the order by exact scores, or show the rows' estimates.",
+    help="The last stage: exact scores, the rows' inner products, or the index's own estimates.",
 )
 @click.option(
     "--candidates",
     type=int,
     help="Candidates to settle by exact scores, by default 10 k, or what the index was tuned to.",
 )
+@WHERE
+@click.option("--differs", metavar="COLUMN", help="Only training examples whose value is not the query's own.")
+@click.option("--ids", "ids_file", type=PATH, metavar="FILE", help="Only these training ids: one a line, or .npy.")
+@AGGREGATE
 @DEVICE
 @click.option("--html", type=PATH, help="Also write a page with pictures here (extra \"demo\").")  # fmt: skip
 @JSON
 @CSV
 def query(
-    folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None,
-    kind: str, device: str | None, html: Path | None, as_json: bool, as_csv: bool, **options: Any,
+    folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None, kind: str,
+    where: list[tuple[str, str]], ids_file: Path | None, aggregate: Any, device: str | None, html: Path | None,
+    as_json: bool, as_csv: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Show the top training examples behind queries: proponents, opponents or both.
+    """Show the top training examples behind queries: proponents, opponents, both or the largest scores.
 
     Example: gradindex query /tmp/mnist --task scripts/tasks/mnist.py:task --position 0 -k 5
     """
+    retriever, asked = _ask(folder, task, position, train_id, path, aggregate, device)
+    from ..filters import parse_where, read_ids
+    from ..hits import as_text, note
+
+    options |= {"where": parse_where(retriever.store, where), "ids": None if ids_file is None else read_ids(ids_file)}
+    if kind == "both":
+        answers = list(retriever.both(asked, **options))
+    else:
+        answers = [retriever.search(asked, kind=kind, **options)]  # type: ignore[arg-type]  # click chose it
+    if html:
+        answers[0].save_html(html, *answers[1:])
+        click.echo(html, err=True)
+    show(
+        [record for hits in answers for record in hits.records()],
+        lambda: as_text(answers),
+        note(answers),
+        as_json,
+        as_csv,
+        ["query", "kind", "rank", "id", "score", *answers[0].columns],
+        scored=answers[0].scored,
+        stages={hits.kind: [asdict(stage) for stage in hits.stages] for hits in answers},
+    )
+
+
+def _ask(
+    folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None, aggregate: Any,
+    device: str | None,
+) -> tuple[Retriever, Queries]:  # fmt: skip
+    """Open a store and prepare the queries that the options name."""
     if bool(position) + bool(train_id) + bool(path) != 1:
         raise click.UsageError("Give exactly one of --position, --train-id and --file.")
-    from ..hits import as_text
     from ..retrieval import load
     from ..task import load_task
 
@@ -57,41 +108,86 @@ def query(
             f"To add them: gradindex add {folder} --task {task}",
             err=True,
         )
-    answers = [
-        retriever.search(queries, opponents=name == "opponents", source="train" if train_id else "query", **options)
-        for name in ("proponents", "opponents")
-        if kind in (name, "both")
-    ]
+    return retriever, retriever.ask(queries, "train" if train_id else "query", aggregate)
+
+
+@click.command()
+@FOLDER
+@TASK
+@POSITION
+@TRAIN_ID
+@FILE
+@click.option("--id", "ids", multiple=True, type=int, required=True, help="Training example to explain; repeatable.")
+@AGGREGATE
+@DEVICE
+@click.option("--html", type=PATH, help="Also write a page with heat maps here (extra \"demo\").")  # fmt: skip
+@JSON
+@CSV
+def explain(
+    folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None,
+    ids: tuple[int, ...], aggregate: Any, device: str | None, html: Path | None, as_json: bool, as_csv: bool,
+) -> None:  # fmt: skip
+    """Show where the scores of training examples come from: which checkpoints, which layers.
+
+    Example: gradindex explain /tmp/mnist --task scripts/tasks/mnist.py:task --position 0 --id 5 --id 7
+    """
+    retriever, asked = _ask(folder, task, position, train_id, path, aggregate, device)
+    split = retriever.split(asked, list(ids))
     if html:
-        answers[0].save_html(html, *answers[1:])
+        split.save_html(html)
         click.echo(html, err=True)
-    records = [record for hits in answers for record in hits.records()]
-    show(records, as_text(answers), answers[0].note, as_json, as_csv)
+    names = ["query", "id", "checkpoint", "layer", "score"]
+    show(split.records(), lambda: str(split), split.note, as_json, as_csv, names, scored=split.scored)
+
+
+def _count(_: click.Context, __: click.Parameter, value: str | None) -> int | str | None:
+    if value in (None, "all"):
+        return value
+    try:
+        return int(str(value))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a whole number nor all.") from None
 
 
 @click.command("self-influence")
 @FOLDER
-@click.option("-k", type=int, help="How many; by default 20, or all if there are fewer.")
+@click.option("-k", callback=_count, metavar="K", help="How many, or all; by default 20, or all if there are fewer.")
+@WHERE
 @JSON
 @CSV
-def self_influence(folder: Path, k: int | None, as_json: bool, as_csv: bool) -> None:
+def self_influence(
+    folder: Path, k: int | str | None, where: list[tuple[str, str]], as_json: bool, as_csv: bool
+) -> None:
     """Show the training examples with the highest self-influence: mislabelled, rare or ambiguous.
+
+    With -k all, CSV and JSON are written as they are made.
 
     Example: gradindex self-influence /tmp/mnist -k 20
     """
-    from ..hits import table
+    from ..filters import matching, parse_where
+    from ..hits import NOTHING, table
     from ..store import GradientStore
 
     store = GradientStore(folder)
-    ids, scores = store.top_self_influence(min(20, store.n_train) if k is None else k)
-    columns = {name: store.column(name, ids) for name in store.columns}
-    records = [
-        {"rank": rank + 1, "id": int(i), "self_influence": float(scores[rank])}
-        | {name: values[rank].item() for name, values in columns.items()}
-        for rank, i in enumerate(ids)
-    ]
+    only = matching(store, parse_where(store, where)) if where else None
+    count = min(20, store.n_train) if k is None else store.n_train if k == "all" else int(k)
+    ids, scores = store.top_self_influence(count, only)
+
+    def records() -> Iterator[dict[str, Any]]:
+        for start in range(0, len(ids), _AT_ONCE):
+            some = ids[start : start + _AT_ONCE]
+            columns = {name: store.column(name, some).tolist() for name in store.columns}
+            for place, i in enumerate(some.tolist()):
+                yield {"rank": start + place + 1, "id": i, "self_influence": float(scores[start + place])} | {
+                    name: values[place] for name, values in columns.items()
+                }
+
     precision = store.manifest["map"]["precision"]
     rough = f" ({precision})" if precision in ("bfloat16", "float16") else ""
     note = f"{store.manifest['self_influence']}{rough} TracInCP of an example with itself, never negative; "
     note += "high for mislabelled, rare and ambiguous examples"
-    show(records, f"{table(records)}\n{note}", note, as_json, as_csv)
+
+    def text() -> str:
+        return f"{table(list(records())) if len(ids) else f'({NOTHING})'}\n{note}"
+
+    show(records(), text, note, as_json, as_csv, ["rank", "id", "self_influence", *store.columns])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ CHANNELS = click.option(
     "--channels-last/--channels-first",
     default=None,
     help="How pictures are laid out in memory; by default with the channels last where the model runs so.",
+)
+TASK = click.option("--task", required=True, help="The task that the store was built from, as for build.")
+POSITION = click.option("-q", "--position", multiple=True, type=int, help="Position in the task's queries; repeatable.")
+TRAIN_ID = click.option("--train-id", multiple=True, type=int, help="Training id as the query; repeatable.")
+FILE = click.option("--file", "path", type=PATH, help="A file that the task's read_query reads.")
+AGGREGATE = click.option(
+    "--aggregate",
+    type=click.Choice(["sum", "mean"]),
+    help="Make one question of all queries: what helps them together.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 CSV = click.option("--csv", "as_csv", is_flag=True, help="CSV instead of a table.")
@@ -54,16 +63,55 @@ def main(traceback: bool) -> None:
     """Which training examples made my model do this? Answered by TracIn, as a search engine."""
 
 
-def show(records: Sequence[dict[str, Any]], text: str, note: str, as_json: bool, as_csv: bool) -> None:
-    """Print records as the user wants them."""
+def condition(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str]]:
+    """``column=value`` as pairs."""
+    for value in values:
+        if not value.partition("=")[0] or "=" not in value:
+            raise click.BadParameter(f"{value!r} is not of the form column=value.")
+    return [(name, text) for name, _, text in (value.partition("=") for value in values)]
+
+
+WHERE = click.option(
+    "--where",
+    multiple=True,
+    callback=condition,
+    metavar="COLUMN=VALUE",
+    help="Only training examples with this value; repeatable: a column given twice may have either value.",
+)
+
+
+def show(
+    records: Iterable[dict[str, Any]],
+    text: Callable[[], str],
+    note: str,
+    as_json: bool,
+    as_csv: bool,
+    names: Sequence[str],
+    **more: Any,
+) -> None:
+    """Print records as the user wants them, one after another.
+
+    Args:
+        records: of the same keys, ``names``; JSON and CSV are written as they come.
+        text: makes the table.
+        note: what the numbers mean; on standard error where CSV goes to standard output.
+        as_json: one JSON object.
+        as_csv: CSV.
+        names: the keys, in order.
+        more: what else the JSON object holds.
+    """
     if as_json and as_csv:
         raise click.UsageError("Give --json or --csv, not both.")
     if as_json:
-        click.echo(json.dumps({"note": note, "records": records}))
+        begin = json.dumps({"note": note, **more})[:-1]
+        click.echo(f'{begin}, "records": [', nl=False)
+        for number, record in enumerate(records):
+            click.echo(f"{', ' if number else ''}{json.dumps(record)}", nl=False)
+        click.echo("]}")
     elif as_csv:
-        writer = csv.DictWriter(sys.stdout, list(records[0]) if records else [])
+        writer = csv.DictWriter(sys.stdout, names)
         writer.writeheader()
         writer.writerows(records)
         click.echo(note, err=True)
     else:
-        click.echo(text)
+        click.echo(text())

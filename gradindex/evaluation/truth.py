@@ -159,8 +159,9 @@ def real(retriever: Retriever, n_query: int, k: int, seed: int = 0) -> Truth:
     if n == 0:
         raise ArgumentError("The task has no query data. Give Task(query=...), or leave the task out.")
     queries = [int(q) for q in np.random.default_rng(seed).choice(n, min(n_query, n), replace=False)]
-    rows = retriever.query_rows(queries)
-    scored = [(retriever.store.ids, retriever.exact_scores(queries).astype(np.float32))]
+    asked = retriever.ask(queries)
+    scored = [(retriever.store.ids, retriever.exact_scores(asked).astype(np.float32))]
+    rows = asked.rows
     return truth_from(rows, scored, np.full(len(rows), -1), k, "against exact scores, the task's queries", seed)
 
 

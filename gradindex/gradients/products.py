@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,8 +41,11 @@ class Products:
         engine: entered, its routes checked.
         items: the queries, uncollated; their gradients stay in memory at all checkpoints.
         role: ``"train"`` or ``"query"``, which chooses their loss.
+        weights: (len(items),) of queries that are one question: their weighted sum, whose gradient
+            alone stays in memory. By default each query is one of its own.
 
     Attributes:
+        count: n_query, the number of questions.
         route: how layers on general routes are compared: ``"forward mode"``,
             ``"double backward"`` or ``"gradients"``; the first two in full precision, whatever
             the engine's.
@@ -51,32 +54,59 @@ class Products:
         OutOfMemoryError: one query alone does not fit.
     """
 
-    def __init__(self, engine: Engine, items: list[Any], role: str) -> None:
-        self._engine, self._count = engine, len(items)
-        names = [f"Query {i} of {len(items)}" for i in range(len(items))]
+    def __init__(self, engine: Engine, items: Sequence[Any], role: str, weights: Sequence[float] | None = None) -> None:
+        self._engine, self.count = engine, len(items) if weights is None else 1
         # Parts of the queries: which ones, and by checkpoint and layer their gradients.
         self._parts: list[tuple[slice, list[dict[int, Gradients]]]] = []
+        total: list[dict[int, Gradients]] = [{} for _ in range(engine.n_checkpoints)]
         for start in range(0, len(items), _AT_ONCE):
-            some = slice(start, start + _AT_ONCE)
-            action = partial(self._gradients_of, role)
-            for count, found in in_halves(action, items[some], names[some], lambda: engine.at):
-                self._parts.append((slice(start, start + count), found))
+            numbers = range(start, min(start + _AT_ONCE, len(items)))
+            names = [f"Query {i} of {len(items)}" for i in numbers]
+            some = [(items[i], 1.0 if weights is None else float(weights[i])) for i in numbers]
+            action = partial(self._gradients_of if weights is None else self._sum_of, role)
+            for count, found in in_halves(action, some, names, lambda: engine.at):
+                if weights is None:
+                    self._parts.append((slice(start, start + count), found))
+                else:
+                    _add_up(total, found)
                 start += count
+        if weights is not None:
+            self._parts.append((slice(0, 1), total))
         general = [layer.route for layer in engine.layers if not layer.hooked]
-        few = general and len(items) <= max(_FEW[route] for route in general)
+        few = general and self.count <= max(_FEW[route] for route in general)
         self.route = self._pick_route() if few else "gradients"
 
-    def _gradients_of(self, role: str, items: list[Any]) -> list[tuple[int, list[dict[int, Gradients]]]]:
+    def _gradients_of(
+        self, role: str, weighted: list[tuple[Any, float]]
+    ) -> list[tuple[int, list[dict[int, Gradients]]]]:
+        """Each query's gradients."""
+        return [(len(weighted), self._run(role, [item for item, _ in weighted], _keep))]
+
+    def _sum_of(self, role: str, weighted: list[tuple[Any, float]]) -> list[tuple[int, list[dict[int, Gradients]]]]:
+        """The weighted sum of the queries' gradients, as that of one query."""
+        engine = self._engine
+        weights = torch.tensor([weight for _, weight in weighted], dtype=engine.dtype, device=engine.device)
+
+        def add(found: dict[int, Gradients], number: int, gradients: Gradients) -> None:
+            shares = [some.total(weights[part]) for part, some in gradients.parts()]
+            found[number] = Formed(torch.stack(shares).sum(0, keepdim=True))
+
+        return [(len(weighted), self._run(role, [item for item, _ in weighted], add))]
+
+    def _run(
+        self, role: str, items: list[Any], keep: Callable[[dict[int, Gradients], int, Gradients], None]
+    ) -> list[dict[int, Gradients]]:
+        """What is kept of the queries, by checkpoint and layer."""
         checkpoints = []
         for checkpoint in range(self._engine.n_checkpoints):
             for loss_scale in self._engine.loss_scales:
                 found: dict[int, Gradients] = {}
-                self._engine.run(checkpoint, items, partial(_keep, found), role, loss_scale=loss_scale)
+                self._engine.run(checkpoint, items, partial(keep, found), role, loss_scale=loss_scale)
                 if loss_scale == 1 or all(bool(g.squared_norms().isfinite().all()) for g in found.values()):
                     break
             # The preconditioner goes to this side again, so that the other side needs no forming.
             checkpoints.append({n: self._weighted(checkpoint, n, gradients) for n, gradients in found.items()})
-        return [(len(items), checkpoints)]
+        return checkpoints
 
     def _weighted(self, checkpoint: int, number: int, gradients: Gradients) -> Gradients:
         if self._engine.task.preconditioner is None:
@@ -85,17 +115,38 @@ class Products:
 
     def of(self, items: list[Any]) -> list[Tensor]:
         """[(n_query, len(items))] for training examples: a list, to be joined with others along the last axis."""
-        scores = torch.zeros(self._count, len(items), dtype=self._engine.dtype, device=self._engine.device)
+        return [torch.stack([shares.sum(0) for shares in self._by_checkpoint(items, split=False)]).sum(0)]
+
+    def split(self, items: list[Any]) -> list[Tensor]:
+        """The same by checkpoint and layer, float64: [(len(items), n_query, C, L)], to be joined along the first axis.
+
+        The sum over both is what :meth:`of` gives, up to rounding. Layers that are compared by directions take a
+        pass for each query and layer, with the directions of all other layers zero.
+        """
+        shares = torch.stack([found.double() for found in self._by_checkpoint(items, split=True)])
+        return [shares.permute(3, 2, 0, 1)]
+
+    def _by_checkpoint(self, items: list[Any], split: bool) -> Iterator[Tensor]:
+        """For each checkpoint (L, n_query, len(items)), or (1, n_query, len(items)) of all layers together."""
         for checkpoint in range(self._engine.n_checkpoints):
             for loss_scale in self._engine.loss_scales:
-                found = self._at_checkpoint(checkpoint, items, loss_scale)
+                found = self._at_checkpoint(checkpoint, items, loss_scale, split)
                 if bool(found.isfinite().all()):
                     break
-            scores += found
             if self.route != "gradients":
-                for number, row in enumerate(self._along(checkpoint, items)):
-                    scores[number] += row
-        return [scores]
+                general = [number for number, layer in enumerate(self._engine.layers) if not layer.hooked]
+                for together in [[number] for number in general] if split else [general]:
+                    for query, row in enumerate(self._along(checkpoint, items, together)):
+                        found[together[0] if split else 0, query] += row
+            yield found
+
+    def finite(self, query: int) -> bool:
+        """Whether the gradient of a query is, and not a training example's is to blame for a score that is not."""
+        for rows, checkpoints in self._parts:
+            if rows.start <= query < rows.stop:
+                squares = [g.squared_norms()[query - rows.start] for layers in checkpoints for g in layers.values()]
+                return all(bool(square.isfinite()) for square in squares)
+        return True
 
     def pick_batch_size(self, n: int) -> int:
         """How many of ``n`` training examples :meth:`of` can take at once in the memory that may be used unasked."""
@@ -110,28 +161,31 @@ class Products:
 
         return batch_size_for(action, items, available_bytes(engine.device), engine.device)
 
-    def _at_checkpoint(self, checkpoint: int, items: list[Any], loss_scale: float) -> Tensor:
-        """The share of the layers whose gradients are compared: (n_query, len(items))."""
-        scores = torch.zeros(self._count, len(items), dtype=self._engine.dtype, device=self._engine.device)
+    def _at_checkpoint(self, checkpoint: int, items: list[Any], loss_scale: float, split: bool) -> Tensor:
+        """The shares of the layers whose gradients are compared: as :meth:`_by_checkpoint`."""
+        engine = self._engine
+        shape = (len(engine.layers) if split else 1, self.count, len(items))
+        scores = torch.zeros(shape, dtype=engine.dtype, device=engine.device)
 
         def consume(number: int, gradients: Gradients) -> None:
             for part, some in gradients.parts():
                 for rows, queries in self._parts:
                     if number in queries[checkpoint]:
-                        scores[rows, part] += some.products(queries[checkpoint][number]).T
+                        products = some.products(queries[checkpoint][number]).T
+                        scores[number if split else 0, rows, part] += products
 
         general = self.route == "gradients"
-        self._engine.run(checkpoint, items, consume, general=general, weighted=False, loss_scale=loss_scale)
+        engine.run(checkpoint, items, consume, general=general, weighted=False, loss_scale=loss_scale)
         return scores
 
-    def _along(self, checkpoint: int, items: list[Any]) -> Iterator[Tensor]:
-        """The general layers' share, query by query."""
+    def _along(self, checkpoint: int, items: list[Any], numbers: Sequence[int]) -> Iterator[Tensor]:
+        """The share of some of the general layers, query by query."""
         engine, state = self._engine, self._engine.states[checkpoint]
         batch, wrapper = (
             engine.cast(engine.task.collate(items)),
             LossModule(engine.model, engine.task.loss_for("train")),
         )
-        general = {number: layer.parameters[0] for number, layer in enumerate(engine.layers) if not layer.hooked}
+        general = {number: engine.layers[number].parameters[0] for number in numbers}
         engine.hooks.at = f"the {self.route} of {', '.join(general.values())}"
         for rows, queries in self._parts:
             for query in range(rows.stop - rows.start):
@@ -204,6 +258,12 @@ def _plain_kernels() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _add_up(total: list[dict[int, Gradients]], found: list[dict[int, Gradients]]) -> None:
+    for sums, layers in zip(total, found, strict=True):
+        for number, share in layers.items():
+            sums[number] = Formed(sums[number].gradient + share.gradient) if number in sums else share
 
 
 def _keep(found: dict[int, Gradients], number: int, gradients: Gradients) -> None:

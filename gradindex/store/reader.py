@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import heapq
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -197,21 +196,43 @@ class GradientStore:
                 found[checkpoint, layer] = (sides[0], sides[1])
         return found
 
-    def top_self_influence(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """The k ids with the highest self-influence and its sums over checkpoints, highest first; shards stream.
+    def top_self_influence(
+        self, k: int, only: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The ids with the highest self-influence and its sums over checkpoints, highest first; shards stream.
+
+        Args:
+            k: how many, from 1 to n_train.
+            only: ascending ids that count, by default all; where these are fewer than k, all of them are returned.
+
+        Returns:
+            Ids (m,) and sums (m,) float64, by sum descending, then id ascending. No more than 2 k ids and
+            sums, and a shard's, are in memory.
 
         Raises:
             ArgumentError: ``k`` is out of range.
         """
         check_k(k, self.n_train)
-        best: list[tuple[float, int]] = []
+        best, largest = [np.empty(0, dtype=np.int64)], [np.empty(0)]
+
+        def cut() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+            ids, sums = np.concatenate(best), np.concatenate(largest)
+            order = np.lexsort((ids, -sums))[:k]
+            return ids[order], sums[order]
+
         for number in range(len(self._entries)):
             ids, kept = self._live(number)
             sums = np.asarray(self._shards[number].arrays.view("self_influence")).sum(1)[kept]
-            chosen = np.lexsort((ids, -sums))[:k]
-            pairs = zip(sums[chosen].tolist(), (-ids[chosen]).tolist(), strict=True)
-            best = heapq.nlargest(k, [*best, *pairs])
-        return np.array([-i for _, i in best], dtype=np.int64), np.array([score for score, _ in best])
+            if only is not None and len(ids):
+                start, stop = np.searchsorted(only, [ids[0], ids[-1] + 1])
+                wanted = np.isin(ids, only[start:stop], assume_unique=True)
+                ids, sums = ids[wanted], sums[wanted]
+            best.append(ids)
+            largest.append(sums)
+            if sum(map(len, best)) > 2 * k:
+                ids, sums = cut()
+                best, largest = [ids], [sums]
+        return cut()
 
     def bases(self) -> Bases | None:
         """What a fitted projection was fitted to; ``None`` for other projections.

@@ -34,7 +34,7 @@ def main() -> None:
         by_norm = np.tile(np.argsort(-self_influence)[:1000], (len(queries), 1))
         for kind, signed in (("proponents", truth), ("opponents", -truth)):
             ask = getattr(retriever, kind)
-            proposed = ask(queries, k=1000, rerank="none").ids
+            proposed = ask(queries, k=1000, rerank="rows").ids
             settled = ask(queries, k=100, candidates=1000)
             exact = np.take_along_axis(truth, settled.ids, 1)
             name = f"{kind}: true top-100 among the best 1,000"

@@ -92,7 +92,7 @@ def jobs(bench: Bench, folder: Path, n: int) -> None:
     steps: dict[str, str] = {
         "build": "gradindex.build(task, folder, projection=Projection('none'), row_type='float16', batch_size=256)",
         "verify": "assert gradindex.GradientStore(folder).verify() == []",
-        "search 10 queries": "gradindex.load(folder, task).proponents(range(10), k=100, rerank='none')",
+        "search 10 queries": "gradindex.load(folder, task).proponents(range(10), k=100, rerank='rows')",
         "self-influence ranking": "gradindex.GradientStore(folder).top_self_influence(1000)",
         "remove 1%": f"gradindex.store.remove(folder, np.random.default_rng(0).choice({n}, {n} // 100, replace=False))",
         "compact": "gradindex.store.compact(folder)",
@@ -274,7 +274,7 @@ def row_types(bench: Bench, folder: Path) -> None:
         retriever = gradindex.load(store.folder, task)
         size = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
         bench.figure(f"MNIST, {row_type}: bytes on disk a row", size / store.n_train, "bytes")
-        proposed = retriever.proponents(queries, k=100, rerank="none").ids
+        proposed = retriever.proponents(queries, k=100, rerank="rows").ids
         settled = retriever.proponents(queries, k=100, candidates=1000).ids
         bench.figure(f"MNIST, {row_type}: recall@100 of the rows alone", recall_at_k(truth, proposed, 100).mean(), "")
         value, label = recall_at_k(truth, settled, 100).mean(), f"MNIST, {row_type}: recall@100 after re-scoring"

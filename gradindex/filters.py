@@ -1,0 +1,226 @@
+"""Which training examples may answer: by id, by the values of columns, by what differs from the query."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ArgumentError
+from .store import GradientStore, runs
+
+# Values of a column that are looked at together.
+_AT_ONCE = 1 << 16
+_WORDS = {"U": "text", "b": "true or false", "i": "a whole number", "u": "a whole number", "f": "a number"}
+
+# By column a value or several, any of which will do.
+Where = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What training examples must be to answer; all conditions must hold.
+
+    Args:
+        ids: these alone.
+        where: by column the value, or a list of values one of which an example must have.
+        differs: a column in which the example's value must not be the query's own.
+    """
+
+    ids: Any = None
+    where: Where | None = None
+    differs: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.ids is not None or bool(self.where) or self.differs is not None
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """A filter applied to a store and some queries.
+
+    Args:
+        ids: ascending, or ``None`` for all.
+        store: where the column is looked up.
+        differs: the column whose values must differ, if any.
+        values: (n_query,) of the queries in that column.
+    """
+
+    ids: NDArray[np.int64] | None
+    store: GradientStore
+    differs: str | None
+    values: NDArray[Any]
+
+    def mask(self, ids: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """(n_query, len(ids)): which of these ids, all of them in :attr:`ids`, may answer; ``None`` for all."""
+        if self.differs is None:
+            return None
+        mask: NDArray[np.bool_] = self.store.column(self.differs, ids)[None] != self.values[:, None]
+        return mask
+
+
+def allow(store: GradientStore, wanted: Filter, query_columns: Mapping[str, NDArray[Any]], n_query: int) -> Allowed:
+    """Apply a filter; columns are read in pieces.
+
+    Args:
+        store: a complete one.
+        wanted: the filter.
+        query_columns: by name (m,), of the m examples that are asked about.
+        n_query: m, or 1 where these are one question.
+
+    Raises:
+        ArgumentError: an id or column that is not there, a value of another type than the column, or queries without
+            a value to differ from.
+    """
+    ids = None
+    if wanted.ids is not None:
+        ids = np.unique(runs.as_ids(wanted.ids).ravel())
+        if len(ids):
+            store.check_ids(ids)
+    if wanted.where:
+        ids = matching(store, wanted.where, ids)
+    values = np.empty(0)
+    if wanted.differs is not None:
+        values = _values_to_differ_from(store, wanted.differs, query_columns, n_query)
+    return Allowed(ids, store, wanted.differs, values)
+
+
+def matching(store: GradientStore, where: Where, ids: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """The ids, ascending, of training examples whose columns have the wanted values.
+
+    Args:
+        store: a complete one.
+        where: by column a value or a list of values; several columns must all hold.
+        ids: ascending, of these alone; by default of all.
+
+    Raises:
+        ArgumentError: a column that is not there, or a value of another type than the column.
+    """
+    wanted = {name: _of_type(name, _kind(store, name), values) for name, values in where.items()}
+    found = [np.empty(0, dtype=np.int64)]
+    for some in _pieces(store, ids):
+        for name, values in wanted.items():
+            some = some[np.isin(store.column(name, some), values)]
+        found.append(some)
+    return np.concatenate(found)
+
+
+def parse_where(store: GradientStore, conditions: Sequence[tuple[str, str]]) -> dict[str, list[Any]]:
+    """Conditions as text, such as ``("label", "3")``, as values of their columns' types.
+
+    Args:
+        store: a complete one.
+        conditions: column and value; a column that comes several times may have any of the values.
+
+    Raises:
+        ArgumentError: a column that is not there, or a text that is no value of its type.
+    """
+    where: dict[str, list[Any]] = {}
+    for name, text in conditions:
+        kind = _kind(store, name).kind
+        try:
+            value = _READ.get(kind, str)(text)
+        except (ValueError, KeyError):
+            raise ArgumentError(f"The column {name} holds {_WORDS[kind]}, but got {text!r}.") from None
+        where.setdefault(name, []).append(value)
+    return where
+
+
+def read_ids(path: Path) -> NDArray[np.int64]:
+    """Training ids from a file: an array that NumPy saved (``.npy``), or text with one id a line.
+
+    Raises:
+        ArgumentError: there is no such file, or it holds something else.
+    """
+    if not path.exists():
+        raise ArgumentError(f"{path} does not exist. Check the path.")
+    try:
+        if path.suffix == ".npy":
+            return runs.as_ids(np.load(path, allow_pickle=False)).ravel()
+        return np.array([int(line) for line in path.read_text().split()], dtype=np.int64)
+    except (OSError, ValueError, OverflowError) as error:  # ArgumentError is a ValueError and says what is wrong
+        raise ArgumentError(
+            f"{path} holds no ids ({str(error)[:100]}). Write one whole number a line, or save an array as .npy."
+        ) from None
+
+
+def _boolean(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
+# By the kind of a column, how a text becomes a value.
+_READ: Mapping[str, Callable[[str], Any]] = {"i": int, "u": int, "f": float, "b": _boolean}
+
+
+def _pieces(store: GradientStore, ids: NDArray[np.int64] | None) -> Iterator[NDArray[np.int64]]:
+    if ids is not None:
+        yield from (ids[start : start + _AT_ONCE] for start in range(0, len(ids), _AT_ONCE))
+        return
+    every = store.id_runs
+    ends = np.cumsum(every[:, 1] - every[:, 0])
+    for start in range(0, int(ends[-1]) if len(ends) else 0, _AT_ONCE):
+        # Places in the order of ids, turned to ids by their runs: no array of all ids is made.
+        places = np.arange(start, min(start + _AT_ONCE, int(ends[-1])), dtype=np.int64)
+        mine = np.searchsorted(ends, places, side="right")
+        yield every[mine, 1] - (ends[mine] - places)
+
+
+def _kind(store: GradientStore, name: str) -> np.dtype[Any]:
+    store.column(name, np.empty(0, dtype=np.int64))  # refuses what is not there
+    kind: np.dtype[Any] = np.dtype(store.manifest["columns"][name])
+    return kind
+
+
+def _of_type(name: str, kind: np.dtype[Any], given: Any) -> NDArray[Any]:
+    """Values as an array of the column's type, by which equal means equal: 0.1 is not the nearest float32."""
+    several = isinstance(given, (list, tuple, set, frozenset, range, np.ndarray))
+    fitting = []
+    for value in list(given) if several else [given]:
+        value = value.item() if isinstance(value, np.generic) else value
+        boolean = isinstance(value, (bool, np.bool_))
+        right = {
+            "U": isinstance(value, str),
+            "b": boolean,
+            "f": isinstance(value, (int, float)) and not boolean,
+        }.get(kind.kind, isinstance(value, int) and not boolean)
+        if not right:
+            raise ArgumentError(
+                f"The column {name} holds {_WORDS[kind.kind]}, but where asks for {value!r}, "
+                f"which is a {type(value).__name__}. Give a value, or a list of values, of the column's type."
+            )
+        if kind.kind in "iu" and not np.iinfo(kind).min <= value <= np.iinfo(kind).max:
+            continue  # no example can have it
+        fitting.append(value)
+    return np.array(fitting, dtype=np.str_ if kind.kind == "U" else kind)
+
+
+def _values_to_differ_from(
+    store: GradientStore, name: str, query_columns: Mapping[str, NDArray[Any]], n_query: int
+) -> NDArray[Any]:
+    stored = _kind(store, name)
+    kind = stored.kind
+    if name not in query_columns:
+        raise ArgumentError(
+            f"The queries have no column {name!r} to differ from. They have: {', '.join(query_columns) or 'none'}. "
+            "Give Task(query_columns=...) and ask by position; items given by hand have no columns."
+        )
+    values = query_columns[name]
+    if (values.dtype.kind == "U") != (kind == "U"):
+        raise ArgumentError(
+            f"The column {name} holds {_WORDS[kind]} for training examples and {_WORDS[values.dtype.kind]} for "
+            "queries, so all would differ. Give both the same type."
+        )
+    if kind == "f":
+        values = values.astype(stored)  # by which equal means equal
+    if n_query == 1 and len(values) > 1:
+        if len(np.unique(values)) > 1:
+            raise ArgumentError(
+                f"The queries of this group have several values in {name}, so there is no one value to differ from. "
+                "Ask about those with the same value, or about each query alone."
+            )
+        values = values[:1]
+    return values

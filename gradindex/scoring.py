@@ -1,0 +1,228 @@
+"""Exact scores of training examples: from stored factors, or through the model; never all in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .asking import Queries, Source
+from .candidates import pieces
+from .errors import ArgumentError, NonFiniteGradientError
+from .gradients import HALF, Engine, Precision, Products
+from .memory import in_halves
+from .progress import progress
+from .store import GradientStore, runs
+from .task import Task
+from .tree import preserved_random_state
+
+# Memory for the gradients of queries while they are compared; more queries go in turns.
+_QUERY_BYTES = 2 << 30
+# Memory for factors that were gathered, and numbers of scores, at once.
+_FACTOR_BYTES, _SCORES = 64 << 20, 4 << 20
+
+# Which queries, ids (m,), and scores (of these queries, m).
+Scores = Iterator[tuple[slice, NDArray[np.int64], NDArray[Any]]]
+
+
+def exact_scores(
+    task: Task,
+    items: Sequence[Any],
+    ids: NDArray[np.int64] | None = None,
+    *,
+    role: Source = "query",
+    precision: Precision = "float32",
+    device: str | None = None,
+    batch_size: int | None = None,
+) -> NDArray[Any]:
+    """Exact TracInCP of training examples for each query, nothing projected.
+
+        TracInCP(z, z') = sum_c eta_c <grad l(w_c; z), grad l(w_c; z')>
+
+    Source: Pruthi et al. 2020 (arXiv:2002.08484), section 3.3.
+
+    Args:
+        task: the model, its checkpoints and its training data.
+        items: the queries, as the task's data sets hand them out.
+        ids: (m,) training ids, by default all.
+        role: whether queries are scored with the ``"query"`` or the ``"train"`` loss.
+        precision: of the gradients and scores; those of half precision are not exact.
+        device: where to compute, by default where the model is.
+        batch_size: training examples per pass, by default as many, up to 256, as the free memory holds.
+
+    Returns:
+        (n_query, m) in ``precision``, signed; positive = proponent.
+
+    Raises:
+        ArgumentError: there are no queries, or an id is out of range.
+        GradIndexError: the task cannot be used as it is.
+    """
+    items = list(items)
+    if not items:
+        raise ArgumentError("There are no queries. Give at least one item.")
+    ids = np.arange(task.n_train, dtype=np.int64) if ids is None else runs.as_ids(ids)
+    wrong = ids[(ids < 0) | (ids >= task.n_train)]
+    if len(wrong):
+        raise ArgumentError(f"There is no training id {wrong[0]}; ids go from 0 to {task.n_train - 1}.")
+    with Engine(task, precision, device) as engine, preserved_random_state():
+        engine.check_routes()
+        at_once = _at_once(engine)
+        turns = (
+            (slice(start, min(start + at_once, len(items))), Products(engine, items[start : start + at_once], role))
+            for start in range(0, len(items), at_once)
+        )
+        dtype = np.float64 if engine.dtype == torch.float64 else np.float32
+        return _joined(_compared(engine, turns, len(items), ids, batch_size), len(items), len(ids), dtype)
+
+
+def through_model(engine: Engine, queries: Queries, ids: NDArray[np.int64], batch_size: int | None) -> Scores:
+    """Exact scores by a pass over the training examples.
+
+    Args:
+        engine: entered, its routes checked; it must stay so until the last piece.
+        queries: the questions.
+        ids: training ids.
+        batch_size: training examples per pass, by default as many as the free memory holds.
+
+    Raises:
+        NonFiniteGradientError: names the example.
+    """
+    return _compared(engine, queries.products(engine, _at_once(engine)), len(queries), ids, batch_size)
+
+
+def all_through_model(engine: Engine, queries: Queries, ids: NDArray[np.int64], batch_size: int) -> NDArray[Any]:
+    """As :func:`through_model`, all at once: (n_query, len(ids))."""
+    dtype = np.float64 if engine.dtype == torch.float64 else np.float32
+    return _joined(through_model(engine, queries, ids, batch_size), len(queries), len(ids), dtype)
+
+
+def _at_once(engine: Engine) -> int:
+    each = sum(layer.size for layer in engine.layers) * engine.n_checkpoints * engine.dtype.itemsize
+    return max(1, _QUERY_BYTES // each)
+
+
+def _joined(scores: Scores, n_query: int, n: int, dtype: Any) -> NDArray[Any]:
+    joined, filled = np.empty((n_query, n), dtype), [0] * n_query
+    for queries, ids, some in scores:
+        start = filled[queries.start]
+        joined[queries, start : start + len(ids)] = some
+        filled[queries] = [start + len(ids)] * (queries.stop - queries.start)
+    return joined
+
+
+def _compared(
+    engine: Engine,
+    turns: Iterator[tuple[slice, Products]],
+    n_query: int,
+    ids: NDArray[np.int64],
+    batch_size: int | None,
+) -> Scores:
+    with progress("exact scores", len(ids) * n_query, "scores") as advance:
+        for queries, products in turns:
+            size = batch_size or products.pick_batch_size(len(ids))
+            for chosen, batch, names in _read(engine.task, ids, size):
+                found = torch.cat(in_halves(products.of, batch, names, lambda: engine.at), 1).cpu().numpy()
+                _refuse_non_finite(found, queries, n_query, chosen, products)
+                yield queries, chosen, found
+                advance(found.size)
+
+
+def _read(task: Task, ids: NDArray[np.int64], size: int) -> Iterator[tuple[NDArray[np.int64], list[Any], list[str]]]:
+    for chosen in pieces(ids, size):
+        yield chosen, [task.train[int(i)] for i in chosen], [f"Training example {i}" for i in chosen]
+
+
+def _refuse_non_finite(
+    scores: NDArray[Any], queries: slice, n_query: int, ids: NDArray[np.int64], products: Products
+) -> None:
+    bad = ~np.isfinite(scores)
+    if bad.any():
+        query, column = np.argwhere(bad)[0]
+        whole = not products.finite(int(query))
+        who = f"Query {queries.start + query} of {n_query}" if whole else f"Training example {ids[column]}"
+        raise NonFiniteGradientError(f"{who} has a NaN or infinite gradient. Check the example.")
+
+
+def by_factors(store: GradientStore, queries: Queries, ids: NDArray[np.int64]) -> Scores:
+    """Exact scores from stored factors: sum over checkpoints and layers of (delta . delta')(x . x').
+
+    Args:
+        store: one that has factors.
+        queries: the questions, prepared with factors.
+        ids: training ids that have a row.
+    """
+    for some in pieces(ids, _factors_at_once(store, len(queries))):
+        scores = np.zeros((len(queries), len(some)))
+        for _, share in _factor_shares(store, queries, some):
+            scores += share
+        yield slice(0, len(queries)), some, scores
+
+
+def _factors_at_once(store: GradientStore, n_query: int) -> int:
+    sides = sum(sum(described["shape"]) for described in store.manifest["map"]["layers"])
+    return max(1, min(_FACTOR_BYTES // (4 * sides * store.n_checkpoints), _SCORES // n_query))
+
+
+def _factor_shares(
+    store: GradientStore, queries: Queries, ids: NDArray[np.int64]
+) -> Iterator[tuple[tuple[int, int], NDArray[np.float64]]]:
+    """By (checkpoint, layer): (n_query, len(ids))."""
+    assert queries.factors is not None
+    for key, (activations, output_gradients) in store.factors(ids).items():
+        x, delta = (side.astype(np.float32, copy=False) for side in (activations, output_gradients))
+        mine = queries.factors.get(key)
+        if isinstance(mine, tuple):
+            yield key, (mine[1] @ delta.T).astype(np.float64) * (mine[0] @ x.T)
+        elif mine is not None:  # delta^T M x, with the matrix M of a group
+            yield key, np.einsum("mr,mr->m", delta, x @ mine.T, dtype=np.float64)[None]
+
+
+def shares(
+    store: GradientStore, queries: Queries, ids: NDArray[np.int64], engine: Engine | None
+) -> NDArray[np.float64]:
+    """Exact scores by checkpoint and layer: (n_query, len(ids), C, L) float64.
+
+    Args:
+        store: a complete one.
+        queries: the questions.
+        ids: training ids that have a row.
+        engine: entered, to go through the model; ``None`` where stored factors do.
+
+    Raises:
+        NonFiniteGradientError: names the example.
+    """
+    shape = (len(queries), len(ids), store.n_checkpoints, len(store.manifest["map"]["layers"]))
+    split = np.zeros(shape)
+    if engine is None:
+        start = 0
+        for some in pieces(ids, _factors_at_once(store, len(queries))):
+            for (checkpoint, layer), share in _factor_shares(store, queries, some):
+                split[:, start : start + len(some), checkpoint, layer] = share
+            start += len(some)
+        return split
+    for which, products in queries.products(engine, _at_once(engine)):
+        start = 0
+        size = store.manifest["batch_size"]
+        for chosen, batch, names in _read(engine.task, ids, size):
+            found = torch.cat(in_halves(products.split, batch, names, lambda: engine.at)).cpu().numpy()
+            found = found.swapaxes(0, 1)
+            _refuse_non_finite(found.sum((2, 3)), which, len(queries), chosen, products)
+            split[which, start : start + len(chosen)] = found
+            start += len(chosen)
+    return split
+
+
+def cosine_norms(store: GradientStore, queries: Queries, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(n_query, len(ids)) by which exact scores become cosines; that of a zero gradient is 1: its cosine is 0."""
+    norms = np.outer(queries.norms, np.sqrt(store.self_influence(ids).sum(1)))
+    return np.where(norms > 0, norms, 1.0)
+
+
+def scored_as(store: GradientStore) -> str:
+    """What scores after re-scoring are: factors of gradients in half precision, or kept so, are not exact."""
+    kept, precision = store.manifest["factors"], store.manifest["map"]["precision"]
+    rough = [kind for kind in (kept, precision) if kind in HALF]
+    return f"{rough[0]}-factor" if kept and rough else "exact"

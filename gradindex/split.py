@@ -1,0 +1,95 @@
+"""Why a training example is a proponent: its score by checkpoint and by layer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .hits import SIGN, table
+from .report import Section, heat_map, write_page
+
+
+@dataclass(frozen=True)
+class Split:
+    """Exact scores of training examples by checkpoint and layer; prints as tables.
+
+    Args:
+        scores: (n_query, n_ids, C, L) float64, signed; the sum over C and L is the exact score.
+        queries: what to call each query.
+        ids: (n_ids,) int64, the training examples.
+        checkpoints: what to call each of the C checkpoints.
+        layers: what to call each of the L layers.
+        scored: ``"exact"``, or what the factors are where they are not.
+        measure: what the scores are.
+    """
+
+    scores: NDArray[np.float64]
+    queries: tuple[str, ...]
+    ids: NDArray[np.int64]
+    checkpoints: tuple[str, ...]
+    layers: tuple[str, ...]
+    scored: str = "exact"
+    measure: str = "TracInCP scores"
+
+    @property
+    def note(self) -> str:
+        """One line: what the numbers are and what their sign means."""
+        return f"{self.scored} {self.measure} by checkpoint and layer, which add up; {SIGN}"
+
+    def records(self) -> list[dict[str, Any]]:
+        """One mapping for each number: query, id, checkpoint, layer and score."""
+        return [
+            {"query": query, "id": int(i), "checkpoint": checkpoint, "layer": layer,
+             "score": float(self.scores[q, n, c, number])}
+            for q, query in enumerate(self.queries)
+            for n, i in enumerate(self.ids)
+            for c, checkpoint in enumerate(self.checkpoints)
+            for number, layer in enumerate(self.layers)
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        blocks = [
+            f"{query}, id {i}: score {self.scores[q, n].sum():.5g}\n{table(self._grid(q, n))}"
+            for q, query in enumerate(self.queries)
+            for n, i in enumerate(self.ids.tolist())
+        ]
+        return "\n\n".join([*blocks, self.note])
+
+    def _grid(self, query: int, which: int) -> list[dict[str, Any]]:
+        """Checkpoints down, layers across, with the sums of both."""
+        scores = self.scores[query, which]
+        rows = [*zip(self.checkpoints, scores, strict=True), ("all checkpoints", scores.sum(0))]
+        return [
+            {"at checkpoint": name}
+            | dict(zip(self.layers, row.tolist(), strict=True))
+            | {"all layers": float(row.sum())}
+            for name, row in rows
+        ]
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a self-contained page with a heat map for each query and training example.
+
+        Args:
+            path: the file.
+
+        Raises:
+            DependencyError: the extra ``demo`` is not installed.
+            StoreError: the file cannot be written.
+        """
+        sections = [
+            Section(
+                f"{query}, id {i}: {self.scores[q, n].sum():+.4g}",
+                figure=heat_map(self.scores[q, n], self.checkpoints, self.layers),
+                caption=f"Score of training example {i} for {query} by checkpoint (down) and layer (across): "
+                "green lowered the loss, orange raised it.",
+                table=self._grid(q, n),
+            )
+            for q, query in enumerate(self.queries)
+            for n, i in enumerate(self.ids.tolist())
+        ]
+        write_page(Path(path), "Where influence comes from", self.note, sections)
