@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .files import signature
-from .index import MANIFEST, CompactIndex, SearchIndex
+from .index import MANIFEST, CompactIndex, SearchIndex, devices
 from .store import GradientStore, runs
 
 INDEX_FOLDER = "index"
@@ -45,6 +45,7 @@ class Candidates:
         store: a complete one.
         index: an index to try; by default the store's own.
         use_index: whether there is to be an index at all.
+        device: ``"cuda"`` searches on all CUDA devices, ``"cuda:1"`` on one; else the CPU does.
 
     Attributes:
         index: the index in use, or ``None``.
@@ -52,12 +53,21 @@ class Candidates:
 
     Raises:
         IndexFileError: the store's index is damaged.
+        ArgumentError: there is no such device.
     """
 
-    def __init__(self, store: GradientStore, index: CompactIndex | None = None, *, use_index: bool = True) -> None:
-        self._store = store
+    def __init__(
+        self,
+        store: GradientStore,
+        index: CompactIndex | None = None,
+        *,
+        use_index: bool = True,
+        device: str | None = None,
+    ) -> None:
+        self._store, self._gpus = store, devices(device)
         self._seen = signature(store.folder / INDEX_FOLDER / MANIFEST)
-        found = CompactIndex.load(store.folder / INDEX_FOLDER) if index is None and use_index else index
+        load = index is None and use_index
+        found = CompactIndex.load(store.folder / INDEX_FOLDER, self._gpus) if load else index
         own = index is None and found is not None
         self.stale = own and found is not None and found.about["map"] != store.manifest["fingerprint"]
         self.index = None if self.stale else found
@@ -177,7 +187,7 @@ class Candidates:
 
     def _all_rows(self, query: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         store = self._store
-        return SearchIndex(store.dim, store.n_train, store.blocks).search(query, k)
+        return SearchIndex(store.dim, store.n_train, store.blocks, self._gpus).search(query, k)
 
     def _gathered(self, ids: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
         """Rows of ascending ids, some at a time."""
@@ -189,7 +199,7 @@ class Candidates:
         count = self.newer
         if not count:
             return np.empty((len(query), 0), dtype=np.float32), np.empty((len(query), 0), dtype=np.int64)
-        new = SearchIndex(self._store.dim, count, partial(self._store.blocks, self._new))
+        new = SearchIndex(self._store.dim, count, partial(self._store.blocks, self._new), self._gpus)
         return new.search(query, min(k, count))
 
 
@@ -214,6 +224,11 @@ def scan(
             ids, rows = ids[wanted], rows[wanted]
         for start in range(0, len(ids), at_once):
             yield ids[start : start + at_once], query @ rows[start : start + at_once].T
+
+
+def candidates_for(k: int) -> int:
+    """How many rows get exact scores for a top-k unasked, where they were found by their full rows."""
+    return 10 * k
 
 
 def contained(ids: NDArray[np.int64], some: NDArray[np.int64]) -> NDArray[np.bool_]:

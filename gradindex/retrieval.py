@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from .asking import Aggregate, Queries, Source, find, prepare
@@ -22,7 +23,7 @@ from .matching import check_task
 from .projection import Projection
 from .ranking import Kind, Ranked
 from .rows import RowMaker
-from .scoring import all_through_model, cosine_norms, scored_as, shares
+from .scoring import Scores, by_factors, cosine_norms, joined, scored_as, shares, shown, through_model
 from .split import Split
 from .stages import Answer, Question, Rerank, Search
 from .store import GradientStore, runs
@@ -39,7 +40,7 @@ class Retriever:
     Args:
         store: a complete store.
         task: the task that it was built from.
-        device: where to compute, by default where the model is.
+        device: where to compute and to search, by default where the model is and on the CPU.
         use_index: whether an index is used, where there is one.
 
     Raises:
@@ -59,8 +60,8 @@ class Retriever:
             engine.check_routes()
             check_task(store, engine)
         self._bases = store.bases()
-        self._use_index = use_index
-        self._opened = store, Candidates(store, use_index=use_index)
+        self._search_options: dict[str, Any] = {"use_index": use_index, "device": device}
+        self._opened = store, Candidates(store, **self._search_options)
 
     @contextmanager
     def _computing(self) -> Iterator[Engine]:
@@ -84,7 +85,7 @@ class Retriever:
             now = GradientStore(store.folder)
             if now.manifest["fingerprint"] != store.manifest["fingerprint"]:
                 raise StoreError(f"{store.folder} has other rows than when it was opened. Load it again.")
-            self._opened = store, candidates = now, Candidates(now, use_index=self._use_index)
+            self._opened = store, candidates = now, Candidates(now, **self._search_options)
         return store, candidates
 
     @property
@@ -308,13 +309,29 @@ class Retriever:
     def exact_scores(self, queries: int | Sequence[Any] | Queries, source: Source = "query") -> NDArray[Any]:
         """(n_query, n_train) exact scores of all rows' training examples, in the order of the store's ids.
 
-        TracInCP, or cosines where the store's rows have unit norm; through the model, whatever the store has.
+        TracInCP, or cosines where the store's rows have unit norm.
+        """
+        asked = self._asked(self.store, queries, source, None)
+        dtype = np.float64 if self._engine.dtype == torch.float64 else np.float32
+        return joined(self.exact_pieces(asked), len(asked), self.store.n_train, dtype)
+
+    def exact_pieces(self, queries: Queries) -> Scores:
+        """As :meth:`exact_scores`, piece by piece: queries (a slice), ids (m,) and their scores.
+
+        From the store's factors where these are exact, else through the model, which is locked until the last piece.
         """
         store = self.store
-        asked = self._asked(store, queries, source, None)
-        with self._computing() as engine:
-            exact = all_through_model(engine, asked, store.ids, store.manifest["batch_size"])
-        return exact / cosine_norms(store, asked, store.ids) if self._unit_norm else exact
+        if queries.factors is not None and scored_as(store) == "exact":
+            found = by_factors(store, queries.factors, len(queries), store.ids)
+            yield from self._measured(store, queries, shown("exact scores", found, len(queries) * store.n_train))
+        else:
+            with self._computing() as engine:
+                found = through_model(engine, queries, store.ids, store.manifest["batch_size"])
+                yield from self._measured(store, queries, found)
+
+    def _measured(self, store: GradientStore, queries: Queries, found: Scores) -> Scores:
+        for which, ids, scores in found:
+            yield which, ids, scores / cosine_norms(store, queries, ids)[which] if self._unit_norm else scores
 
 
 def load(folder: str | os.PathLike[str], task: Task, *, device: str | None = None, use_index: bool = True) -> Retriever:
@@ -323,7 +340,7 @@ def load(folder: str | os.PathLike[str], task: Task, *, device: str | None = Non
     Args:
         folder: what :func:`build` filled.
         task: the task that it was built from.
-        device: where to compute, such as ``"cuda"``, by default where the model is.
+        device: where to compute and to search, such as ``"cuda"``; by default where the model is, and the CPU searches.
         use_index: whether an index is used, where there is one; else all rows are compared.
 
     Raises:

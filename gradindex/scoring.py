@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .asking import Queries, Source
+from .asking import Asked, Queries, Source
 from .candidates import pieces
 from .errors import ArgumentError, NonFiniteGradientError
 from .gradients import HALF, Engine, Precision, Products
@@ -75,7 +75,7 @@ def exact_scores(
             for start in range(0, len(items), at_once)
         )
         dtype = np.float64 if engine.dtype == torch.float64 else np.float32
-        return _joined(_compared(engine, turns, len(items), ids, batch_size), len(items), len(ids), dtype)
+        return joined(_compared(engine, turns, len(items), ids, batch_size), len(items), len(ids), dtype)
 
 
 def through_model(engine: Engine, queries: Queries, ids: NDArray[np.int64], batch_size: int | None) -> Scores:
@@ -93,24 +93,19 @@ def through_model(engine: Engine, queries: Queries, ids: NDArray[np.int64], batc
     return _compared(engine, queries.products(engine, _at_once(engine)), len(queries), ids, batch_size)
 
 
-def all_through_model(engine: Engine, queries: Queries, ids: NDArray[np.int64], batch_size: int) -> NDArray[Any]:
-    """As :func:`through_model`, all at once: (n_query, len(ids))."""
-    dtype = np.float64 if engine.dtype == torch.float64 else np.float32
-    return _joined(through_model(engine, queries, ids, batch_size), len(queries), len(ids), dtype)
-
-
 def _at_once(engine: Engine) -> int:
     each = sum(layer.size for layer in engine.layers) * engine.n_checkpoints * engine.dtype.itemsize
     return max(1, _QUERY_BYTES // each)
 
 
-def _joined(scores: Scores, n_query: int, n: int, dtype: Any) -> NDArray[Any]:
-    joined, filled = np.empty((n_query, n), dtype), [0] * n_query
+def joined(scores: Scores, n_query: int, n: int, dtype: Any) -> NDArray[Any]:
+    """All pieces side by side: (n_query, n)."""
+    whole, filled = np.empty((n_query, n), dtype), [0] * n_query
     for queries, ids, some in scores:
         start = filled[queries.start]
-        joined[queries, start : start + len(ids)] = some
+        whole[queries, start : start + len(ids)] = some
         filled[queries] = [start + len(ids)] * (queries.stop - queries.start)
-    return joined
+    return whole
 
 
 def _compared(
@@ -146,19 +141,28 @@ def _refuse_non_finite(
         raise NonFiniteGradientError(f"{who} has a NaN or infinite gradient. Check the example.")
 
 
-def by_factors(store: GradientStore, queries: Queries, ids: NDArray[np.int64]) -> Scores:
+def shown(label: str, scores: Scores, total: int) -> Scores:
+    """The same, with progress: ``total`` scores are to come."""
+    with progress(label, total, "scores") as advance:
+        for piece in scores:
+            yield piece
+            advance(piece[2].size)
+
+
+def by_factors(store: GradientStore, factors: Asked, n_query: int, ids: NDArray[np.int64]) -> Scores:
     """Exact scores from stored factors: sum over checkpoints and layers of (delta . delta')(x . x').
 
     Args:
         store: one that has factors.
-        queries: the questions, prepared with factors.
+        factors: of the queries, see :class:`Queries`.
+        n_query: how many questions.
         ids: training ids that have a row.
     """
-    for some in pieces(ids, _factors_at_once(store, len(queries))):
-        scores = np.zeros((len(queries), len(some)))
-        for _, share in _factor_shares(store, queries, some):
+    for some in pieces(ids, _factors_at_once(store, n_query)):
+        scores = np.zeros((n_query, len(some)))
+        for _, share in _factor_shares(store, factors, some):
             scores += share
-        yield slice(0, len(queries)), some, scores
+        yield slice(0, n_query), some, scores
 
 
 def _factors_at_once(store: GradientStore, n_query: int) -> int:
@@ -167,13 +171,12 @@ def _factors_at_once(store: GradientStore, n_query: int) -> int:
 
 
 def _factor_shares(
-    store: GradientStore, queries: Queries, ids: NDArray[np.int64]
+    store: GradientStore, factors: Asked, ids: NDArray[np.int64]
 ) -> Iterator[tuple[tuple[int, int], NDArray[np.float64]]]:
     """By (checkpoint, layer): (n_query, len(ids))."""
-    assert queries.factors is not None
     for key, (activations, output_gradients) in store.factors(ids).items():
         x, delta = (side.astype(np.float32, copy=False) for side in (activations, output_gradients))
-        mine = queries.factors.get(key)
+        mine = factors.get(key)
         if isinstance(mine, tuple):
             yield key, (mine[1] @ delta.T).astype(np.float64) * (mine[0] @ x.T)
         elif mine is not None:  # delta^T M x, with the matrix M of a group
@@ -197,9 +200,10 @@ def shares(
     shape = (len(queries), len(ids), store.n_checkpoints, len(store.manifest["map"]["layers"]))
     split = np.zeros(shape)
     if engine is None:
+        assert queries.factors is not None
         start = 0
         for some in pieces(ids, _factors_at_once(store, len(queries))):
-            for (checkpoint, layer), share in _factor_shares(store, queries, some):
+            for (checkpoint, layer), share in _factor_shares(store, queries.factors, some):
                 split[:, start : start + len(some), checkpoint, layer] = share
             start += len(some)
         return split

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .asking import Queries
-from .candidates import Candidates, Effort, pieces, scan
+from .candidates import Candidates, Effort, candidates_for, pieces, scan
 from .errors import ArgumentError, check_k
 from .filters import Allowed
 from .gradients import Engine
@@ -227,7 +227,9 @@ class Search:
         """How many candidates go to exact scores, by default what the index was tuned to propose; and its effort."""
         k = self._k or min(_DEFAULT_K, self._n)
         effort = self._effort(k)
-        default = 10 * k if effort is None else max(k, effort.proposals)
+        default = candidates_for(k)
+        if effort is not None:
+            default = max(k, effort.proposals if self._by_factors else min(effort.proposals, default))
         return min(self._n, self._question.candidates or default), effort
 
     def _proposed(
@@ -258,7 +260,7 @@ class Search:
         if not len(union):
             return scores
         if self._by_factors:
-            self._collect(by_factors(self._store, self._queries, union), chosen, scores)
+            self._collect(self._by_stored(union), chosen, scores)
         else:
             with self._computing() as engine:
                 found = through_model(engine, self._queries, union, self._store.manifest["batch_size"])
@@ -279,6 +281,11 @@ class Search:
                     places = np.searchsorted(ids, lists[query][start:stop])
                     into[kind][query][start:stop] = exact[row, places]
 
+    def _by_stored(self, ids: NDArray[np.int64]) -> Scores:
+        factors = self._queries.factors
+        assert factors is not None
+        return by_factors(self._store, factors, len(self._queries), ids)
+
     def _measured(self, queries: slice, ids: NDArray[np.int64], scores: NDArray[np.float64]) -> NDArray[np.float64]:
         """Scores as the store measures: cosines where its rows have unit norm."""
         return scores / cosine_norms(self._store, self._queries, ids)[queries] if self._unit_norm else scores
@@ -289,7 +296,7 @@ class Search:
         best = {kind: Best(kind, len(self._queries), self._k, question.at_least) for kind in kinds}
         looked_at = np.zeros(len(self._queries), dtype=np.int64)
         for some in self._everyone():
-            for queries, ids, scores in by_factors(self._store, self._queries, some):
+            for queries, ids, scores in self._by_stored(some):
                 mask = None if allowed is None else allowed.mask(ids)
                 looked_at += len(ids) if mask is None else mask.sum(1)
                 for kind in kinds:

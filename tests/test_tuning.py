@@ -17,10 +17,10 @@ import gradindex
 from gradindex import evaluation
 from gradindex.candidates import Candidates
 from gradindex.cli import main
-from gradindex.errors import ArgumentError, IndexFileError, RecallError
+from gradindex.errors import ArgumentError, IndexFileError, OutOfMemoryError, RecallError
 from gradindex.evaluation import truth as truth_of
 from gradindex.evaluation import tuning
-from gradindex.index import CompactIndex, Shape, damage
+from gradindex.index import CompactIndex, SearchIndex, Shape, damage, gpu
 from gradindex.projection import Projection
 from gradindex.store import GradientStore
 
@@ -172,7 +172,7 @@ def test_a_new_index_takes_the_place_of_the_old_while_readers_go_on(saved):
 def quick(monkeypatch):
     """Times that do not depend on the machine: as many milliseconds as rows are compared."""
     monkeypatch.setattr(
-        tuning, "_milliseconds", lambda search, truth, effort, k: 1e6 if effort is None else effort.proposals
+        tuning, "_milliseconds", lambda store, search, truth, effort, k: 1e6 if effort is None else effort.proposals
     )
 
 
@@ -262,7 +262,7 @@ def test_a_promise_that_cannot_be_kept_is_an_error_and_leaves_what_was_there(sto
 
 def test_no_index_is_made_where_comparing_all_rows_is_as_fast(store, monkeypatch):
     _, folder = store
-    monkeypatch.setattr(tuning, "_milliseconds", lambda search, truth, effort, k: 1.0)
+    monkeypatch.setattr(tuning, "_milliseconds", lambda *_: 1.0)
     (folder / "index").mkdir()
     (folder / "index" / "manifest.json").write_text("of another time, and damaged")
     assert evaluation.index(folder, recall=0.9, k=10, n_query=100).how == "exact over all rows"
@@ -294,7 +294,7 @@ def test_queries_whose_top_is_not_clear_are_left_out():
     scores = np.random.default_rng(0).standard_normal((30, 50)).astype(np.float32)
     scores[:5] = 1  # all equal
     scores[5, :4] = 9  # four equal at the top, of which any three are the top-3
-    truth = truth_of.truth_from(rows, [(np.arange(50), scores)], np.full(30, -1), 3, "", 0)
+    truth = truth_of.truth_from(rows, [(slice(0, 30), np.arange(50), scores)], np.full(30, -1), 3, "", 0)
     assert len(truth.rows) == 25
     (place,) = np.flatnonzero(truth.rows[:, 5])
     assert set(truth.best[1][place]) - {-1} == {0, 1, 2, 3}
@@ -302,7 +302,7 @@ def test_queries_whose_top_is_not_clear_are_left_out():
     assert truth.rows.argmax(1).tolist() != list(range(5, 30))  # in no order, so that halves are not alike
     scores[:] = 1
     with pytest.raises(ArgumentError, match="There are 0 queries whose top-3 is clear, but at least 20 are needed"):
-        truth_of.truth_from(rows, [(np.arange(50), scores)], np.full(30, -1), 3, "", 0)
+        truth_of.truth_from(rows, [(slice(0, 30), np.arange(50), scores)], np.full(30, -1), 3, "", 0)
 
 
 def test_the_lower_bound_holds_as_often_as_it_says_and_is_never_certain():
@@ -330,9 +330,9 @@ def test_what_is_measured_are_queries_that_were_not_tuned_with_and_it_decides(st
     tuned, measured = [], []
     fewest, measure = tuning._fewest_proposals, tuning.measure
 
-    def watched(made, truth, *rest):
+    def watched(search, truth, *rest):
         tuned.append(truth.own.tolist())
-        return fewest(made, truth, *rest)
+        return fewest(search, truth, *rest)
 
     def poor(search, truth, *rest, **options):
         measured.append(truth.own.tolist())
@@ -446,3 +446,109 @@ def test_the_command_line_makes_and_measures_an_index(store, quick):
     assert (broken.exit_code, "Make the index again: gradindex index" in broken.stderr) == (1, True)
     assert call("index", folder, "--drop").stdout == f"{folder}: exact over all rows\n"
     assert call("evaluate", folder).exit_code == 0
+
+
+def test_truth_comes_in_pieces_of_queries_and_of_rows():
+    generator = np.random.default_rng(0)
+    rows, scores = np.eye(30, 40, dtype=np.float32), generator.standard_normal((30, 50)).astype(np.float32)
+    pieces = [
+        (slice(q, q + 15), np.arange(i, i + 5), scores[q : q + 15, i : i + 5]) for q in (0, 15) for i in range(0, 50, 5)
+    ]
+    truth = truth_of.truth_from(rows, pieces, np.full(30, 7), 3, "", 0)
+    scores[:, 7] = np.nan
+    for row, best in zip(truth.rows, truth.best[-1], strict=True):
+        assert set(best) - {-1} == set(np.argsort(scores[row.argmax()])[:3])
+
+
+def test_more_lists_are_looked_into_where_that_answers_faster(store, monkeypatch):
+    """Each proposal costs ten lists here: the fewest proposals win, not the fewest lists."""
+    _, folder = store
+    efforts = {}
+    for cost, weight in (("proposals", 10), ("lists", 1e-3)):
+        monkeypatch.setattr(
+            tuning, "_milliseconds",
+            lambda s, c, t, e, k, w=weight: 1e6 if e is None else w * e.proposals + e.probes,
+        )  # fmt: skip
+        efforts[cost] = evaluation.index(folder, recall=0.8, k=10, n_query=200, kind="ivf", dim=16).effort(10)
+    assert efforts["proposals"].probes >= efforts["lists"].probes
+    assert efforts["proposals"].proposals <= efforts["lists"].proposals
+    assert efforts["proposals"] != efforts["lists"]
+
+
+def test_kind_and_numbers_can_be_chosen(store, quick):
+    _, folder = store
+    shape = evaluation.index(folder, recall=0.9, k=10, n_query=100, kind="ivf", dim=24).index.about["shape"]
+    assert (shape["kind"], shape["dim"]) == ("ivf", 24)
+    for options, message in (
+        ({"kind": "hnsw"}, "kind is 'hnsw', but must be 'flat' or 'ivf'"),
+        ({"dim": 0}, r"dim is 0, but must be from 1 to the numbers in a row, \d+"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            evaluation.index(folder, recall=0.9, k=10, n_query=100, **options)
+
+
+def test_an_index_that_the_memory_cannot_hold_is_not_begun(store, quick, monkeypatch):
+    _, folder = store
+    n = 600
+    monkeypatch.setattr(tuning, "available_bytes", lambda device: n * 2 * (32 + 8) // 2 + 1000)
+    with pytest.raises(
+        OutOfMemoryError, match=r"600 rows with 48 numbers .* GiB to make, .* fewer numbers: --dim (24|32)\."
+    ):
+        evaluation.index(folder, recall=0.9, k=10, n_query=100, dim=48)
+    built = []
+    build = CompactIndex.build.__func__
+    monkeypatch.setattr(
+        CompactIndex,
+        "build",
+        classmethod(lambda cls, shape, *rest: built.append(shape.dim) or build(cls, shape, *rest)),
+    )
+    evaluation.index(folder, recall=0.5, k=10, n_query=100)
+    assert max(built) <= 32
+    assert len(set(built)) == 2
+
+
+def test_without_a_device_the_cpu_searches_and_says_so_once(store, quick, capsys):
+    if faiss.get_num_gpus():
+        pytest.skip("there is a CUDA device")
+    gpu._say.cache_clear()
+    _, folder = store
+    opened = GradientStore(folder)
+    queries = opened.rows(opened.ids[:5])
+    expected = Candidates(opened).search(queries, 7)
+    for _ in range(2):
+        found = Candidates(opened, device="cuda").search(queries, 7)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert capsys.readouterr().err.count("FAISS sees no CUDA device, so rows are searched on the CPU") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [Shape("flat", 40), Shape("ivf", 40, 32)], ids=str)
+def test_the_gpu_answers_as_the_cpu_does(shape, tmp_path):
+    gpus = gpu.devices("cuda")
+    if not gpus:
+        pytest.skip("FAISS sees no CUDA device (faiss-gpu is not installed)")
+    index = CompactIndex.build(shape, ROWS, blocks)
+    index.save(tmp_path, {})
+    scores, ids = CompactIndex.load(tmp_path, gpus).search(QUERIES, 200, probes=32)
+    expected = index.search(QUERIES, 200, probes=32)
+    assert share(ids, expected[1]) > 0.99
+    np.testing.assert_allclose(scores, expected[0], rtol=0.01, atol=0.01)
+    removed = expected[1][:, :3].ravel()
+    assert not np.isin(
+        CompactIndex.load(tmp_path, gpus).search(QUERIES, 20, probes=32, removed=removed)[1], removed
+    ).any()
+    on_gpu = CompactIndex.build(shape, ROWS, blocks, 0, gpus)
+    assert share(on_gpu.search(QUERIES, 200, probes=32)[1], top(QUERIES @ ROWS.T, 100)) > 0.99
+    all_rows = SearchIndex(40, 4000, blocks, gpus).search(QUERIES, 50)
+    np.testing.assert_array_equal(all_rows[1], SearchIndex(40, 4000, blocks).search(QUERIES, 50)[1])
+
+
+def test_devices_that_do_not_exist_are_refused(monkeypatch):
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
+    assert gpu.devices("cuda") == (0, 1)
+    assert gpu.devices("cuda:1") == (1,)
+    assert gpu.devices("cpu") == gpu.devices(None) == ()
+    for device in ("cuda:2", "cuda:x"):
+        with pytest.raises(ArgumentError, match=f"device is '{device}', but FAISS sees 2 CUDA devices"):
+            gpu.devices(device)

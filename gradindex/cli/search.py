@@ -39,10 +39,13 @@ def _top(folder: Path, k: int | None) -> int:
 @_QUERIES
 @_TASK
 @DEVICE
+@click.option("--kind", type=click.Choice(["flat", "ivf"]), help="By default lists (ivf) from 100,000 rows on.")
+@click.option("--dim", type=int, help="Numbers of a row in the index; by default those that answer fastest.")
 @click.option("--drop", is_flag=True, help="Take the index away instead: all rows are compared.")
 def index(
-    folder: Path, recall: float, k: int | None, queries: int, task: str | None, device: str | None, drop: bool
-) -> None:
+    folder: Path, recall: float, k: int | None, queries: int, task: str | None, device: str | None, drop: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Make the fastest index that finds --recall of the true top-k, of proponents and of opponents.
 
     It is tuned with half of the queries and measured with the other half; if no index keeps the promise, none is
@@ -59,7 +62,10 @@ def index(
         take_away(folder)
         click.echo(f"{folder}: exact over all rows")
         return
-    found = run(folder, recall=recall, k=_top(folder, k), n_query=queries, retriever=_retriever(folder, task, device))
+    retriever = _retriever(folder, task, device)
+    found = run(
+        folder, recall=recall, k=_top(folder, k), n_query=queries, retriever=retriever, device=device, **options
+    )
     click.echo(f"{folder}: {found.how}")
 
 

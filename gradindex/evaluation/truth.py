@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..candidates import scan
 from ..errors import ArgumentError
 from ..gradients import HALF
-from ..progress import progress
 from ..retrieval import Retriever
+from ..scoring import Scores, by_factors, shown
 from ..store import GradientStore
-
-Sides = tuple[NDArray[Any], NDArray[Any]]
-Scored = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 # Fewer queries say too little.
 _LEAST_QUERIES = 20
-# Rows whose factors are in memory at once.
-_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -62,32 +56,32 @@ class Truth:
 
 def truth_from(
     rows: NDArray[np.float32],
-    scored: Iterable[Scored],
+    scored: Scores,
     own: NDArray[np.int64],
     k: int,
     against: str,
     seed: int,
 ) -> Truth:
-    """From ids (m,) and true scores (n_query, m), piece by piece.
+    """From true scores, piece by piece.
 
     Queries with more equal scores at the k-th place than are kept cannot be judged and are left out.
     """
     width = 2 * k + 1
-    best = {sign: (np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.int64)) for sign in (1, -1)}
-    for ids, scores in scored:
+    shape = len(rows), width
+    best = {sign: (np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)) for sign in (1, -1)}
+    for which, ids, scores in scored:
         for sign, (kept, names) in best.items():
-            signed = np.where(ids[None] == own[:, None], -np.inf, sign * scores).astype(np.float32)
-            kept = np.concatenate([kept, signed], 1)
-            names = np.concatenate([names, np.broadcast_to(ids, signed.shape)], 1)
-            if kept.shape[1] > width:
-                places = np.argpartition(-kept, width - 1, axis=1)[:, :width]
-                kept, names = np.take_along_axis(kept, places, 1), np.take_along_axis(names, places, 1)
-            best[sign] = kept, names
+            signed = np.where(ids == own[which, None], -np.inf, sign * scores).astype(np.float32)
+            places = np.argpartition(-signed, min(width, len(ids)) - 1, axis=1)[:, :width]
+            both = np.concatenate([kept[which], np.take_along_axis(signed, places, 1)], 1)
+            mine = np.concatenate([names[which], ids[places]], 1)
+            places = np.argpartition(-both, width - 1, axis=1)[:, :width]
+            kept[which], names[which] = np.take_along_axis(both, places, 1), np.take_along_axis(mine, places, 1)
     clear, top = np.ones(len(rows), dtype=bool), {}
     for sign, (kept, names) in best.items():
         kth = np.partition(kept, -k, axis=1)[:, -k]
         top[sign] = np.where(kept >= kth[:, None], names, -1)
-        clear &= (kept < kth[:, None]).any(1) | (kept.shape[1] < width)
+        clear &= (kept < kth[:, None]).any(1)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(clear))  # halves must not be alike
     if len(order) < _LEAST_QUERIES:
         raise ArgumentError(
@@ -97,31 +91,10 @@ def truth_from(
     return Truth(rows[order], {sign: ids[order] for sign, ids in top.items()}, own[order], k, against)
 
 
-def against_factors(store: GradientStore, factors: Mapping[tuple[int, int], Sides]) -> Iterator[Scored]:
-    """Ids (m,) and exact scores (n_query, m) of all rows, piece by piece, from their stored factors.
-
-    Args:
-        store: one with factors.
-        factors: of the queries, as :meth:`GradientStore.factors` gives them.
-    """
-    live = store.ids
-    with progress("true scores", len(live), "rows") as advance:
-        for start in range(0, len(live), _AT_ONCE):
-            ids = live[start : start + _AT_ONCE]
-            scores: NDArray[np.float32] | float = 0.0
-            for key, (activations, output_gradients) in store.factors(ids).items():
-                mine = factors[key]
-                scores = scores + (mine[1] @ output_gradients.T) * (mine[0] @ activations.T)
-            yield ids, np.asarray(scores, dtype=np.float32)
-            advance(len(ids))
-
-
-def against_rows(store: GradientStore, rows: NDArray[np.float32]) -> Iterator[Scored]:
-    """Ids (m,) and inner products (n_query, m) with all rows, piece by piece."""
-    with progress("true scores", store.n_train, "rows") as advance:
-        for ids, block in store.blocks():
-            yield ids, rows @ block.T
-            advance(len(ids))
+def against_rows(store: GradientStore, rows: NDArray[np.float32]) -> Scores:
+    """Inner products with all rows, piece by piece."""
+    for ids, scores in scan(store, rows):
+        yield slice(0, len(rows)), ids, scores
 
 
 def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0) -> Truth:
@@ -138,13 +111,14 @@ def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0) -> Truth
     described = store.manifest["map"]
     exact = store.manifest["factors"] == "float32" and not (described["unit_norm"] or described["precision"] in HALF)
     rows = store.rows(chosen)
-    scored = against_factors(store, store.factors(chosen)) if exact else against_rows(store, rows)
+    scored = by_factors(store, store.factors(chosen), len(chosen), ids) if exact else against_rows(store, rows)
     kind = "exact scores" if exact else "scores of all rows"
+    scored = shown("true scores", scored, len(chosen) * len(ids))
     return truth_from(rows, scored, chosen, k, f"against {kind}, training examples as queries", seed)
 
 
 def real(retriever: Retriever, n_query: int, k: int, seed: int = 0) -> Truth:
-    """The task's own queries, drawn at random, with exact scores, (n_query, n_train) of which are in memory.
+    """The task's own queries, drawn at random, with exact scores.
 
     Args:
         retriever: open, of a task with query data.
@@ -160,9 +134,10 @@ def real(retriever: Retriever, n_query: int, k: int, seed: int = 0) -> Truth:
         raise ArgumentError("The task has no query data. Give Task(query=...), or leave the task out.")
     queries = [int(q) for q in np.random.default_rng(seed).choice(n, min(n_query, n), replace=False)]
     asked = retriever.ask(queries)
-    scored = [(retriever.store.ids, retriever.exact_scores(asked).astype(np.float32))]
-    rows = asked.rows
-    return truth_from(rows, scored, np.full(len(rows), -1), k, "against exact scores, the task's queries", seed)
+    own = np.full(len(asked), -1)
+    return truth_from(
+        asked.rows, retriever.exact_pieces(asked), own, k, "against exact scores, the task's queries", seed
+    )
 
 
 def lower_bound(recalls: NDArray[np.float64], k: int, tries: int = 1) -> float:

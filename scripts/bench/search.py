@@ -23,9 +23,10 @@ from reference import cache_folder
 from stores import store_of
 
 import gradindex
-from gradindex.evaluation.truth import Truth, against_factors, truth_from
+from gradindex.evaluation.truth import Truth, truth_from
 from gradindex.index import CompactIndex, Shape
 from gradindex.index.compact import fitted_directions
+from gradindex.scoring import by_factors
 
 K, FOUND, QUERIES, SAMPLE = 100, 500, 200, 50_000
 # Rows, and how many directions and lists; None is all rows.
@@ -95,7 +96,9 @@ def queries_of(store: gradindex.GradientStore, count: int) -> tuple[Truth, NDArr
     for which in (False, True):
         halves.append(generator.choice(store.ids[flipped == which], count // 2, replace=False))
     ids = np.sort(np.concatenate(halves))
-    truth = truth_from(store.rows(ids), against_factors(store, store.factors(ids)), ids, K, "exact scores", seed=0)
+    truth = truth_from(
+        store.rows(ids), by_factors(store, store.factors(ids), len(ids), store.ids), ids, K, "exact scores", seed=0
+    )
     return truth, store.column("flipped", truth.own)
 
 
