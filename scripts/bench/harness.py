@@ -9,10 +9,14 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 TOP = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(TOP / "scripts" / "tasks"))
@@ -130,6 +134,36 @@ class Bench:
             lines += ["", f"## {title}", "", f"| {' | '.join(names)} |", f"| {' | '.join(['---'] * len(names))} |"]
             lines += [f"| {' | '.join(_short(row[name]) for name in names)} |" for row in rows]
         return "\n".join(lines) + "\n"
+
+
+class Anonymous:
+    """The most anonymous memory that this process takes meanwhile; mapped files are not counted."""
+
+    def __enter__(self) -> Anonymous:
+        self.peak_gb, self._over = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.02):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    self.peak_gb = max(self.peak_gb, int(line.split()[1]) * 1024 / 1e9)
+
+
+def timed(action: Callable[[], Any], times: int) -> float:
+    """Median milliseconds."""
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - started)
+    return 1000 * float(np.median(seconds))
 
 
 def _short(value: Any) -> str:

@@ -14,16 +14,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-from harness import Bench
+from harness import Bench, timed
 from torch.utils.data import Subset
 
 import gradindex
@@ -117,7 +115,7 @@ from pathlib import Path
 from gradindex.projection import Projection
 sys.path.insert(0, {bench!r})
 from numbers_task import make_task
-from store import Anonymous
+from harness import Anonymous
 folder = {folder!r}
 task = make_task({n}, Path(folder).parent)
 with Anonymous() as memory:
@@ -128,42 +126,12 @@ print(json.dumps([taken, memory.peak_gb]))
 """
 
 
-class Anonymous:
-    """The most anonymous memory that this process takes meanwhile; mapped files are not counted."""
-
-    def __enter__(self) -> Anonymous:
-        self.peak_gb, self._over = 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.02):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("RssAnon:"):
-                    self.peak_gb = max(self.peak_gb, int(line.split()[1]) * 1024 / 1e9)
-
-
 def in_a_process(code: str, folder: Path, n: int) -> tuple[float, float]:
     """Seconds and anonymous gigabytes."""
     program = RUN.format(bench=str(Path(__file__).parent), folder=str(folder), n=n, code=code)
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
     taken, peak = json.loads(done.stdout.splitlines()[-1])
     return taken, peak
-
-
-def timed(action: Callable[[], Any], times: int) -> float:
-    """Median milliseconds."""
-    seconds = []
-    for _ in range(times):
-        started = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - started)
-    return 1000 * float(np.median(seconds))
 
 
 def opening_and_gathering(bench: Bench, folder: Path) -> None:

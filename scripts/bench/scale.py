@@ -1,0 +1,222 @@
+"""Retrieval at 1.28 million rows, and at 10,000 to 250,000: recall of the answers, time, size, memory.
+
+Truth is exact TracInCP of the tracked parameters. Each store's index is tuned with queries of the test set, and judged
+with others. A query's own gradient is not timed. The features that the stores are made of take an hour to compute
+(scripts/tasks/augmented.py) and are kept, like the stores, outside the checkout (GRADINDEX_CACHE).
+
+    python scripts/bench/scale.py [--parts augmented pseudo_classes cifar10 mnist growth] [--quick] [--save FILE]
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from harness import Bench, timed
+from numpy.typing import NDArray
+from stores import store_of, task_of
+from torch.utils.data import Subset
+
+import gradindex
+from gradindex import evaluation
+from gradindex.candidates import Candidates
+from gradindex.evaluation.truth import Truth, lower_bound, truth_from
+from gradindex.index.compact import fitted_directions
+
+K, JUDGED, BATCH = 100, 500, 100
+PARTS = ("augmented", "pseudo_classes", "cifar10", "mnist", "growth")
+
+
+def main() -> None:
+    """Measure and print."""
+    bench = Bench("Retrieval at scale", __doc__, parts={"parts": PARTS})
+    for part in bench.options.parts:
+        if part == "growth":
+            growth(bench)
+        else:
+            judge(bench, Case(part, bench.quick))
+    bench.finish()
+
+
+class Case:
+    """A store, its task with the queries to tune with, and others to judge with.
+
+    Args:
+        name: of the part.
+        quick: a small store instead.
+    """
+
+    # Recall, milliseconds (median, 99th percentile, each of a batch).
+    BARS: dict[str, tuple[float, float, float | None, float | None]] = {
+        "augmented": (0.99, 3, 10, 1.5),
+        "pseudo_classes": (0.99, 6, 20, 3),
+        "cifar10": (0.995, 1.5, None, None),
+        "mnist": (0.995, 1.5, None, None),
+    }
+
+    def __init__(self, name: str, quick: bool = False) -> None:
+        self.name, n = name, {"augmented": 1_281_167, "cifar10": 50_000}.get(name)
+        source = "augmented" if name == "cifar10" else name
+        n = 10_000 if quick and n else n
+        task = task_of(source, n)
+        self.store = store_of(source, n)
+        half = task.n_query // 2
+        self.tuning, self.judging = (_with_queries(task, range(start, start + half)) for start in (0, half))
+        self.judged = min(40 if quick else JUDGED, half)
+        self.recall, *self.limits = self.BARS[name]
+
+
+def _with_queries(task: gradindex.Task, positions: range) -> gradindex.Task:
+    columns = {name: np.asarray(values)[positions] for name, values in task.query_columns.items()}
+    return replace(task, query=Subset(task.query, positions), query_columns=columns)
+
+
+def judge(bench: Bench, case: Case) -> None:
+    """Make the index, then measure answers, times and sizes."""
+    name, store, n = f"{case.name}, {case.store.n_train:,} rows", case.store, case.store.n_train
+    taken, anonymous = made(case)
+    if case.name == "augmented":
+        bench.bar(f"{name}: index built, tuned and measured in", taken / 60, "minutes", 5, at_most=True)
+        bench.bar(f"{name}: anonymous memory meanwhile", anonymous, "GB", 1, at_most=True)
+    else:
+        bench.figure(f"{name}: index built, tuned and measured in", taken, "s")
+    started = time.perf_counter()
+    retriever = gradindex.load(store.folder, case.judging)
+    bench.figure(f"{name}: retriever opened, routes and task checked", time.perf_counter() - started, "s")
+    print(retriever.search_note, flush=True)
+    started = time.perf_counter()
+    searched = Candidates(store)
+    bench.bar(f"{name}: index opened, its checksum compared", time.perf_counter() - started, "s", 1, at_most=True)
+    sizes(bench, name, store)
+
+    chosen = np.random.default_rng(5).choice(case.judging.n_query, case.judged, replace=False).tolist()
+    asked = retriever.ask(chosen)
+    truth = truth_from(asked.rows, retriever.exact_pieces(asked), np.full(len(asked), -1), K, "exact", seed=0)
+    singles = [retriever.ask([position]) for position in chosen]
+    for sign, kind in ((1, "proponents"), (-1, "opponents")):
+        answer = retriever.search(asked, K, kind=kind)
+        recalls = answered(truth, asked.rows, answer.ids, sign)
+        bench.figure(f"{name}: recall@{K} of {kind}", float(recalls.mean()), "share")
+        bench.bar(f"{name}: its lower 95% bound", lower_bound(recalls, K), "share", case.recall)
+    for kind in ("proponents", "opponents"):
+        seconds = []
+        for single in singles:
+            started = time.perf_counter()
+            retriever.search(single, K, kind=kind)
+            seconds.append(time.perf_counter() - started)
+        limit, worst, _ = case.limits
+        bench.bar(f"{name}: a query, {kind}, median", 1000 * float(np.median(seconds)), "ms", limit, at_most=True)
+        slowest = 1000 * float(np.quantile(seconds, 0.99))
+        if worst is None:
+            bench.figure(f"{name}: a query, {kind}, 99th percentile", slowest, "ms")
+        else:
+            bench.bar(f"{name}: a query, {kind}, 99th percentile", slowest, "ms", worst, at_most=True)
+    batch = retriever.ask(chosen[:BATCH])
+    each = timed(lambda: retriever.search(batch, K), 5) / len(batch)
+    if case.limits[2] is None:
+        bench.figure(f"{name}: each of a batch of {len(batch)}", each, "ms")
+    else:
+        bench.bar(f"{name}: each of a batch of {len(batch)}", each, "ms", case.limits[2], at_most=True)
+    if searched.index is not None:
+        index_alone(bench, name, store, searched, asked.rows[:50], n >= 1_000_000)
+
+
+def answered(truth: Truth, rows: NDArray[np.float32], ids: NDArray[np.int64], sign: int) -> NDArray[np.float64]:
+    """Recall of answers to queries in their own order; truth has left some out, and another order."""
+    places = [int(np.flatnonzero((rows == row).all(1))[0]) for row in truth.rows]
+    return truth.recalls(sign, ids[places], K)
+
+
+def made(case: Case) -> tuple[float, float]:
+    """Make the index in a process of its own: seconds, and its peak of anonymous gigabytes."""
+    program = f"""
+import json, sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from harness import Anonymous
+from scale import Case
+from gradindex import evaluation, load
+case = Case({case.name!r}, {case.judged < JUDGED!r})
+with Anonymous() as memory:
+    started = time.perf_counter()
+    retriever = load(case.store.folder, case.tuning, use_index=False)
+    evaluation.index(case.store.folder, recall=case.recall, k={K}, n_query={JUDGED}, retriever=retriever)
+    taken = time.perf_counter() - started
+print(json.dumps([taken, memory.peak_gb]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    taken, peak = json.loads(done.stdout.splitlines()[-1])
+    return taken, peak
+
+
+def sizes(bench: Bench, name: str, store: gradindex.GradientStore) -> None:
+    """Bytes on disk."""
+    index = store.folder / "index"
+    of_index = sum(path.stat().st_size for path in index.rglob("*")) if index.exists() else 0
+    whole = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
+    each = (whole - of_index) / store.n_train
+    if name.startswith("augmented"):
+        bench.bar(f"{name}: store with float32 factors", each / 1024, "KiB a row", 3.5, at_most=True)
+        bench.bar(f"{name}: index", of_index / store.n_train, "bytes a row", 200, at_most=True)
+    else:
+        bench.figure(f"{name}: store with float32 factors", each / 1024, "KiB a row")
+        bench.figure(f"{name}: index", of_index / store.n_train, "bytes a row")
+
+
+def index_alone(
+    bench: Bench, name: str, store: gradindex.GradientStore, searched: Any, rows: NDArray[np.float32], large: bool
+) -> None:
+    """The first stage against flat float32 search over as many numbers, and over whole rows."""
+    effort, dim = searched.effort(K), searched.index.about["shape"]["dim"]
+    found = effort.proposals
+    alone = timed_each(lambda row: searched.propose(row, found, effort), rows)
+    sample = store.rows(store.spread_ids(20_000))
+    directions = fitted_directions(sample, dim)
+    flat = faiss.IndexFlatIP(dim)
+    for _, block in store.blocks():
+        flat.add(np.ascontiguousarray(block @ directions))
+    turned = np.ascontiguousarray(rows @ directions)
+    of_flat = timed_each(partial(flat.search, k=found), turned)
+    del flat
+    whole = Candidates(store, use_index=False)
+    of_rows = timed_each(lambda row: whole.search(row, found), rows[:10])
+    bench.figure(f"{name}: index alone, {found:,} proposals", alone, "ms")
+    if large:
+        bench.bar(f"{name}: flat float32 search of {dim} numbers, against it", of_flat / alone, "x", 20)
+    else:
+        bench.figure(f"{name}: flat float32 search of {dim} numbers, against it", of_flat / alone, "x")
+    bench.figure(f"{name}: all {store.dim} numbers of the store's rows compared, against it", of_rows / alone, "x")
+
+
+def growth(bench: Bench) -> None:
+    """Time of a query against the number of rows, each store with its own index, and the exponent."""
+    counts = [3_000, 10_000] if bench.quick else [10_000, 100_000, 1_000_000]
+    medians = []
+    for n in counts:
+        store, task = store_of("augmented", n), task_of("augmented", n)
+        half = task.n_query // 2
+        tuning = gradindex.load(store.folder, _with_queries(task, range(half)), use_index=False)
+        evaluation.index(store.folder, recall=0.99, k=K, n_query=JUDGED, retriever=tuning)
+        retriever = gradindex.load(store.folder, _with_queries(task, range(half, 2 * half)))
+        singles = [retriever.ask([position]) for position in range(100)]
+        medians.append(np.median([timed(partial(retriever.search, asked, K), 1) for asked in singles]))
+        bench.figure(f"{n:,} rows: a query, median ({retriever.search_note})", float(medians[-1]), "ms")
+    exponent = np.polyfit(np.log(counts), np.log(medians), 1)[0]
+    bench.figure("time of a query against the number of rows, fitted exponent", float(exponent), "")
+
+
+def timed_each(action: Callable[[NDArray[np.float32]], Any], rows: NDArray[np.float32]) -> float:
+    """Median milliseconds of one row after another."""
+    return float(np.median([timed(lambda row=row: action(row[None]), 1) for row in rows]))
+
+
+if __name__ == "__main__":
+    main()
