@@ -34,7 +34,7 @@ NOTHING = "no training example qualifies"
 class Stage:
     """One step of a search, and the most training examples that got a score there for one query.
 
-    For ``"absolute"`` an index is asked for each sign, and it and the rows that it proposes are counted for one of them.
+    For ``"absolute"`` an index is asked for each sign; it, and the rows that it proposes, are counted for one of them.
 
     Args:
         name: ``"index"``: by the index's estimates, of which these are the best; ``"rows"``: by their full rows;
