@@ -86,7 +86,8 @@ class Queries:
     factors: Asked | None
     weights: NDArray[np.float64] | None
     fingerprint: str
-    _kept: list[Products] = field(default_factory=list, repr=False)
+    # With the engine that they belong to, for another retriever has one of its own.
+    _kept: list[tuple[Engine, Products]] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -98,12 +99,13 @@ class Queries:
             engine: entered.
             at_once: how many queries' gradients may be in memory.
         """
-        if self._kept:
-            yield slice(0, len(self)), self._kept[0]
+        if self._kept and self._kept[0][0] is engine:
+            yield slice(0, len(self)), self._kept[0][1]
         elif self.weights is not None or len(self) <= at_once:
             weights = None if self.weights is None else self.weights.tolist()
-            self._kept[:] = [Products(engine, self.examples.items, "query", weights)]
-            yield slice(0, len(self)), self._kept[0]
+            products = Products(engine, self.examples.items, "query", weights)
+            self._kept[:] = [(engine, products)]
+            yield slice(0, len(self)), products
         else:
             for start in range(0, len(self), at_once):
                 some = self.examples.items[start : start + at_once]

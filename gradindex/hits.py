@@ -34,6 +34,8 @@ NOTHING = "no training example qualifies"
 class Stage:
     """One step of a search, and the most training examples that got a score there for one query.
 
+    For ``"absolute"`` an index is asked for each sign; it, and the rows that it proposes, are counted for one of them.
+
     Args:
         name: ``"index"``: by the index's estimates, of which these are the best; ``"rows"``: by their full rows;
             ``"stored factors"`` or ``"model"``: by exact scores from there.
@@ -87,11 +89,12 @@ class Hits:
 
     def of(self, query: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """Ids and scores of one query's hits, by its place in :attr:`queries`: as many as there are, no padding."""
-        count = self.counts[query]
+        count = int((self.ids[query] >= 0).sum())
         return self.ids[query, :count], self.scores[query, :count]
 
     def records(self) -> list[dict[str, Any]]:
         """One mapping for each hit: query, kind, rank, id, score and the columns."""
+        counts = self.counts
         return [
             {
                 "query": query,
@@ -102,7 +105,7 @@ class Hits:
                 **{name: values[row, rank].item() for name, values in self.columns.items()},
             }
             for row, query in enumerate(self.queries)
-            for rank in range(self.counts[row])
+            for rank in range(counts[row])
         ]
 
     def first(self, queries: int, k: int) -> Hits:

@@ -130,8 +130,10 @@ def heat_map(values: NDArray[np.float64], rows: Sequence[str], columns: Sequence
     """
     figure_type = _need("matplotlib.figure").Figure
     colours = _need("matplotlib.colors").LinearSegmentedColormap.from_list("sign", ["#c2410c", "#ffffff", "#0a7d4f"])
-    size = min(40.0, 2.5 + 0.45 * len(columns)), min(40.0, 1.8 + 0.35 * len(rows))
-    figure = figure_type(figsize=(max(5.0, size[0]), size[1]), layout="constrained")
+    # Inches for cells, for names (those of columns stand upright), and for the bar of colours.
+    width = 2.0 + 0.45 * len(columns) + 0.1 * max(map(len, rows))
+    height = 1.5 + 0.35 * len(rows) + 0.1 * max(map(len, columns))
+    figure = figure_type(figsize=(min(60.0, max(5.0, width)), min(60.0, height)), layout="constrained")
     axes = figure.subplots()
     largest = float(np.abs(values).max()) or 1.0  # the colours of all zeros need some scale
     shown = axes.imshow(values, cmap=colours, vmin=-largest, vmax=largest, aspect="auto")

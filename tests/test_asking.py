@@ -1,5 +1,6 @@
 """What can be asked: kinds, stages, thresholds, filters and groups, of queries that were prepared once."""
 
+import copy
 import threading
 from dataclasses import asdict, replace
 
@@ -156,6 +157,16 @@ def test_whole_gradients_of_prepared_queries_are_kept(plain, monkeypatch):
     np.testing.assert_array_equal(plain.proponents(asked, 5).scores, first.scores)
 
 
+def test_prepared_queries_serve_another_retriever_of_the_same_store(plain):
+    task = replace(plain.task, model=copy.deepcopy(plain.task.model))
+    other, asked = gradindex.load(plain.store.folder, task), plain.ask([0, 1])
+    first = plain.proponents(asked, 5)
+    with plain._engine:  # what it computes must not go through the first one's model
+        hits = run_beside(lambda: other.proponents(asked, 5))
+    np.testing.assert_array_equal(hits.ids, first.ids)
+    np.testing.assert_allclose(hits.scores, first.scores, rtol=1e-5)
+
+
 def test_queries_prepared_for_other_rows_are_refused(factors, plain, tmp_path):
     other = make(tmp_path, projection=Projection(dim=12))
     with pytest.raises(ArgumentError, match="prepared for other rows than those of .*Ask again"):
@@ -187,12 +198,12 @@ def test_threads_that_share_a_retriever_get_the_serial_answers(indexed, plain):
             np.testing.assert_array_equal(mine.scores, theirs.scores)
 
 
-def run_beside(action):
-    """What an action returns in another thread, or ``None`` where it does not end within seconds."""
+def run_beside(action, seconds=60):
+    """What an action returns in another thread, or ``None`` where it does not end in time."""
     found = []
     thread = threading.Thread(target=lambda: found.append(action()), daemon=True)
     thread.start()
-    thread.join(2)
+    thread.join(seconds)
     return found[0] if found else None
 
 
@@ -204,7 +215,7 @@ def test_a_search_goes_on_while_another_thread_computes_gradients(indexed, plain
             hits = run_beside(lambda r=retriever, a=asked, o=free: r.proponents(a, 4, **o))
             assert hits is not None, "the search waited for the engine"
             np.testing.assert_array_equal(hits.ids, expected.ids)
-            waits = run_beside(lambda r=retriever: r.ask(2))
+            waits = run_beside(lambda r=retriever: r.ask(2), seconds=1)
             assert waits is None  # gradients do wait: one pass at a time
 
 

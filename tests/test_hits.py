@@ -12,7 +12,7 @@ from PIL import Image
 
 from gradindex.errors import ArgumentError, DependencyError, StoreError
 from gradindex.hits import Hits, as_text, table
-from gradindex.report import Section, line_chart, picture, write_page
+from gradindex.report import Section, heat_map, line_chart, picture, write_page
 
 UP = Hits(
     ids=np.array([[3, 12], [0, 7]]),
@@ -175,3 +175,10 @@ def test_a_page_escapes_what_it_shows_and_leaves_out_what_is_empty(tmp_path):
     assert "0.1235" in page.text
     assert decode(page.pictures[0]).shape[2] == 3
     assert re.findall(r"gi-card", text) == []
+
+
+def test_a_heat_map_shows_signs_and_has_room_for_long_names():
+    pixels = decode(heat_map(np.array([[1.0, -1.0], [0.0, 0.0]]), ["0 a.pt", "1 b.pt"], ["x" * 70, "y"])).reshape(-1, 3)
+    for colour in ((10, 125, 79), (194, 65, 12)):
+        assert (np.abs(pixels.astype(int) - colour).max(1) <= 2).sum() > 500
+    decode(heat_map(np.zeros((1, 300)), ["0 a.pt"], [f"layer.{i}.weight" for i in range(300)]))

@@ -103,11 +103,10 @@ def show(
     if as_json and as_csv:
         raise click.UsageError("Give --json or --csv, not both.")
     if as_json:
-        begin = json.dumps({"note": note, **more})[:-1]
-        click.echo(f'{begin}, "records": [', nl=False)
+        sys.stdout.write(f'{json.dumps({"note": note, **more})[:-1]}, "records": [')
         for number, record in enumerate(records):
-            click.echo(f"{', ' if number else ''}{json.dumps(record)}", nl=False)
-        click.echo("]}")
+            sys.stdout.write(f"{', ' if number else ''}{json.dumps(record)}")
+        sys.stdout.write("]}\n")
     elif as_csv:
         writer = csv.DictWriter(sys.stdout, names)
         writer.writeheader()

@@ -45,7 +45,6 @@ class Products:
             alone stays in memory. By default each query is one of its own.
 
     Attributes:
-        count: n_query, the number of questions.
         route: how layers on general routes are compared: ``"forward mode"``,
             ``"double backward"`` or ``"gradients"``; the first two in full precision, whatever
             the engine's.
@@ -55,7 +54,7 @@ class Products:
     """
 
     def __init__(self, engine: Engine, items: Sequence[Any], role: str, weights: Sequence[float] | None = None) -> None:
-        self._engine, self.count = engine, len(items) if weights is None else 1
+        self._engine, self._count = engine, len(items) if weights is None else 1
         # Parts of the queries: which ones, and by checkpoint and layer their gradients.
         self._parts: list[tuple[slice, list[dict[int, Gradients]]]] = []
         total: list[dict[int, Gradients]] = [{} for _ in range(engine.n_checkpoints)]
@@ -73,7 +72,7 @@ class Products:
         if weights is not None:
             self._parts.append((slice(0, 1), total))
         general = [layer.route for layer in engine.layers if not layer.hooked]
-        few = general and self.count <= max(_FEW[route] for route in general)
+        few = general and self._count <= max(_FEW[route] for route in general)
         self.route = self._pick_route() if few else "gradients"
 
     def _gradients_of(
@@ -164,7 +163,7 @@ class Products:
     def _at_checkpoint(self, checkpoint: int, items: list[Any], loss_scale: float, split: bool) -> Tensor:
         """The shares of the layers whose gradients are compared: as :meth:`_by_checkpoint`."""
         engine = self._engine
-        shape = (len(engine.layers) if split else 1, self.count, len(items))
+        shape = (len(engine.layers) if split else 1, self._count, len(items))
         scores = torch.zeros(shape, dtype=engine.dtype, device=engine.device)
 
         def consume(number: int, gradients: Gradients) -> None:
