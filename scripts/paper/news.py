@@ -208,9 +208,11 @@ def main() -> None:
 def headlines(
     labels: NDArray[np.int64], predicted: NDArray[np.int64], losses: NDArray[np.float32]
 ) -> NDArray[np.int64]:
-    """The first test texts of four classes that are classified well, and the two most confident mistakes."""
-    good = [int(np.flatnonzero((labels == label) & (predicted == label))[0]) for label in np.unique(labels)[:4]]
-    return np.array(good + np.argsort(-losses)[:2].tolist())
+    """The first well classified test text of each of four classes, and the two most confident mistakes."""
+    correct = labels == predicted
+    good = [int(np.flatnonzero(correct & (labels == label))[0]) for label in np.unique(labels[correct])[:4]]
+    wrong = np.flatnonzero(~correct)
+    return np.array(good + wrong[np.argsort(-losses[wrong])[:2]].tolist(), dtype=np.int64)
 
 
 def influence(experiment: Experiment, task: Task, folder: Path, n_shown: int) -> None:
