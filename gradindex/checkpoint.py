@@ -265,20 +265,24 @@ def find_checkpoints(
 
 
 def evenly(checkpoints: Sequence[Checkpoint], count: int) -> list[Checkpoint]:
-    """The last of each of ``count`` equal spans, so that the very start is left out and the end is in.
+    """The checkpoint nearest to the middle of each of ``count`` equal spans, in the order of training.
 
-    Each keeps its own weight; ``"integrated"`` covers the steps since the checkpoint saved before it,
-    also where that one is not chosen.
+    TracInCP stands for a sum over all steps, and the middle of a span stands for it best (the midpoint rule):
+    on MNIST, 5 of 20 agree with the sum over all steps to a mean Pearson of 0.936, the ends of the spans to
+    0.917 (docs/paper.md). Each keeps its own weight; ``"integrated"`` covers the steps since the checkpoint
+    saved before it, also where that one is not chosen.
 
     Args:
-        checkpoints: in the order of training.
+        checkpoints: in the order of training, saved at equal distances.
         count: from 1 to their number.
 
     Raises:
         ArgumentError: ``count`` is out of range.
     """
     _check_count(checkpoints, count)
-    return [checkpoints[number * len(checkpoints) // count - 1] for number in range(1, count + 1)]
+    n = len(checkpoints)
+    # Checkpoint j of n stands at the end of step j, so the middle (k - 1/2) n / count is rounded to a whole j.
+    return [checkpoints[((2 * number - 1) * n + count) // (2 * count) - 1] for number in range(1, count + 1)]
 
 
 def by_loss_drop(

@@ -62,6 +62,17 @@ def test_more_checkpoints_and_larger_projections_come_closer_to_per_step_influen
 
 
 @pytest.mark.data
+@needs("mnist.tar.xz")
+def test_opponents_of_a_digit_are_mislabelled_and_flips_have_high_self_influence(tmp_path):
+    _, figures = run("pictures", tmp_path)
+    assert figures["mnist, proponents by TracIn: with the query's label"] > 0.9
+    assert figures["mnist, opponents by TracIn: flipped labels"] > 0.8
+    assert figures["mnist, TracIn: flipped labels found at 20% inspected"] > 0.95
+    assert figures["mnist, most similar features: with the query's label"] > 0.8
+    assert (tmp_path / "pictures-mnist.html").read_text().count("data:image/png") > 100
+
+
+@pytest.mark.data
 @needs("california_housing.csv")
 def test_housing_explains_prices_and_draws_its_maps(tmp_path):
     result, figures = run("housing", tmp_path)

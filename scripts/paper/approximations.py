@@ -174,7 +174,7 @@ def drawn(
 ) -> Figure:
     """The three panels: number and choice of checkpoints, each epoch alone, projections."""
     picture = Figure(figsize=(13, 4), layout="constrained")
-    choice, epoch, projection = picture.subplots(1, 3, sharey=True)
+    choice, epoch, projection = picture.subplots(1, 3)
     colours = (PROPONENT, "#7fb2e5", "#3a9a5b", "#c9a227", NEUTRAL, OPPONENT)
     for (name, values), colour in zip(by_way.items(), colours, strict=True):
         choice.plot(counts, values, "o-", color=colour, label=name)
@@ -194,7 +194,9 @@ def drawn(
         axes.grid(alpha=0.3)
     for axes in (choice, projection):
         axes.legend(frameon=False)
-    picture.axes[0].set_ylim(0, 1.02)
+    lowest = min(alone + [value for values in by_way.values() for value in values])
+    for axes, low in ((choice, lowest - 0.2), (epoch, lowest - 0.2), (projection, 0)):
+        axes.set_ylim(low, 1)
     return picture
 
 
