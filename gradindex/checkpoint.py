@@ -293,7 +293,7 @@ def by_loss_drop(
     The drop of a checkpoint is the loss at the one before it minus its own; the first has none before it
     and is chosen only when all are.
 
-    Source: Pruthi et al. 2020 (arXiv:2002.08484), section 3.5: checkpoints from where the loss falls.
+    Source: Pruthi et al. 2020 (arXiv:2002.08484): checkpoints from where the loss falls.
 
     Args:
         checkpoints: in the order of training.

@@ -5,7 +5,7 @@ example z and each of 100 test points z':
 
     sum over the steps t that used z of eta / b <grad l(w_t; z), grad l(w_t; z')>
 
-(Pruthi et al. 2020, section 3.4). It is computed once, with exact_scores at the weights before each step, and
+(Pruthi et al. 2020, minibatch form). It is computed once, with exact_scores at the weights before each step, and
 cached beside a checkpoint of each epoch. TracInCP over chosen checkpoints, and its projected forms, are then
 correlated with it over the training examples, for each test point.
 

@@ -1,4 +1,4 @@
-"""California housing: influence on a regression (section 4 of the paper), with Adam's steps modelled or not.
+"""California housing: influence on a regression, with Adam's steps modelled or not.
 
 A network of three hidden layers predicts a district's median house value from the census of 1990. Proponents
 and opponents of chosen districts are drawn on a map, and so are the districts of high self-influence. The

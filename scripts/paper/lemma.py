@@ -1,8 +1,8 @@
 """Lemma 3.1: the ideal influences of all training examples sum to the fall of a test point's loss.
 
 Trains with one example a step in float64, credits each step's change of each test point's loss to the
-example of that step (section 3.1 of the paper), and compares the sums with the fall of the loss over the
-whole training. Then the first-order form (section 3.2): its error in one step against the learning rate.
+example of that step (TracInIdeal), and compares the sums with the fall of the loss over the
+whole training. Then the first-order form: its error in one step against the learning rate.
 
 python scripts/paper/lemma.py [--quick] [--json] [--save FILE]
 """

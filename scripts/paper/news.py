@@ -1,4 +1,4 @@
-"""Influence on a text classifier: averaged word embeddings and a fully connected layer (section 4 of the paper).
+"""Influence on a text classifier: averaged word embeddings and a fully connected layer.
 
 Proponents and opponents of headlines by the last layer, by the embeddings and by all parameters, and how far the
 three agree. By default the 7,600 rows of AG News in the data folder, a tenth of them held out; DBPedia-14, which the

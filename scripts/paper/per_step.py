@@ -11,7 +11,7 @@ The reference training (scripts/tasks/mnist.py) is run again, followed by 100 te
 
 Each is correlated for each test point (over steps, or over steps and examples), and then averaged. Both are
 repeated without the flipped labels, and the first at smaller learning rates.
-Source: Pruthi et al. 2020 (arXiv:2002.08484), sections 3.2 and 3.4.
+Source: Pruthi et al. 2020 (arXiv:2002.08484).
 
 python scripts/paper/per_step.py [--quick] [--json] [--data DIR] [--save FILE]
 """
