@@ -39,6 +39,7 @@ class Bench:
         if self.options.data:
             os.environ["GRADINDEX_DATA"] = str(self.options.data)
         self.title = title
+        self.load = os.getloadavg()[0]  # before this process adds to it
         self.packages = packages
         self.figures: list[dict[str, Any]] = []
         self.bars: list[dict[str, Any]] = []
@@ -65,10 +66,13 @@ class Bench:
         if self.options.save:
             self.options.save.write_text(self._markdown())
         if self.options.json:
-            print(json.dumps({"bars": self.bars, "figures": self.figures, "machine": machine(self.packages)}))
+            print(json.dumps({"bars": self.bars, "figures": self.figures, "machine": self._machine()}))
+
+    def _machine(self) -> dict[str, str]:
+        return {**machine(self.packages), "load of others at the start": f"{self.load:.1f}"}
 
     def _markdown(self) -> str:
-        lines = [f"# {self.title}", "", *(f"- {name}: {value}" for name, value in machine(self.packages).items())]
+        lines = [f"# {self.title}", "", *(f"- {name}: {value}" for name, value in self._machine().items())]
         # --save says where the result goes, not how it came about.
         command = ["python", Path(sys.argv[0]).resolve().relative_to(TOP).as_posix()] + ["--quick"] * self.quick
         if "OMP_NUM_THREADS" in os.environ:

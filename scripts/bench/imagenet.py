@@ -142,9 +142,7 @@ def main() -> None:
             taken = PICTURES * CHECKPOINTS * each / (peak * share)
             label = f"estimated, not measured: one {name} at {share:.0%} of {peak / 1e12:.0f} TFLOP/s (bfloat16)"
             bench.figure(label, taken / 60, "minutes")
-            bench.figure(
-                f"the same: processes to read in as long a time, {name} at {share:.0%}", PICTURES * read_s / taken, ""
-            )
+            bench.figure(f"reading as fast, {name} at {share:.0%}", PICTURES * read_s / taken, "processes")
     bench.finish()
 
 
