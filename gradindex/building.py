@@ -144,14 +144,14 @@ def estimate(task: Task, out: str | os.PathLike[str], *, part: Part | None = Non
         plan = planned(task.train_ids, _whole_batches(chosen.shard_rows, batch_size))
         disk = left = shard_bytes(described, plan, columns)
         rows, done = sum(runs.count(shard["ids"]) for shard in share(plan, part)), 0
-        fits = projection.fitted and chosen.bases_from is None
+        to_fit = projection.fitted and chosen.bases_from is None
         if GradientStore.complete(folder):
             _check_built(GradientStore(folder), described, engine)
-            left, done, fits = 0, rows, False
+            left, done, to_fit = 0, rows, False
         elif (job := Job.pending(folder)) is not None:
             job.check_same(described)
             batch_size, left, (done, rows) = job.after["batch_size"], job.bytes_missing(columns), job.rows_done(part)
-            fits = False
+            to_fit = False
         # Bases that are not fitted yet are as large as random ones.
         stand_in = replace(projection, kind="kronecker") if projection.fitted else projection
         maker = RowMaker(engine, stand_in, None, norms, chosen.unit_norm, chosen.factors is not None)
@@ -171,7 +171,7 @@ def estimate(task: Task, out: str | os.PathLike[str], *, part: Part | None = Non
             workers=chosen.workers,
             read_s=read_s,
             compute_s=compute_s,
-            fitting_rows=SubspaceFit.PASSES * min(FITTED_TO, len(task.train_ids)) if fits else 0,
+            fitting_rows=SubspaceFit.PASSES * min(FITTED_TO, len(task.train_ids)) if to_fit else 0,
         )
 
 
@@ -222,7 +222,6 @@ def _build(task: Task, folder: Path, part: Part | None, options: _Options) -> No
                 _check_built(GradientStore(folder), described, engine)
                 return
             job = _begin_build(task, folder, engine, projection, options, described)
-            check_room(folder, job.bytes_missing(partial(task.column_arrays, "train")))
             fill(job, engine, task, options.workers, part)
             if part is None:
                 job.finish()
@@ -253,8 +252,12 @@ def _whole_batches(shard_rows: int, batch_size: int) -> int:
 def _begin_build(
     task: Task, folder: Path, engine: Engine, projection: Projection, options: _Options, described: dict[str, Any]
 ) -> Job:
+    columns = partial(task.column_arrays, "train")
     if Job.pending(folder) is not None:
-        return Job.begin(folder, "build", described, [])  # its own plan holds
+        job = Job.begin(folder, "build", described, [])  # its own plan holds
+        check_room(folder, job.bytes_missing(columns))
+        return job
+    check_room(folder, shard_bytes(described, planned(task.train_ids, options.shard_rows), columns))
     norms, batch_size = options.self_influence, options.batch_size
     if batch_size is None:
         batch_size = pick_batch_size(engine, projection, norms, options.memory)

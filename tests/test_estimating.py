@@ -98,8 +98,13 @@ def test_a_build_that_the_disk_has_no_room_for_does_not_begin(task, tmp_path, mo
     assert "1 MB free: NOT ENOUGH" in str(said)
     with pytest.raises(StoreError, match=r"still needs about 0.00\d+ GB, but its disk has 0.001 GB free. Free some"):
         gradindex.build(task, tmp_path / "store", **OPTIONS)
-    assert list((tmp_path / "store" / "shards").iterdir()) == []
+    assert not (tmp_path / "store" / "pending.json").exists()
     monkeypatch.undo()
+    build_part(task, tmp_path / "store", (1, 2), **OPTIONS)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(StoreError, match="still needs about"):
+        gradindex.build(task, tmp_path / "store", **OPTIONS)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=15 * 10**5))  # for what is missing
     assert gradindex.build(task, tmp_path / "store", **OPTIONS).n_train == 300
 
 

@@ -139,7 +139,8 @@ def make_task(options: argparse.Namespace, skip: Sequence[int] | None = None) ->
     prepare, root = preparation(options), options.data
     classes = find_classes(root)
     train = list_files(root, "train", classes)
-    val = list_files(root, "val", classes, options.val_labels) if (root / "val").exists() else None
+    asked = (root / "val").exists() or options.val_labels is not None
+    val = list_files(root, "val", classes, options.val_labels) if asked else None
     mapping = options.names or root / "LOC_synset_mapping.txt"
     names = read_names(mapping, classes) if options.names or mapping.exists() else classes
     return Task(
