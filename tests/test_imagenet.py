@@ -146,7 +146,7 @@ def test_a_build_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(whol
     arguments = [*options, *ROWS, "--out", str(tmp_path / "store"), "--broken", "skip"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen([sys.executable, SCRIPTS / "build.py", *arguments], env=environment)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600  # on a busy machine
     while len(list(tmp_path.glob("store/shards/*.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
