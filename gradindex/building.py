@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
 from .errors import ArgumentError, MismatchError
-from .filling import consecutive, fill, running
+from .estimating import Estimate, timed
+from .filling import fill, planned, running
 from .gradients import Engine, Precision
 from .matching import check_task
-from .projection import Projection
-from .rows import Norms, RowMaker, describe, fit_bases, pick_batch_size
+from .memory import available_bytes, largest_batch
+from .projection import Projection, SubspaceFit
+from .rows import FITTED_TO, Norms, RowMaker, describe, fit_bases, memory_of_pass, pick_batch_size
 from .store import (
     GradientStore,
     Job,
     Part,
     RowType,
+    check_part,
+    check_room,
     check_row_type,
     claimed,
     differences,
+    factor_bytes,
     fingerprint,
+    free_bytes,
     number_bytes,
+    runs,
+    shard_bytes,
+    share,
     write_bases,
 )
 from .task import Task
@@ -107,10 +117,62 @@ def build_part(task: Task, out: str | os.PathLike[str], part: Part, **options: A
     Raises:
         GradIndexError: as for :func:`build`, or another process makes the same part.
     """
-    index, parts = part
-    if not 1 <= index <= parts:
-        raise ArgumentError(f"part is {index}/{parts}, but must be from 1/{parts} to {parts}/{parts}.")
+    check_part(part)
     _build(task, Path(out), part, _Options(**{**(build.__kwdefaults__ or {}), **options}))
+
+
+def estimate(task: Task, out: str | os.PathLike[str], *, part: Part | None = None, **options: Any) -> Estimate:
+    """What a build will take: disk, memory and time, the last from a few timed batches; nothing is written.
+
+    Args:
+        task: as for :func:`build`.
+        out: as for :func:`build`; what is there of the same build counts as done.
+        part: (i, n), time and rows of the i-th of n parts alone.
+        **options: as for :func:`build`.
+
+    Raises:
+        GradIndexError: as for :func:`build`.
+    """
+    check_part(part)
+    chosen, folder = _Options(**{**(build.__kwdefaults__ or {}), **options}), Path(out)
+    with running(task, chosen.precision, chosen.device, chosen.channels_last) as engine:
+        projection, described = _described(task, engine, chosen)
+        columns, norms = partial(task.column_arrays, "train"), chosen.self_influence
+        fixed, each = memory_of_pass(engine, projection, norms)
+        budget = available_bytes(engine.device) if chosen.memory is None else chosen.memory
+        batch_size = chosen.batch_size or largest_batch(fixed, each, budget)
+        plan = planned(task.train_ids, _whole_batches(chosen.shard_rows, batch_size))
+        disk = left = shard_bytes(described, plan, columns)
+        rows, done = sum(runs.count(shard["ids"]) for shard in share(plan, part)), 0
+        to_fit = projection.fitted and chosen.bases_from is None
+        if GradientStore.complete(folder):
+            _check_built(GradientStore(folder), described, engine)
+            left, done, to_fit = 0, rows, False
+        elif (job := Job.pending(folder)) is not None:
+            job.check_same(described)
+            batch_size, left, (done, rows) = job.after["batch_size"], job.bytes_missing(columns), job.rows_done(part)
+            to_fit = False
+        # Bases that are not fitted yet are as large as random ones.
+        stand_in = replace(projection, kind="kronecker") if projection.fitted else projection
+        maker = RowMaker(engine, stand_in, None, norms, chosen.unit_norm, chosen.factors is not None)
+        read_s, compute_s = timed(maker, task, batch_size)
+        return Estimate(
+            rows=rows,
+            rows_done=done,
+            dim=described["dim"],
+            row_bytes=disk // len(task.train_ids),
+            factor_bytes=factor_bytes(described, 1),
+            disk_bytes=disk,
+            disk_left_bytes=left,
+            free_bytes=free_bytes(folder),
+            weight_bytes=sum(tensor.nbytes for state in engine.states for tensor in state.values()),
+            pass_bytes=fixed + each * batch_size,
+            batch_size=batch_size,
+            workers=chosen.workers,
+            read_s=read_s,
+            compute_s=compute_s,
+            fitting_rows=SubspaceFit.PASSES * min(FITTED_TO, len(task.train_ids)) if to_fit else 0,
+        )
 
 
 @dataclass(frozen=True)
@@ -148,18 +210,8 @@ class _Options:
 
 
 def _build(task: Task, folder: Path, part: Part | None, options: _Options) -> None:
-    row_type, projection = options.row_type, options.projection or Projection()
-    projection = projection.resolved(len(task.checkpoints), *number_bytes(row_type))
     with running(task, options.precision, options.device, options.channels_last) as engine:
-        described = {
-            "task": task.name,
-            "map": describe(engine, projection, options.unit_norm),
-            "dim": projection.block_dim(engine.layers) * engine.n_checkpoints,
-            "row_type": row_type,
-            "factors": options.factors,
-            "self_influence": options.self_influence,
-            "columns": task.column_types(),
-        }
+        projection, described = _described(task, engine, options)
         if GradientStore.complete(folder):
             _check_built(GradientStore(folder), described, engine)
             return
@@ -175,16 +227,41 @@ def _build(task: Task, folder: Path, part: Part | None, options: _Options) -> No
                 job.finish()
 
 
+def _described(task: Task, engine: Engine, options: _Options) -> tuple[Projection, dict[str, Any]]:
+    """The map with its size, and what the manifest will say as far as it is known before bases are fitted."""
+    projection = options.projection or Projection()
+    projection = projection.resolved(engine.n_checkpoints, *number_bytes(options.row_type))
+    return projection, {
+        "task": task.name,
+        "map": describe(engine, projection, options.unit_norm),
+        "dim": projection.block_dim(engine.layers) * engine.n_checkpoints,
+        "row_type": options.row_type,
+        "factors": options.factors,
+        "self_influence": options.self_influence,
+        "columns": task.column_types(),
+        "next_id": task.n_train,
+        "data": task.data_fingerprint(),
+        "removed": [],
+    }
+
+
+def _whole_batches(shard_rows: int, batch_size: int) -> int:
+    return -(-shard_rows // batch_size) * batch_size
+
+
 def _begin_build(
     task: Task, folder: Path, engine: Engine, projection: Projection, options: _Options, described: dict[str, Any]
 ) -> Job:
-    described |= {"next_id": task.n_train, "data": task.data_fingerprint(), "removed": []}
+    columns = partial(task.column_arrays, "train")
     if Job.pending(folder) is not None:
-        return Job.begin(folder, "build", described, [])  # its own plan holds
+        job = Job.begin(folder, "build", described, [])  # its own plan holds
+        check_room(folder, job.bytes_missing(columns))
+        return job
+    check_room(folder, shard_bytes(described, planned(task.train_ids, options.shard_rows), columns))
     norms, batch_size = options.self_influence, options.batch_size
     if batch_size is None:
         batch_size = pick_batch_size(engine, projection, norms, options.memory)
-    shard_rows = -(-options.shard_rows // batch_size) * batch_size
+    shard_rows = _whole_batches(options.shard_rows, batch_size)
     described["map"] |= {"bases": None, "fitted_to": None}
     if options.bases_from is not None:
         described["map"] |= _bases_of(GradientStore(options.bases_from), folder, described)
@@ -193,7 +270,7 @@ def _begin_build(
         described["map"] |= {"bases": write_bases(folder, fitted), "fitted_to": task.n_train}
     described |= {"fingerprint": fingerprint(described["map"]), "batch_size": batch_size, "shard_rows": shard_rows}
     described |= {"threads": torch.get_num_threads()}
-    return Job.begin(folder, "build", described, consecutive(0, task.n_train, shard_rows))
+    return Job.begin(folder, "build", described, planned(task.train_ids, shard_rows))
 
 
 def _bases_of(other: GradientStore, folder: Path, described: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset
 
+from .errors import GradIndexError
 from .gradients import Engine, Precision
 from .index import require
 from .matching import check_losses
@@ -22,9 +23,10 @@ from .task import Task, example_digest, sampled
 from .tree import preserved_random_state
 
 
-def consecutive(first: int, end: int, shard_rows: int) -> list[dict[str, Any]]:
-    """A plan of shards for the ids from ``first`` to ``end``."""
-    return [{"ids": [[start, min(start + shard_rows, end)]], "sources": []} for start in range(first, end, shard_rows)]
+def planned(ids: NDArray[np.int64], shard_rows: int) -> list[dict[str, Any]]:
+    """A plan of shards for ascending ids (m,)."""
+    pieces = (ids[start : start + shard_rows] for start in range(0, len(ids), shard_rows))
+    return [{"ids": runs.to_runs(piece).tolist(), "sources": []} for piece in pieces]
 
 
 @contextmanager
@@ -75,10 +77,10 @@ def fill(
     if done:
         note(f"{job.folder}: going on, {done:,} of {total:,} rows are there")
     with threads(job.after["threads"]), progress("gradients", total, "rows", done) as advance:
-        for planned in job.missing(part):
-            ids = runs.to_ids(planned["ids"])
+        for missing in job.missing(part):
+            ids = runs.to_ids(missing["ids"])
             samples: list[tuple[int, str]] = []
-            with job.shard(planned, task.column_arrays("train", ids), samples) as writer:
+            with job.shard(missing, task.column_arrays("train", ids), samples) as writer:
                 for some, batch in batches(maker, task, ids, job.after, workers, samples):
                     whole = batch if beside is None else _beside(beside, some, batch)
                     writer.append(whole.rows, whole.self_influence, whole.losses, whole.factors)
@@ -108,10 +110,31 @@ def batches(
 ) -> Iterator[tuple[NDArray[np.int64], RowBatch]]:
     """Ids and rows, batch by batch; each example is read once, and the digests of some are added to ``samples``."""
     wanted = set(sampled(ids).tolist())
-    subset: Subset[Any] = Subset(task.train, ids.tolist())  # type: ignore[arg-type]  # or any sequence
     start = 0
-    for items in DataLoader(subset, manifest["batch_size"], collate_fn=list, num_workers=workers):
+    for items in DataLoader(_Examples(task, ids), manifest["batch_size"], collate_fn=list, num_workers=workers):
+        for item in items:
+            if isinstance(item, GradIndexError):
+                raise item
         some = ids[start : start + len(items)]
         start += len(items)
         samples += [(int(i), example_digest(item)) for i, item in zip(some, items, strict=True) if int(i) in wanted]
         yield some, maker.rows(items, [f"Training example {i}" for i in some], "train")
+
+
+class _Examples(Dataset[Any]):
+    """Training examples by their place among ids; an error for people comes in the place of its example.
+
+    For what a worker raises arrives wrapped in its traceback.
+    """
+
+    def __init__(self, task: Task, ids: NDArray[np.int64]) -> None:
+        self._train, self._ids = task.train, ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, place: int) -> Any:
+        try:
+            return self._train[int(self._ids[place])]
+        except GradIndexError as error:
+            return error

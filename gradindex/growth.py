@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .errors import MismatchError, StoreError
 from .files import storing
-from .filling import batches, consecutive, fill, row_maker, running, threads
+from .filling import batches, fill, planned, row_maker, running, threads
 from .gradients import Engine
 from .matching import check_task
 from .projection import Projection
@@ -65,9 +65,9 @@ def add(
             first = manifest["next_id"]
             if first == task.n_train:
                 return store
-            new = np.arange(first, task.n_train, dtype=np.int64)
+            new = task.train_ids[task.train_ids >= first]
             after = {**kept(store), "next_id": task.n_train, "data": task.data_fingerprint(new)}
-            plan = consecutive(first, task.n_train, manifest["shard_rows"])
+            plan = planned(new, manifest["shard_rows"])
             job = Job.begin(store.folder, "add", after, plan, manifest["shards"])
             fill(job, engine, task, workers)
             job.finish()

@@ -66,7 +66,7 @@ def check_losses(
     """
     if not stored:
         return
-    items = [engine.task.train[i] for i, _ in stored]
+    items = engine.task.examples(i for i, _ in stored)
     now = np.stack([engine.losses(checkpoint, items) for checkpoint in range(engine.n_checkpoints)], 1)
     then = np.stack([losses for _, losses in stored])[:, first : first + engine.n_checkpoints]
     rough = rough or engine.precision in HALF

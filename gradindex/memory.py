@@ -94,16 +94,25 @@ def batch_size_for(action: Callable[[list[Any]], Any], items: Sequence[Any], bud
         budget: bytes for one pass, weights not included.
         device: where the action computes.
     """
-    small, large = (min(count, len(items)) for count in (_SMALLEST_TRIED, LARGEST_TRIED))
-    if small == large:
+    if len(items) <= _SMALLEST_TRIED:
         return LARGEST_BATCH
-    peaks = [peak_bytes(partial(action, [items[i] for i in range(n)]), device) for n in (small, large)]
-    each = max(1, (peaks[1] - peaks[0]) // (large - small))
-    fixed = max(0, peaks[0] - small * each)
+    return largest_batch(*pass_bytes(action, items, device), budget)
+
+
+def largest_batch(fixed: int, each: int, budget: int) -> int:
+    """The largest power of two, up to 256, that a budget has room for; arguments from :func:`pass_bytes`."""
     size = 1
     while size < LARGEST_BATCH and fixed + 2 * size * each <= budget:
         size *= 2
     return size
+
+
+def pass_bytes(action: Callable[[list[Any]], Any], items: Sequence[Any], device: torch.device) -> tuple[int, int]:
+    """Peak memory of a pass: bytes whatever its size, and bytes for each example; measured on up to 8 of ``items``."""
+    small, large = (min(count, len(items)) for count in (_SMALLEST_TRIED, LARGEST_TRIED))
+    peaks = [peak_bytes(partial(action, [items[i] for i in range(n)]), device) for n in (small, large)]
+    each = max(1, (peaks[1] - peaks[0]) // (large - small)) if small < large else -(-peaks[1] // large)
+    return max(0, peaks[0] - small * each), each
 
 
 def peak_bytes(action: Callable[[], Any], device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Progress on standard error with rate and time left; silent when that is not a terminal."""
+"""Progress on standard error with rate and time left: a bar, or a line a minute where that is no terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+
+_LINE_S = 60.0
 
 
 def note(text: str) -> None:
@@ -25,16 +28,24 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Calla
     """
     import click
 
-    started, count = time.monotonic(), 0
+    started, count, terminal = time.monotonic(), 0, sys.stderr.isatty()
+    said = started
     with click.progressbar(
-        length=total, label=label, file=sys.stderr, item_show_func=lambda item: item, hidden=not sys.stderr.isatty()
+        length=total, label=label, file=sys.stderr, item_show_func=lambda item: item, hidden=not terminal
     ) as bar:
         if done:
             bar.update(done, "")
 
         def advance(n: int) -> None:
-            nonlocal count
+            nonlocal count, said
             count += n
-            bar.update(n, f"{count / max(time.monotonic() - started, 1e-9):,.0f} {unit}/s")
+            now = time.monotonic()
+            rate = count / max(now - started, 1e-9)
+            speed = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
+            bar.update(n, speed)
+            if not terminal and now - said >= _LINE_S:  # the log of a batch queue
+                said = now
+                left = timedelta(seconds=round((total - done - count) / max(rate, 1e-9)))
+                note(f"{label}: {done + count:,} of {total:,} {unit}, {speed}, {left} left")
 
         yield advance

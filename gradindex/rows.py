@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,12 +15,13 @@ from torch import Tensor
 from .errors import NonFiniteGradientError, TaskError
 from .factors import Factors, Gradients, Layer
 from .gradients import Engine
-from .memory import available_bytes, batch_size_for, in_halves
+from .memory import LARGEST_TRIED, available_bytes, batch_size_for, in_halves, pass_bytes
 from .progress import progress
 from .projection import Bases, Projection, Share, SubspaceFit, hash64, key
 
 Norms = Literal["exact", "projected"]
-_FITTED_TO = 2000
+# Of how many examples, at most, bases are fitted to the gradients.
+FITTED_TO = 2000
 
 
 Sides = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -187,7 +188,7 @@ def fit_bases(engine: Engine, projection: Projection, batch_size: int, n: int, f
         engine: entered, its routes checked.
         projection: a fitted one.
         batch_size: examples per pass.
-        n: the first n training examples are those to choose from.
+        n: the first n training examples are those to choose from, but for skipped ones.
         first: as for :class:`RowMaker`.
 
     Returns:
@@ -199,7 +200,7 @@ def fit_bases(engine: Engine, projection: Projection, batch_size: int, n: int, f
     """
     task = engine.task
     order = np.argsort(hash64(key(projection.seed, "sample"), n), kind="stable")
-    ids = [int(i) for i in np.sort(order[:_FITTED_TO])]
+    ids = [int(i) for i in np.sort(order[np.isin(order, task.train_ids)][:FITTED_TO])]
     like = torch.zeros((), dtype=engine.dtype, device=engine.device)
     checkpoints = range(engine.n_checkpoints)
     fits = [SubspaceFit(engine.layers, projection.dim, key(projection.seed, first + c), like) for c in checkpoints]
@@ -208,7 +209,7 @@ def fit_bases(engine: Engine, projection: Projection, batch_size: int, n: int, f
             for start in range(0, len(ids), batch_size):
                 chosen = ids[start : start + batch_size]
                 names = _names(chosen)
-                named = list(zip([task.train[i] for i in chosen], names, strict=True))
+                named = list(zip(task.examples(chosen), names, strict=True))
                 for c, fit in enumerate(fits):
                     fit.add(in_halves(partial(_shares, engine, c, fit), named, names, lambda: engine.at))
                 advance(len(chosen))
@@ -253,8 +254,23 @@ def pick_batch_size(engine: Engine, projection: Projection, norms: Norms, budget
         norms: as for :class:`RowMaker`.
         budget: bytes, by default what the device can spare.
     """
-    like = torch.zeros((), dtype=engine.dtype, device=engine.device)
+    budget = available_bytes(engine.device) if budget is None else budget
+    return batch_size_for(_hungriest(engine, projection, norms), _few(engine), budget, engine.device)
+
+
+def memory_of_pass(engine: Engine, projection: Projection, norms: Norms) -> tuple[int, int]:
+    """Bytes that a pass takes whatever its size, and bytes for each example; arguments as above."""
+    return pass_bytes(_hungriest(engine, projection, norms), _few(engine), engine.device)
+
+
+def _few(engine: Engine) -> list[Any]:
+    return engine.task.examples(engine.task.train_ids[:LARGEST_TRIED])
+
+
+def _hungriest(engine: Engine, projection: Projection, norms: Norms) -> Callable[[list[Any]], None]:
+    """What a build does with a batch that takes most memory."""
     if projection.fitted:  # fitting takes more than what follows
+        like = torch.zeros((), dtype=engine.dtype, device=engine.device)
         shares = partial(_shares, engine, 0, SubspaceFit(engine.layers, projection.dim, 0, like))
 
         def action(items: list[Any]) -> None:
@@ -266,8 +282,7 @@ def pick_batch_size(engine: Engine, projection: Projection, norms: Norms, budget
         def action(items: list[Any]) -> None:
             maker.rows(items, _names(range(len(items))), "train")
 
-    budget = available_bytes(engine.device) if budget is None else budget
-    return batch_size_for(action, engine.task.train, budget, engine.device)  # type: ignore[arg-type]  # or a data set
+    return action
 
 
 def describe(engine: Engine, projection: Projection, unit_norm: bool = False) -> dict[str, Any]:

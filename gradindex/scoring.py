@@ -47,7 +47,7 @@ def exact_scores(
     Args:
         task: the model, its checkpoints and its training data.
         items: the queries, as the task's data sets hand them out.
-        ids: (m,) training ids, by default all.
+        ids: (m,) training ids, by default all that the task does not skip.
         role: whether queries are scored with the ``"query"`` or the ``"train"`` loss.
         precision: of the gradients and scores; those of half precision are not exact.
         device: where to compute, by default where the model is.
@@ -63,7 +63,7 @@ def exact_scores(
     items = list(items)
     if not items:
         raise ArgumentError("There are no queries. Give at least one item.")
-    ids = np.arange(task.n_train, dtype=np.int64) if ids is None else runs.as_ids(ids)
+    ids = task.train_ids if ids is None else runs.as_ids(ids)
     wrong = ids[(ids < 0) | (ids >= task.n_train)]
     if len(wrong):
         raise ArgumentError(f"There is no training id {wrong[0]}; ids go from 0 to {task.n_train - 1}.")
@@ -127,7 +127,7 @@ def _compared(
 
 def _read(task: Task, ids: NDArray[np.int64], size: int) -> Iterator[tuple[NDArray[np.int64], list[Any], list[str]]]:
     for chosen in pieces(ids, size):
-        yield chosen, [task.train[int(i)] for i in chosen], [f"Training example {i}" for i in chosen]
+        yield chosen, task.examples(chosen), [f"Training example {i}" for i in chosen]
 
 
 def _refuse_non_finite(

@@ -7,7 +7,7 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +59,8 @@ class Task:
         read_query: ``read_query(path)`` returns a sequence of items; lets the command line
             take queries from a file.
         name: what to call the task in reports.
+        skip: positions of training examples that are never read and get no row, such as broken files;
+            the ids of the others stay.
     """
 
     model: nn.Module
@@ -75,6 +77,7 @@ class Task:
     collate: Callable[[list[Any]], Any] = default_collate
     read_query: Callable[[Path], Sequence[Any]] | None = None
     name: str = "task"
+    skip: Sequence[int] | NDArray[np.int64] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -94,13 +97,23 @@ class Task:
                     f"checkpoints[{number}] is a {type(checkpoint).__name__}, but must be a gradindex.Checkpoint. "
                     "Use find_checkpoints('folder/*.pt') or Checkpoint(path, learning_rate=...)."
                 )
+        wrong = [int(i) for i in self.skip if not 0 <= i < self.n_train]
+        if wrong:
+            raise TaskError(f"skip holds {wrong[0]}, but positions in train go from 0 to {self.n_train - 1}.")
+        if len(self.train_ids) == 0:
+            raise TaskError("skip leaves no training example. Leave at least one.")
         _check_columns("columns", self.columns, "train", self.n_train)
         _check_columns("query_columns", self.query_columns, "query", self.n_query)
 
     @property
     def n_train(self) -> int:
-        """The number of training examples."""
+        """The number of training examples, skipped ones as well."""
         return len(self.train)  # type: ignore[arg-type]  # checked to have a length in __post_init__
+
+    @functools.cached_property
+    def train_ids(self) -> NDArray[np.int64]:
+        """(m,) int64 ascending, the training examples that are not skipped."""
+        return np.setdiff1d(np.arange(self.n_train, dtype=np.int64), np.asarray(self.skip, dtype=np.int64))
 
     @property
     def n_query(self) -> int:
@@ -109,7 +122,11 @@ class Task:
 
     def first_and_last(self) -> list[Any]:
         """Two training examples (one of them twice if there is only one) to try things on."""
-        return [self.train[0], self.train[self.n_train - 1]]
+        return self.examples(self.train_ids[[0, -1]])
+
+    def examples(self, ids: Iterable[Any]) -> list[Any]:
+        """Training examples by id."""
+        return [self.train[int(i)] for i in ids]
 
     def read_queries(self, path: Path) -> list[Any]:
         """Items from a file, by the task's own ``read_query``.
@@ -152,13 +169,13 @@ class Task:
         """SHA-256 over up to 64 evenly spaced training examples and their ids, and over all values of columns.
 
         Args:
-            ids: (m,) int64, the examples that are meant; by default all.
+            ids: (m,) int64, the examples that are meant; by default all that are not skipped.
         """
         if ids is None:
-            ids = np.arange(self.n_train, dtype=np.int64)
+            ids = self.train_ids
         sampled = ids[np.unique(np.linspace(0, len(ids) - 1, min(_SAMPLED, len(ids))).astype(np.int64))]
         with preserved_random_state():
-            examples = digest([(int(i), self.train[int(i)]) for i in sampled])
+            examples = digest(list(zip(sampled.tolist(), self.examples(sampled), strict=True)))
         pieces = (ids[start : start + _PIECE] for start in range(0, len(ids), _PIECE))
         columns = [digest(self.column_arrays("train", piece)) for piece in pieces] if self.columns else []
         return digest([examples, *columns]).hex()
@@ -179,10 +196,11 @@ class Task:
         Raises:
             TaskError: random augmentation: an id would mean another example at each read.
         """
-        positions = np.unique(np.linspace(0, self.n_train - 1, min(_READ_TWICE, self.n_train)).astype(np.int64))
+        ids = self.train_ids
+        positions = ids[np.unique(np.linspace(0, len(ids) - 1, min(_READ_TWICE, len(ids))).astype(np.int64))]
         with preserved_random_state():
-            first = [digest(self.train[int(i)]) for i in positions]
-            second = [digest(self.train[int(i)]) for i in positions]
+            first = [digest(item) for item in self.examples(positions)]
+            second = [digest(item) for item in self.examples(positions)]
         differing = [int(i) for i, a, b in zip(positions, first, second, strict=True) if a != b]
         if differing:
             raise TaskError(
@@ -214,16 +232,7 @@ def load_task(name: str) -> Task:
         TaskError: there is no such file, module or name, importing it failed, or what it
             names is not a task.
     """
-    source, colon, attribute = name.rpartition(":")
-    if not colon or not source or not attribute:
-        raise TaskError(f"{name!r} does not name a task. Write path/to/file.py:name or package.module:name.")
-    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
-    try:
-        found = getattr(module, attribute)
-    except AttributeError:
-        close = difflib.get_close_matches(attribute, [n for n in vars(module) if not n.startswith("_")], n=3)
-        hint = f" Close names: {', '.join(close)}." if close else ""
-        raise TaskError(f"{source} has no {attribute!r}.{hint}") from None
+    found = import_by_name(name, "a task")
     if not isinstance(found, Task) and callable(found):
         found = _running(f"Calling {name}", found)
     if not isinstance(found, Task):
@@ -231,6 +240,24 @@ def load_task(name: str) -> Task:
             f"{name} is a {type(found).__name__}, but must be a gradindex.Task or a callable that returns one."
         )
     return found
+
+
+def import_by_name(name: str, what: str) -> Any:
+    """Import ``path/to/file.py:name`` or ``package.module:name``; ``what`` it should be, for the error.
+
+    Raises:
+        TaskError: there is no such file, module or name, or importing it failed.
+    """
+    source, colon, attribute = name.rpartition(":")
+    if not colon or not source or not attribute:
+        raise TaskError(f"{name!r} does not name {what}. Write path/to/file.py:name or package.module:name.")
+    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
+    try:
+        return getattr(module, attribute)
+    except AttributeError:
+        close = difflib.get_close_matches(attribute, [n for n in vars(module) if not n.startswith("_")], n=3)
+        hint = f" Close names: {', '.join(close)}." if close else ""
+        raise TaskError(f"{source} has no {attribute!r}.{hint}") from None
 
 
 def _import_file(path: Path) -> Any:

@@ -42,7 +42,12 @@ def test_a_saved_result_names_machine_versions_and_command(run, tmp_path):
     assert run("--save", tmp_path / "result.md", "--quick").quick
     text = (tmp_path / "result.md").read_text()
     assert text.startswith("# A title\n")
-    for part in ("- processor: ", "- versions: Python 3.", "- command: `python scripts/bench/mnist.py --quick`"):
+    for part in (
+        "- processor: ",
+        "- load of others at the start: ",
+        "- versions: Python 3.",
+        "- command: `python scripts/bench/mnist.py --quick`",
+    ):
         assert part in text
     assert "| memory | 1.4 x | 1.3 | **no** |" in text
     assert "| time | 12.35 s |" in text

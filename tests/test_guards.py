@@ -258,8 +258,8 @@ def test_fitted_stores_are_merged_when_one_takes_the_bases_of_the_other(task, tm
 def test_what_a_later_version_adds_is_kept_by_changes(task, tmp_path):  # noqa: F811
     store = gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
     with pytest.MonkeyPatch.context() as patch:
-        specs = files_of._specs
-        patch.setattr(files_of, "_specs", lambda after, n: {**specs(after, n), "later/extra": ((n,), "<i4")})
+        specs = files_of.row_specs
+        patch.setattr(files_of, "row_specs", lambda after, n: {**specs(after, n), "later/extra": ((n,), "<i4")})
         gradindex.add(task, store.folder)
     manifest = GradientStore(store.folder).manifest
     del manifest["sha256"]

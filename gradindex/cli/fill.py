@@ -67,10 +67,11 @@ def demo(out: Path) -> None:
 @click.option("--shard-rows", type=int, default=8192, show_default=True, help="Rows per file, at least.")
 @click.option("--bases-from", type=PATH, metavar="DIR", help="A store whose fitted bases to take, to be merged later.")
 @click.option("--part", metavar="I/N", help="Make the I-th of N parts, beside others; then run `gradindex seal DIR`.")
+@click.option("--dry-run", is_flag=True, help="Say what it takes (disk, memory, time by a few batches), and stop.")
 @click.option("--repair", is_flag=True, help="Compute damaged shards of the finished store again, and no others.")
 def build(
     task: str, out: Path, projection: Any, dim: int | None, row_dim: int | None, row_bytes: int | None, seed: int,
-    memory: str | None, part: str | None, repair: bool, **options: Any,
+    memory: str | None, part: str | None, dry_run: bool, repair: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Build the store of TASK (path/to/file.py:name or package.module:name).
 
@@ -99,8 +100,12 @@ def build(
         raise click.UsageError(f"--part is {part!r}, but must look like 2/8, the second of eight.")
     options["projection"] = Projection(projection, DEFAULT_DIM if dim is None else dim, seed, row_dim, row_bytes)
     options["memory"] = None if memory is None else parse_bytes(memory)
-    if parts is not None:
-        building.build_part(load_task(task), out, (int(parts[1]), int(parts[2])), **options)
+    numbers = None if parts is None else (int(parts[1]), int(parts[2]))
+    if dry_run:
+        click.echo(building.estimate(load_task(task), out, part=numbers, **options))
+        return
+    if numbers is not None:
+        building.build_part(load_task(task), out, numbers, **options)
         click.echo(f"{out}: part {part} is done; once all are, run: gradindex seal {out}")
         return
     store = building.build(load_task(task), out, **options)

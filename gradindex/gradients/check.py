@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import LossError
@@ -42,18 +44,21 @@ def check_routes(engine: Engine) -> None:
             the others of its batch.
     """
     task = engine.task
-    _check(engine, task.train, task.n_train, "train")
+    _check(engine, task.examples, task.train_ids, "train")
     if task.query_loss is not None:
-        data, n = (task.train, task.n_train) if task.query is None else (task.query, task.n_query)
-        _check(engine, data, n, "query")
+        query = task.query
+        if query is None:
+            _check(engine, task.examples, task.train_ids, "query")
+        else:
+            _check(engine, lambda chosen: [query[int(i)] for i in chosen], np.arange(task.n_query), "query")
 
 
-def _check(engine: Engine, data: Any, n: int, role: str) -> None:
+def _check(engine: Engine, read: Callable[[NDArray[np.int64]], list[Any]], ids: NDArray[np.int64], role: str) -> None:
     wrapper, state = LossModule(engine.model, engine.task.loss_for(role)), engine.states[-1]
     unseen = list(engine.parameters)
     with preserved_random_state():
-        for pair in _pairs(n):
-            items = [data[position] for position in pair]
+        for pair in _pairs(len(ids)):
+            items = read(ids[list(pair)])
             singles = engine.singles(items)
             gradients = loop_gradients(wrapper, state, unseen, singles)
             seen = {x for x, g in zip(unseen, gradients, strict=True) if bool(g.isfinite().all()) and bool(g.any())}

@@ -152,7 +152,7 @@ class Products:
         engine = self._engine
         if n <= LARGEST_TRIED:  # as many as would be measured
             return max(1, n)
-        items = [engine.task.train[i] for i in range(min(LARGEST_TRIED, engine.task.n_train))]
+        items = engine.task.examples(engine.task.train_ids[:LARGEST_TRIED])
         names = [f"Training example {i}" for i in range(len(items))]
 
         def action(some: list[Any]) -> None:

@@ -12,8 +12,14 @@ from .encoding import number_bytes as number_bytes
 from .export import export as export
 from .job import Job as Job
 from .job import Part as Part
+from .job import check_part as check_part
 from .job import claimed as claimed
 from .job import progress_of as progress_of
+from .job import share as share
+from .layout import check_room as check_room
+from .layout import factor_bytes as factor_bytes
+from .layout import free_bytes as free_bytes
+from .layout import shard_bytes as shard_bytes
 from .manifest import differences as differences
 from .manifest import fingerprint as fingerprint
 from .overview import overview as overview

@@ -13,7 +13,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from ..files import digest_of, discard, is_there, leftovers, locked, read_checke
 from . import runs
 from .bases import base_files
 from .container import Spec, Writer, writing
-from .encoding import STORED, encode
+from .encoding import encode
+from .layout import as_stored, row_specs, shard_bytes
 from .manifest import FORMAT, INDEX, LOCK, MANIFEST, PENDING, SHARDS, VERSION, differences, read_manifest, read_pending
 from .shards import FACTOR_SIDES, Shard, factor_name
 
@@ -34,6 +35,21 @@ from .shards import FACTOR_SIDES, Shard, factor_name
 Part = tuple[int, int]
 _LOG = "log.jsonl"
 _OUR_SHARDS = re.compile(r"\d{4,}-\d{5,}\.(h5|json)(\.tmp-.*)?")
+
+
+def check_part(part: Part | None) -> None:
+    """Refuse a part that there cannot be.
+
+    Raises:
+        ArgumentError: it is not from 1 to the number of parts.
+    """
+    if part is not None and not 1 <= part[0] <= part[1]:
+        raise ArgumentError(f"part is {part[0]}/{part[1]}, but must be from 1/{part[1]} to {part[1]}/{part[1]}.")
+
+
+def share(plan: list[dict[str, Any]], part: Part | None) -> list[dict[str, Any]]:
+    """The shards of a plan that a part makes: every n-th, or all."""
+    return plan if part is None else plan[part[0] - 1 :: part[1]]
 
 
 @contextmanager
@@ -136,7 +152,7 @@ class Job:
         with storing(folder / PENDING), locked(folder / f"{LOCK}-plan", wait=True):
             job = cls.pending(folder)
             if job is not None:
-                job._check_same(after)
+                job.check_same(after)
                 return job
             named = [{"name": f"{generation:04d}-{number:05d}", **planned} for number, planned in enumerate(plan)]
             header = {"format": FORMAT, "version": VERSION, "needs": [], "job": kind}
@@ -144,7 +160,12 @@ class Job:
             write_checked(folder / PENDING, pending)
         return cls(folder, pending)
 
-    def _check_same(self, after: Mapping[str, Any]) -> None:
+    def check_same(self, after: Mapping[str, Any]) -> None:
+        """Refuse to go on with what another command began.
+
+        Raises:
+            MismatchError: says what differs.
+        """
         way_out = f"Finish it with the same command as before, or delete {self.folder / PENDING} to give it up."
         # Bases fitted by two processes can differ in their last digits; those of the plan hold.
         unfitted = {**after, "map": {name: value for name, value in after["map"].items() if name != "bases"}}
@@ -167,10 +188,12 @@ class Job:
 
     def missing(self, part: Part | None = None) -> list[dict[str, Any]]:
         """The planned shards that are still to be made, all or those of a part."""
-        if part is not None and not 1 <= part[0] <= part[1]:
-            raise ArgumentError(f"part is {part[0]}/{part[1]}, but must be from 1/{part[1]} to {part[1]}/{part[1]}.")
-        mine = self.plan if part is None else self.plan[part[0] - 1 :: part[1]]
-        return [planned for planned in mine if self._entry(planned) is None]
+        check_part(part)
+        return [planned for planned in share(self.plan, part) if self._entry(planned) is None]
+
+    def bytes_missing(self, columns: Callable[[NDArray[np.int64]], Mapping[str, NDArray[Any]]]) -> int:
+        """What is still to be written, of all parts; ``columns`` gives values for ids (m,)."""
+        return shard_bytes(self.after, self.missing(), columns)
 
     def tidy(self, part: Part | None = None) -> None:
         """Delete what killed processes left of the shards that are still to be made."""
@@ -179,7 +202,7 @@ class Job:
 
     def rows_done(self, part: Part | None = None) -> tuple[int, int]:
         """How many rows are made, and how many there are to be, in all or in a part."""
-        mine = self.plan if part is None else self.plan[part[0] - 1 :: part[1]]
+        mine = share(self.plan, part)
         rows = [(runs.count(planned["ids"]), self._entry(planned) is not None) for planned in mine]
         return sum(count for count, done in rows if done), sum(count for count, _ in rows)
 
@@ -308,8 +331,7 @@ def shard_writer(
     """See :meth:`Job.shard`."""
     ids = runs.to_ids(planned["ids"])
     values = {f"columns/{name}": as_stored(column, after["columns"][name]) for name, column in columns.items()}
-    all_specs: dict[str, Spec] = {"ids": ((len(ids),), "<i8")}
-    all_specs |= _specs(after, len(ids)) if specs is None else specs
+    all_specs = row_specs(after, len(ids)) if specs is None else {"ids": ((len(ids),), "<i8"), **specs}
     all_specs |= {name: (column.shape, column.dtype.str) for name, column in values.items()}
     attributes = {"format": FORMAT, "version": VERSION, "map": after["fingerprint"], "rows@row_type": after["row_type"]}
     about = {"name": planned["name"], "map": after["fingerprint"], "ids": planned["ids"]}
@@ -318,28 +340,6 @@ def shard_writer(
         for name, column in {"ids": ids, **values}.items():
             raw.put(name, 0, column)
         yield ShardWriter(raw, after, ids)
-
-
-def _specs(after: Mapping[str, Any], count: int) -> dict[str, Spec]:
-    checkpoints = len(after["map"]["checkpoints"])
-    specs: dict[str, Spec] = {"rows": ((count, after["dim"]), STORED[after["row_type"]])}
-    if after["row_type"] == "int8":
-        specs["scales"] = ((count, checkpoints), "<f4")
-    specs |= dict.fromkeys(("self_influence", "losses"), ((count, checkpoints), "<f8"))
-    if after["factors"] is not None:
-        for checkpoint in range(checkpoints):
-            for layer, described in enumerate(after["map"]["layers"]):
-                for side, size in zip(FACTOR_SIDES, described["shape"][::-1], strict=True):
-                    specs[factor_name(checkpoint, layer, side)] = ((count, size), STORED[after["factors"]])
-    return specs
-
-
-def as_stored(column: NDArray[Any], kind: str) -> NDArray[Any]:
-    """A column as a shard holds it: text in UTF-8, padded with zeros; numbers in the column's type."""
-    if kind != "U":
-        return column.astype(kind)
-    encoded = column if column.dtype.kind == "S" else np.char.encode(column.astype(str), "utf-8")
-    return encoded.astype(f"S{max(1, encoded.dtype.itemsize)}")
 
 
 def entry_of(name: str, seal: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class Bench:
         if self.options.data:
             os.environ["GRADINDEX_DATA"] = str(self.options.data)
         self.title = title
+        self.load = os.getloadavg()[0]  # before this process adds to it
         self.packages = packages
         self.figures: list[dict[str, Any]] = []
         self.bars: list[dict[str, Any]] = []
@@ -94,14 +95,12 @@ class Bench:
         if self.options.json:
             print(
                 json.dumps(
-                    {
-                        "bars": self.bars,
-                        "figures": self.figures,
-                        "tables": self.tables,
-                        "machine": machine(self.packages),
-                    }
+                    {"bars": self.bars, "figures": self.figures, "tables": self.tables, "machine": self._machine()}
                 )
             )
+
+    def _machine(self) -> dict[str, str]:
+        return {**machine(self.packages), "load of others at the start": f"{self.load:.1f}"}
 
     @property
     def command(self) -> str:
@@ -119,7 +118,7 @@ class Bench:
 
     def saved(self) -> str:
         """What --save writes."""
-        lines = [f"# {self.title}", "", *(f"- {name}: {value}" for name, value in machine(self.packages).items())]
+        lines = [f"# {self.title}", "", *(f"- {name}: {value}" for name, value in self._machine().items())]
         lines += [f"- command: `{self.command}`"]
         if self.bars:
             lines += ["", "| bar | value | target | holds |", "| --- | --- | --- | --- |"]

@@ -1,0 +1,104 @@
+"""What a shard holds, and how much room it takes, before there is one."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import StoreError
+from . import runs
+from .container import BLOCK_BYTES, Spec
+from .encoding import STORED
+from .shards import FACTOR_SIDES, factor_name
+
+# HDF5's own part of a file without columns, and what a seal says of a block.
+_HEADER_BYTES, _BLOCK_DIGEST_BYTES = 1 << 14, 32
+
+
+def row_specs(after: Mapping[str, Any], count: int) -> dict[str, Spec]:
+    """Shapes and types of the arrays that a manifest asks for in a shard of ``count`` rows, but for columns."""
+    checkpoints = len(after["map"]["checkpoints"])
+    specs: dict[str, Spec] = {"ids": ((count,), "<i8"), "rows": ((count, after["dim"]), STORED[after["row_type"]])}
+    if after["row_type"] == "int8":
+        specs["scales"] = ((count, checkpoints), "<f4")
+    specs |= dict.fromkeys(("self_influence", "losses"), ((count, checkpoints), "<f8"))
+    if after["factors"] is not None:
+        for checkpoint in range(checkpoints):
+            for layer, described in enumerate(after["map"]["layers"]):
+                for side, size in zip(FACTOR_SIDES, described["shape"][::-1], strict=True):
+                    specs[factor_name(checkpoint, layer, side)] = ((count, size), STORED[after["factors"]])
+    return specs
+
+
+def as_stored(column: NDArray[Any], kind: str) -> NDArray[Any]:
+    """A column as a shard holds it: text in UTF-8, padded with zeros; numbers in the column's type."""
+    if kind != "U":
+        return column.astype(kind)
+    encoded = column if column.dtype.kind == "S" else np.char.encode(column.astype(str), "utf-8")
+    return encoded.astype(f"S{max(1, encoded.dtype.itemsize)}")
+
+
+def shard_bytes(
+    after: Mapping[str, Any],
+    plan: Sequence[Mapping[str, Any]],
+    columns: Callable[[NDArray[np.int64]], Mapping[str, NDArray[Any]]],
+) -> int:
+    """What planned shards and their seals take on a disk, within a few KiB a shard.
+
+    Args:
+        after: the manifest that they are made for.
+        plan: the shards, by their ``ids``.
+        columns: values for ids (m,).
+    """
+    total = 0
+    for shard in plan:
+        ids = runs.to_ids(shard["ids"])
+        size = _HEADER_BYTES + sum(_bytes(spec) for spec in row_specs(after, len(ids)).values())
+        size += sum(as_stored(values, after["columns"][name]).nbytes for name, values in columns(ids).items())
+        total += size + -(-size // BLOCK_BYTES) * _BLOCK_DIGEST_BYTES
+    return total
+
+
+def factor_bytes(after: Mapping[str, Any], count: int) -> int:
+    """How much of that are exact factors, of ``count`` rows."""
+    return sum(_bytes(spec) for name, spec in row_specs(after, count).items() if name.startswith("factors/"))
+
+
+def _bytes(spec: Spec) -> int:
+    shape, kind = spec
+    return math.prod(shape) * np.dtype(kind).itemsize
+
+
+def free_bytes(folder: Path) -> int:
+    """What the disk of a folder has free, which need not be there yet.
+
+    Raises:
+        StoreError: the disk does not say.
+    """
+    there = folder.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        return shutil.disk_usage(there).free
+    except OSError as error:
+        raise StoreError(f"{there} cannot be used: {error.strerror}. Choose another folder.") from None
+
+
+def check_room(folder: Path, wanted: int) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        StoreError: says how much is wanted, and how much is free.
+    """
+    free = free_bytes(folder)
+    if wanted > free:
+        raise StoreError(
+            f"{folder} still needs about {wanted / 1e9:,.3g} GB, but its disk has {free / 1e9:,.3g} GB free. "
+            "Free some, choose another disk, or store less: fewer dimensions, a smaller row_type, no factors."
+        )
