@@ -28,7 +28,8 @@ MANIFEST = "manifest.json"
 # The share of a list's rows whose norm stays below what the list is probed by.
 _NORM_QUANTILE = 0.9
 _WRITTEN_BYTES = 1 << 20
-_OVERSAMPLING, _POWER_ITERATIONS, _KMEANS_ITERATIONS = 16, 3, 20
+_OVERSAMPLING, _POWER_ITERATIONS = 16, 3
+_KMEANS_ITERATIONS, _ROWS_PER_LIST = 10, 39  # fewer, and FAISS warns
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Shape:
 
     def bytes_for(self, rows: int) -> int:
         """Memory that making an index of so many rows takes at most: codes and ids, whose arrays grow by doubling."""
-        assigning = 12 if self.kind == "ivf" else 0
-        return 2 * rows * (self.dim + 8) + rows * assigning
+        clustering = 8 * _ROWS_PER_LIST * self.lists * self.dim + 12 * rows if self.kind == "ivf" else 0
+        return 2 * rows * (self.dim + 8) + clustering
 
 
 def fitted_directions(sample: NDArray[np.float32], dim: int, seed: int = 0) -> NDArray[np.float32]:
@@ -108,22 +109,20 @@ class CompactIndex:
         seed: int = 0,
         gpus: Sequence[int] = (),
     ) -> CompactIndex:
-        """Make an index; rows stream, twice for ``"ivf"``.
+        """Make an index; rows stream, for ``"ivf"`` three times.
 
         Args:
             shape: what to make.
-            sample: (m, n) rows that directions, lists and codes are fitted to.
+            sample: (m, n) rows that directions and codes are fitted to.
             blocks: hands out all ids and rows, piece by piece.
             seed: of what is random.
             gpus: devices that cluster, assign and search.
 
         Raises:
-            ArgumentError: more directions than a row has numbers, or more lists than the sample has rows.
+            ArgumentError: more directions than a row has numbers, or more lists than there are rows.
         """
         if not 1 <= shape.dim <= sample.shape[1]:
             raise ArgumentError(f"dim is {shape.dim}, but must be from 1 to the numbers in a row, {sample.shape[1]}.")
-        if shape.kind == "ivf" and not 1 <= shape.lists <= len(sample):
-            raise ArgumentError(f"lists is {shape.lists}, but must be from 1 to the rows in the sample, {len(sample)}.")
         faiss = load_faiss()
         directions = fitted_directions(sample, shape.dim, seed)
 
@@ -233,6 +232,8 @@ class CompactIndex:
         path = folder / about["file"]["name"]
         mapped = about["shape"]["kind"] == "ivf" and not gpus
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if mapped else 0)
+        if mapped:  # starting threads that read ahead takes six times as long as searching what is in memory
+            faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists).prefetch_nthread = 0
         if index.metric_type != faiss.METRIC_INNER_PRODUCT or index.d != about["dim"]:
             raise IndexFileError(f"{path} is not the index that its manifest tells of. Make it again: gradindex index.")
         return cls(index, about, gpus)
@@ -297,7 +298,11 @@ def _norm_aware_lists(
     gpus: Sequence[int],
 ) -> Any:
     """Lists of rows of about the same direction, probed by <query, centroid> times the norm of the list's rows."""
-    centroids = gpu.train_centroids(_units(sample), shape.lists, _KMEANS_ITERATIONS, seed, gpus)
+    spread = _spread(blocks, _ROWS_PER_LIST * shape.lists)
+    if not 1 <= shape.lists <= len(spread):
+        raise ArgumentError(f"lists is {shape.lists}, but must be from 1 to the number of rows, {len(spread)}.")
+    centroids = gpu.train_centroids(_units(spread), shape.lists, _KMEANS_ITERATIONS, seed, gpus)
+    del spread
     finder = gpu.nearest(centroids, gpus)
     assigned, norms = [], []
     for _, rows in blocks():
@@ -317,6 +322,18 @@ def _norm_aware_lists(
         inner.add_core(len(ids), faiss.swig_ptr(rows), faiss.swig_ptr(ids), faiss.swig_ptr(mine))
         start += len(ids)
     return inner  # which keeps the quantizer alive
+
+
+def _spread(blocks: Callable[[], Blocks], least: int) -> NDArray[np.float32]:
+    """Every 2^i-th row: ``least`` to 2 x ``least`` of them, or all where there are fewer."""
+    kept: list[NDArray[np.float32]] = []
+    step, seen = 1, 0
+    for _, rows in blocks():
+        kept.append(rows[-seen % step :: step].copy())
+        seen += len(rows)
+        while sum(map(len, kept)) >= 2 * least:
+            kept, step = [np.concatenate(kept)[::2].copy()], 2 * step
+    return np.concatenate(kept)
 
 
 def _norms_of(lists: NDArray[np.int64], norms: NDArray[np.float32], count: int) -> NDArray[np.float32]:

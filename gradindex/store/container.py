@@ -218,6 +218,7 @@ class Container:
 
     def __init__(self, path: Path, seal: Mapping[str, Any], sound: NDArray[np.bool_] | None = None) -> None:
         self.path, self._places = path, seal["arrays"]
+        self._arrays: dict[str, tuple[NDArray[Any], int, int]] = {}
         self._block_bytes: int = seal["block_bytes"]
         self._digests = bytes.fromhex(seal["blocks"])
         with path.open("rb") as file:
@@ -258,24 +259,28 @@ class Container:
         if stop > start:
             first, last = place["offset"] + start * each, place["offset"] + stop * each - 1
             self._verify(np.arange(first // self._block_bytes, last // self._block_bytes + 1), name)
-        return self._all(name)[start:stop]
+        return self._array(name)[0][start:stop]
 
-    def take(self, name: str, positions: NDArray[np.int64]) -> NDArray[Any]:
+    def take(self, name: str, positions: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """A copy of the given positions of an array, only the blocks that they touch verified.
+
+        Args:
+            name: of the array.
+            positions: (m,) of its first axis.
+            out: where to copy to, of the copy's shape and type.
 
         Raises:
             StoreError: a block is damaged.
         """
-        place = self._places[name]
-        each = _item_bytes(place)
-        starts = place["offset"] + positions * each
-        first, last = starts // self._block_bytes, (starts + each - 1) // self._block_bytes
-        widest = int((last - first).max()) if len(positions) else -1
-        touched = [np.minimum(first + step, last) for step in range(widest + 1)]
-        if touched:
-            self._verify(np.unique(np.concatenate(touched)), name)
-        taken: NDArray[Any] = self._all(name)[positions]
-        return taken
+        values, offset, each = self._array(name)
+        starts = offset + positions * each
+        first, last = starts // self._block_bytes, (starts + (each - 1)) // self._block_bytes
+        if each > self._block_bytes:
+            touched = [np.arange(one, other + 1) for one, other in zip(first, last, strict=True)]
+            self._verify(np.unique(np.concatenate(touched or [first])), name)
+        elif not (self.sound[first].all() and self.sound[last].all()):
+            self._verify(np.unique(np.concatenate([first, last])), name)
+        return np.take(values, positions, axis=0, out=out, mode="clip")  # unclipped, NumPy would copy twice
 
     def damaged(self) -> list[int]:
         """Numbers of all damaged blocks of the file, every block read anew, and not through the map.
@@ -303,10 +308,15 @@ class Container:
                     found.append((max(low, 0), min(high, count - 1)))
         return (min(low for low, _ in found), max(high for _, high in found)) if found else None
 
-    def _all(self, name: str) -> NDArray[Any]:
-        place = self._places[name]
-        count = math.prod(place["shape"])
-        return np.frombuffer(self._bytes, place["dtype"], count, place["offset"]).reshape(place["shape"])
+    def _array(self, name: str) -> tuple[NDArray[Any], int, int]:
+        """An array, unverified; where it begins in the file, and the bytes of a position."""
+        found = self._arrays.get(name)
+        if found is None:
+            place = self._places[name]
+            values = np.frombuffer(self._bytes, place["dtype"], math.prod(place["shape"]), place["offset"])
+            found = values.reshape(place["shape"]), place["offset"], _item_bytes(place)
+            self._arrays[name] = found
+        return found
 
     def _verify(self, blocks: NDArray[np.int64], name: str) -> None:
         for number in blocks[~self.sound[blocks]].tolist():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ class GradientStore:
             ArgumentError: an id has no row.
             StoreError: a block that was touched is damaged.
         """
-        return self._gather("rows", ids, (self.dim,), np.float32)
+        return self._gathered("rows", ids, (self.dim,), np.float32)
 
     def mapped(self, number: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows ``start`` to ``stop`` of a shard as they are stored: a read-only view of its file.
@@ -186,15 +186,18 @@ class GradientStore:
         """
         if self.manifest["factors"] is None:
             raise ArgumentError(f"{self.folder} has no factors. Build a store with factors='float32'.")
-        found = {}
-        for checkpoint in range(self.n_checkpoints):
-            for layer, described in enumerate(self.manifest["map"]["layers"]):
-                sides = [
-                    self._gather(factor_name(checkpoint, layer, side), ids, (size,), self.manifest["factors"])
-                    for side, size in zip(FACTOR_SIDES, described["shape"][::-1], strict=True)
-                ]
-                found[checkpoint, layer] = (sides[0], sides[1])
-        return found
+        ids, kind = self._checked(ids), self.manifest["factors"]
+        sizes = {
+            (checkpoint, layer, side): size
+            for checkpoint in range(self.n_checkpoints)
+            for layer, described in enumerate(self.manifest["map"]["layers"])
+            for side, size in zip(FACTOR_SIDES, described["shape"][::-1], strict=True)
+        }
+        if len(ids):
+            arrays = iter(self._gather([factor_name(*key) for key in sizes], ids))
+        else:
+            arrays = iter([np.empty((0, size), dtype=kind) for size in sizes.values()])
+        return {(checkpoint, layer): (next(arrays), next(arrays)) for checkpoint, layer, _ in list(sizes)[::2]}
 
     def top_self_influence(
         self, k: int, only: NDArray[np.int64] | None = None
@@ -298,11 +301,7 @@ class GradientStore:
 
     def check_ids(self, ids: NDArray[np.int64]) -> None:
         """Refuse ids that no row has."""
-        known = ~runs.contain(self._removed, ids)
-        owners = self._owners(ids)
-        for number in np.unique(owners):
-            mine = owners == number
-            known[mine] &= (number >= 0) & runs.contain(self.shard_runs(int(number)), ids[mine])
+        known = runs.contain(self.id_runs, ids)
         if not known.all():
             wrong = int(ids[~known][0])
             if runs.contain(self._removed, np.array([wrong]))[0]:
@@ -324,28 +323,55 @@ class GradientStore:
         kept = ~runs.contain(self._removed, ids)
         return ids[kept], kept
 
-    def _gather(self, name: str, ids: NDArray[np.int64], shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
+    def _gather(self, names: Sequence[str], ids: NDArray[np.int64]) -> list[NDArray[Any]]:
+        """Values of some arrays by id, in the order of ``ids``, of which there is at least one."""
+        owners = self._owners(ids)
+        ordered = bool((owners[1:] >= owners[:-1]).all())
+        order = np.arange(len(ids)) if ordered else np.argsort(owners, kind="stable")
+        ends = [*(np.flatnonzero(np.diff(owners[order])) + 1).tolist(), len(ids)]
+        parts: list[list[NDArray[Any]]] = [[] for _ in names]
+        whole = [self._room(name, len(ids)) for name in names]
+        start = 0
+        for end in ends:  # shard by shard, for not all can be open
+            mine = order[start:end]
+            shard = self._shards[int(owners[mine[0]])]
+            positions = shard.positions(ids[mine])
+            for name, part, room in zip(names, parts, whole, strict=True):
+                part.append(shard.take(name, positions, None if room is None else room[start:end]))
+            start = end
+        found = [np.concatenate(part) if room is None else room for part, room in zip(parts, whole, strict=True)]
+        return found if ordered else [_at_places(values, order) for values in found]
+
+    def _room(self, name: str, count: int) -> NDArray[Any] | None:
+        """For values that all shards keep in one type, and as they are handed out."""
+        if not name.startswith("factors/"):
+            return None
+        _, _, layer, side = name.split("/")
+        size = self.manifest["map"]["layers"][int(layer)]["shape"][::-1][FACTOR_SIDES.index(side)]
+        return np.empty((count, size), dtype=self.manifest["factors"])
+
+    def _gathered(self, name: str, ids: NDArray[np.int64], shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
+        ids = self._checked(ids)
+        return self._gather([name], ids)[0] if len(ids) else np.empty((0, *shape), dtype=kind)
+
+    def _checked(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         ids = runs.as_ids(ids)
         if ids.ndim != 1:
             raise ArgumentError(f"ids have shape {ids.shape}, but must be a list of ids.")
         self.check_ids(ids)
-        owners = self._owners(ids)
-        order = np.argsort(owners, kind="stable")
-        parts = []
-        for mine in np.split(order, np.flatnonzero(np.diff(owners[order])) + 1) if len(ids) else []:
-            shard = self._shards[int(owners[mine[0]])]
-            parts.append(shard.take(name, shard.positions(ids[mine])))
-        if not parts:
-            return np.empty((0, *shape), dtype=kind)
-        joined = np.concatenate(parts)
-        result = np.empty_like(joined)
-        result[order] = joined
-        return result
+        return ids
 
     def _values(self, name: str, ids: NDArray[np.int64] | None, shape: tuple[int, ...]) -> NDArray[Any]:
         if ids is not None:
-            return self._gather(name, ids, shape, np.float64 if shape else self._column_type(name))
+            return self._gathered(name, ids, shape, np.float64 if shape else self._column_type(name))
         parts = []
         for number in range(len(self._entries)):
             parts.append(self._shards[number].take(name, np.flatnonzero(self._live(number)[1])))
         return np.concatenate(parts)
+
+
+def _at_places(values: NDArray[Any], places: NDArray[np.int64]) -> NDArray[Any]:
+    """``values``, each at its place."""
+    result = np.empty_like(values)
+    result[places] = values
+    return result
