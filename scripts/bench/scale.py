@@ -4,7 +4,7 @@ Truth is exact TracInCP of the tracked parameters. Each store's index is tuned w
 with others. A query's own gradient is not timed. The features that the stores are made of take an hour to compute
 (scripts/tasks/augmented.py) and are kept, like the stores, outside the checkout (GRADINDEX_CACHE).
 
-    python scripts/bench/scale.py [--parts augmented pseudo_classes cifar10 mnist growth] [--quick] [--save FILE]
+    python scripts/bench/scale.py [--parts augmented pseudo_classes ...] [--quick] [--save FILE]
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from gradindex.evaluation.truth import Truth, lower_bound, truth_from
 from gradindex.index.compact import fitted_directions
 
 K, JUDGED, BATCH = 100, 500, 100
-PARTS = ("augmented", "pseudo_classes", "cifar10", "mnist", "growth")
+PARTS = ("augmented", "pseudo_classes", "cifar10", "mnist", "growth", "all_layers")
 
 
 def main() -> None:
     """Measure and print."""
     bench = Bench("Retrieval at scale", __doc__, parts={"parts": PARTS})
     for part in bench.options.parts:
-        if part == "growth":
-            growth(bench)
+        if part in OTHERS:
+            OTHERS[part](bench)
         else:
             judge(bench, Case(part, bench.quick))
     bench.finish()
@@ -211,6 +211,40 @@ def growth(bench: Bench) -> None:
         bench.figure(f"{n:,} rows: a query, median ({retriever.search_note})", float(medians[-1]), "ms")
     exponent = np.polyfit(np.log(counts), np.log(medians), 1)[0]
     bench.figure("time of a query against the number of rows, fitted exponent", float(exponent), "")
+
+
+def all_layers(bench: Bench) -> None:
+    """No exact factors: the index against a full scan, both against exact products, and what re-scoring takes."""
+    name, task = "all layers of ResNet-9, 50,000 rows", task_of("all_layers")
+    store = store_of("all_layers")
+    evaluation.index(store.folder, recall=0.99, k=K, n_query=JUDGED)
+    retriever = gradindex.load(store.folder, task)
+    print(retriever.search_note, flush=True)
+    asked = retriever.ask(range(200))
+    for kind in ("proponents", "opponents"):
+        found = retriever.search(asked, K, kind=kind, rerank="rows").ids
+        true = gradindex.load(store.folder, task, use_index=False).search(asked, K, kind=kind, rerank="rows").ids
+        recalls = np.array([np.isin(a, b).mean() for a, b in zip(found, true, strict=True)])
+        bench.bar(f"{name}: recall@{K} of {kind} against all rows", float(recalls.mean()), "share", 0.99)
+    items, n_query = [task.query[i] for i in range(20)], 20  # type: ignore[index]  # the task has queries
+    sample = np.sort(np.random.default_rng(0).choice(store.ids, 3_000, replace=False))
+    started = time.perf_counter()
+    exact = gradindex.exact_scores(task, items, sample)
+    taken = time.perf_counter() - started
+    bench.figure(f"{name}: exact products, each of {n_query} queries with each row", 1e6 * taken / exact.size, "us")
+    estimates = retriever.ask(range(n_query)).rows @ store.rows(sample).T
+    for sign, kind in ((1, "proponents"), (-1, "opponents")):
+        best = np.argsort(-sign * estimates, axis=1)
+        ids = best[:, :200]
+        share = evaluation.recall_at_k(sign * exact, ids, 20).mean()
+        bench.figure(f"{name}: true top-20 of 3,000 rows among the best 200 by rows, {kind}", float(share), "share")
+    single = retriever.ask([0])
+    for candidates in (K, 3 * K):
+        taken = timed(partial(retriever.search, single, K, candidates=candidates), 2) / 1000
+        bench.figure(f"{name}: a query with {candidates} candidates re-scored through the model", taken, "s")
+
+
+OTHERS = {"growth": growth, "all_layers": all_layers}
 
 
 def timed_each(action: Callable[[NDArray[np.float32]], Any], rows: NDArray[np.float32]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from harness import TOP  # noqa: F401  # puts scripts/tasks on the path
@@ -15,15 +16,24 @@ TEN_CLASSES = {"projection": Projection("fitted", 81), "row_type": "int8", "fact
 
 
 def task_of(name: str, n_train: int | None = None) -> gradindex.Task:
-    """``"mnist"``, ``"augmented"`` (its first ``n_train`` rows; 50,000 are CIFAR-10 itself) or ``"pseudo_classes"``."""
+    """``"mnist"``, ``"augmented"``, ``"pseudo_classes"``, or ``"all_layers"`` of CIFAR-10's network.
+
+    Args:
+        name: see above.
+        n_train: how many rows of ``"augmented"``, by default all; 50,000 are CIFAR-10 itself.
+    """
     import augmented
+    import cifar10
     import mnist
 
     if name == "mnist":
         return mnist.task()
-    return (
-        augmented.pseudo_classes() if name == "pseudo_classes" else augmented.ten_classes(n_train or augmented.N_TRAIN)
-    )
+    if name == "pseudo_classes":
+        return augmented.pseudo_classes()
+    if name == "all_layers":
+        task = cifar10.all_layers()
+        return replace(task, checkpoints=[task.checkpoints[epoch - 1] for epoch in augmented.AFTER_EPOCHS])
+    return augmented.ten_classes(n_train or augmented.N_TRAIN)
 
 
 def store_of(name: str, n_train: int | None = None, **changed: Any) -> gradindex.GradientStore:
@@ -40,6 +50,9 @@ def store_of(name: str, n_train: int | None = None, **changed: Any) -> gradindex
         options |= {"projection": Projection("fitted", 669), "row_type": "float32"}
     elif name == "pseudo_classes":
         options |= {"projection": Projection("fitted", 1000)}
+    elif name == "all_layers":
+        options |= {"projection": Projection("fitted", 1024), "factors": None, "precision": "bfloat16"}
+        options |= {"self_influence": "projected", "shard_rows": 8192}
     label = "-".join(
         [name, *([str(n_train)] if n_train else []), *(f"{key}={value}" for key, value in changed.items())]
     )
