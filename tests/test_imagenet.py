@@ -30,7 +30,7 @@ SCRIPTS = TOP / "scripts" / "imagenet"
 sys.path.insert(0, str(SCRIPTS))
 made, pictures, resnet = (importlib.import_module(name) for name in ("made", "pictures", "resnet"))
 build, query, self_influence, task_of = (
-    importlib.import_module(n) for n in ("build", "query", "self_influence", "task")
+    importlib.import_module(n) for n in ("build", "query", "self_influence", "imagenet_task")
 )
 sys.path.remove(str(SCRIPTS))
 
@@ -421,8 +421,8 @@ def test_quick_runs_end_to_end(script):
     assert done.returncode == 0, done.stderr
     assert "11 rows of 12 pictures, 4,416 numbers each, from 3 checkpoints" in done.stdout
     assert "n00000001_2.JPEG cannot be decoded: image file is truncated" in done.stderr
-    last = {"build": "from 3 checkpoints", "query": "(opponent)", "self_influence": "ambiguous pictures"}[script]
-    assert done.stdout.rstrip().endswith(last)
+    last = {"build": "from 3 checkpoints", "query": "stages: rows 11, model 11", "self_influence": "ambiguous pictures"}
+    assert done.stdout.rstrip().endswith(last[script])
 
 
 def test_quick_goes_alone():

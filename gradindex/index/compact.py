@@ -66,7 +66,7 @@ def fitted_directions(sample: NDArray[np.float32], dim: int, seed: int = 0) -> N
     Returns:
         (n, dim), orthonormal columns.
     """
-    units = _units(sample)
+    units = sample / _norms(sample)
     start = np.random.default_rng(seed).standard_normal((sample.shape[1], min(dim + _OVERSAMPLING, sample.shape[1])))
     found = start.astype(np.float32)
     for _ in range(_POWER_ITERATIONS):
@@ -77,10 +77,10 @@ def fitted_directions(sample: NDArray[np.float32], dim: int, seed: int = 0) -> N
     return directions
 
 
-def _units(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    units: NDArray[np.float32] = (rows / np.where(norms > 0, norms, 1)).astype(np.float32)
-    return units
+def _norms(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(m, 1) to divide by: a zero row keeps its zeros."""
+    norms: NDArray[np.float32] = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.where(norms > 0, norms, np.float32(1))
 
 
 class CompactIndex:
@@ -165,6 +165,8 @@ class CompactIndex:
         selector = None if removed is None or not len(removed) else faiss.IDSelectorNot(faiss.IDSelectorBatch(removed))
         if self.about["shape"]["kind"] == "ivf":
             inner = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
+            # Threads share out the queries, or the lists of a single one; a race for this changes no answer.
+            faiss.extract_index_ivf(self._index).parallel_mode = int(len(query) == 1)
         else:
             inner = faiss.SearchParameters(sel=selector)
         found = min(k, self.about["rows"])
@@ -301,7 +303,8 @@ def _norm_aware_lists(
     spread = _spread(blocks, _ROWS_PER_LIST * shape.lists)
     if not 1 <= shape.lists <= len(spread):
         raise ArgumentError(f"lists is {shape.lists}, but must be from 1 to the number of rows, {len(spread)}.")
-    centroids = gpu.train_centroids(_units(spread), shape.lists, _KMEANS_ITERATIONS, seed, gpus)
+    spread /= _norms(spread)
+    centroids = gpu.train_centroids(spread, shape.lists, _KMEANS_ITERATIONS, seed, gpus)
     del spread
     finder = gpu.nearest(centroids, gpus)
     assigned, norms = [], []
@@ -326,14 +329,16 @@ def _norm_aware_lists(
 
 def _spread(blocks: Callable[[], Blocks], least: int) -> NDArray[np.float32]:
     """Every 2^i-th row: ``least`` to 2 x ``least`` of them, or all where there are fewer."""
-    kept: list[NDArray[np.float32]] = []
-    step, seen = 1, 0
+    kept: list[tuple[int, NDArray[np.float32]]] = []  # with the first one's number among those that are kept
+    step, seen, count = 1, 0, 0
     for _, rows in blocks():
-        kept.append(rows[-seen % step :: step].copy())
-        seen += len(rows)
-        while sum(map(len, kept)) >= 2 * least:
-            kept, step = [np.concatenate(kept)[::2].copy()], 2 * step
-    return np.concatenate(kept)
+        part = rows[-seen % step :: step].copy()
+        kept.append((-(-seen // step), part))
+        seen, count = seen + len(rows), count + len(part)
+        while count >= 2 * least:
+            kept = [(-(-first // 2), part[first % 2 :: 2].copy()) for first, part in kept]
+            step, count = 2 * step, sum(len(part) for _, part in kept)
+    return np.concatenate([part for _, part in kept])
 
 
 def _norms_of(lists: NDArray[np.int64], norms: NDArray[np.float32], count: int) -> NDArray[np.float32]:

@@ -35,9 +35,9 @@ from gradindex.projection import Projection
 from gradindex.rows import RowMaker
 
 sys.path.insert(0, str(TOP / "scripts" / "imagenet"))
+from imagenet_task import CrossEntropy, normalised
 from pictures import Preparation
 from resnet import resnet50
-from task import CrossEntropy, normalised
 
 from build import PAPERS_DIM
 

@@ -29,12 +29,12 @@ from gradindex.index.compact import fitted_directions
 from gradindex.scoring import by_factors
 
 K, FOUND, QUERIES, SAMPLE = 100, 500, 200, 50_000
-# Rows, and how many directions and lists; None is all rows.
+# Task and its rows, how many directions and lists.
 SETS: dict[str, tuple[str, int | None, int, int]] = {
     "mnist": ("mnist", None, 128, 128),
     "cifar10": ("augmented", 50_000, 64, 256),
     "pseudo_classes": ("pseudo_classes", None, 512, 512),
-    "augmented": ("augmented", None, 64, 1024),
+    "augmented": ("augmented", 1_281_167, 64, 1024),
 }
 TITLES = {
     "mnist": "MNIST, all layers, 20,000 rows",
@@ -62,6 +62,10 @@ def measure_set(bench: Bench, name: str) -> list[dict[str, Any]]:
         lists //= 8
     truth, flipped = queries_of(store, 40 if bench.quick else QUERIES)
     sample = store.rows(np.sort(np.random.default_rng(0).choice(store.ids, min(SAMPLE, store.n_train), replace=False)))
+    norms = np.sqrt(store.self_influence().sum(1))
+    spread = np.quantile(norms, [0.9, 0.99]) / np.median(norms)
+    bench.figure(f"{TITLES[name]}: norm of a gradient, 90th percentile against the median", spread[0], "x")
+    bench.figure(f"{TITLES[name]}: norm of a gradient, 99th percentile against the median", spread[1], "x")
     directions = fitted_directions(sample, dim)
     asked = np.ascontiguousarray(truth.rows @ directions)
     points = []

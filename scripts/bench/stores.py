@@ -45,7 +45,7 @@ def store_of(name: str, n_train: int | None = None, **changed: Any) -> gradindex
         **changed: options of ``build`` that differ, which get a store of their own.
     """
     task = task_of(name, n_train)
-    options: dict[str, Any] = {"shard_rows": 65_536, **TEN_CLASSES}
+    options: dict[str, Any] = {"shard_rows": 262_144, **TEN_CLASSES}
     if name == "mnist":
         options |= {"projection": Projection("fitted", 669), "row_type": "float32"}
     elif name == "pseudo_classes":

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from imagenet_task import make_task, parser, run, task_options
 from made import quick_options
 from pictures import BrokenPictureError, Files, find_broken, find_classes, list_files, recorded_broken
-from task import make_task, parser, run, task_options
 
 import gradindex
 from gradindex.building import build_part, estimate

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from imagenet_task import make_task, normalised, parser, preparation, run, task_options
 from made import quick_options
 from numpy.typing import NDArray
 from pictures import find_classes
-from task import make_task, normalised, parser, preparation, run, task_options
 from torch.func import functional_call
 
 import build
@@ -40,10 +40,9 @@ def main(argv: Sequence[str]) -> None:
     task = replace(task, skip=np.setdiff1d(np.arange(task.n_train), store.ids))
     retriever = gradindex.load(options.store, task, device=options.device)
     queries = _items(options, task) if options.file else options.position
+    asked = retriever.ask(queries)
     kinds = ("proponents", "opponents") if options.kind == "both" else (options.kind,)
-    answers = [
-        retriever.search(queries, options.k, opponents=kind == "opponents", rerank=options.rerank) for kind in kinds
-    ]
+    answers = [retriever.search(asked, options.k, kind=kind, rerank=options.rerank) for kind in kinds]
     if options.file:
         answers = [_named(hits, options, [label for _, label in queries]) for hits in answers]
     print(as_text(answers))
@@ -90,9 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--kind", choices=("both", "proponents", "opponents"), default="both", help="(default: both)")
     group.add_argument(
         "--rerank",
-        choices=("exact", "none"),
+        choices=("exact", "rows", "none"),
         default="exact",
-        help="settle the order by exact scores (default), or show the rows' estimates",
+        help="the last stage: exact scores (default), full rows, or the index's own estimates",
     )
     group.add_argument("--device", help="such as cuda (default: the processor)")
     group.add_argument("--html", type=Path, metavar="PAGE", help="also write a page with thumbnails")

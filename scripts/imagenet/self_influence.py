@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from imagenet_task import data_options, parser, preparation, run
 from made import quick_options
 from numpy.typing import NDArray
-from task import data_options, parser, preparation, run
 
 import build
 import gradindex
