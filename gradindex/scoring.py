@@ -172,13 +172,15 @@ def _factors_at_once(store: GradientStore, n_query: int) -> int:
 
 def _factor_shares(
     store: GradientStore, factors: Asked, ids: NDArray[np.int64]
-) -> Iterator[tuple[tuple[int, int], NDArray[np.float64]]]:
-    """By (checkpoint, layer): (n_query, len(ids))."""
+) -> Iterator[tuple[tuple[int, int], NDArray[Any]]]:
+    """By (checkpoint, layer): (n_query, len(ids)) float32, or float64 of a group."""
     for key, (activations, output_gradients) in store.factors(ids).items():
         x, delta = (side.astype(np.float32, copy=False) for side in (activations, output_gradients))
         mine = factors.get(key)
         if isinstance(mine, tuple):
-            yield key, (mine[1] @ delta.T).astype(np.float64) * (mine[0] @ x.T)
+            share = mine[1] @ delta.T
+            share *= mine[0] @ x.T  # in place: large batches are bound by memory
+            yield key, share
         elif mine is not None:  # delta^T M x, with the matrix M of a group
             yield key, np.einsum("mr,mr->m", delta, x @ mine.T, dtype=np.float64)[None]
 

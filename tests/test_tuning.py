@@ -20,7 +20,7 @@ from gradindex.cli import main
 from gradindex.errors import ArgumentError, IndexFileError, OutOfMemoryError, RecallError
 from gradindex.evaluation import truth as truth_of
 from gradindex.evaluation import tuning
-from gradindex.index import CompactIndex, SearchIndex, Shape, damage, gpu
+from gradindex.index import CompactIndex, SearchIndex, Shape, compact, damage, gpu
 from gradindex.projection import Projection
 from gradindex.store import GradientStore
 
@@ -552,3 +552,15 @@ def test_devices_that_do_not_exist_are_refused(monkeypatch):
     for device in ("cuda:2", "cuda:x"):
         with pytest.raises(ArgumentError, match=f"device is '{device}', but FAISS sees 2 CUDA devices"):
             gpu.devices(device)
+
+
+@pytest.mark.parametrize("least", [10, 100, 999, 6000, 20_000])
+@pytest.mark.parametrize("piece", [7, 100, 3000])
+def test_lists_are_fitted_to_every_so_manyth_row(least, piece):
+    rows = np.arange(10_007, dtype=np.float32)[:, None]
+    found = compact._spread(lambda: iter([(None, rows[s : s + piece]) for s in range(0, len(rows), piece)]), least)[
+        :, 0
+    ]
+    step = int(found[1] - found[0])
+    np.testing.assert_array_equal(found, np.arange(0, len(rows), step))
+    assert least <= len(found) < 2 * least or step == 1
