@@ -35,11 +35,10 @@ from gradindex.projection import Projection
 from gradindex.rows import RowMaker
 
 sys.path.insert(0, str(TOP / "scripts" / "imagenet"))
+from build import PAPERS_DIM
 from imagenet_task import CrossEntropy, normalised
 from pictures import Preparation
 from resnet import resnet50
-
-from build import PAPERS_DIM
 
 BATCH, PIXELS = 4, 224
 PICTURES, CHECKPOINTS = 1_281_167, 3

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import build
 import numpy as np
 import torch
 from imagenet_task import make_task, normalised, parser, preparation, run, task_options
@@ -22,7 +23,6 @@ from numpy.typing import NDArray
 from pictures import find_classes
 from torch.func import functional_call
 
-import build
 import gradindex
 from gradindex import Task
 from gradindex.errors import ArgumentError

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import build
 import numpy as np
 from imagenet_task import data_options, parser, preparation, run
 from made import quick_options
 from numpy.typing import NDArray
 
-import build
 import gradindex
 from gradindex.errors import check_k
 from gradindex.files import replacing, storing
