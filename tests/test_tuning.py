@@ -170,7 +170,8 @@ def test_a_new_index_takes_the_place_of_the_old_while_readers_go_on(saved):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Times that do not depend on the machine: as many milliseconds as rows are compared."""
+    """Times that do not depend on the machine: as many milliseconds as rows are compared; no store is too small."""
+    monkeypatch.setattr(tuning, "_SMALL", 0)
     monkeypatch.setattr(
         tuning, "_milliseconds", lambda store, search, truth, effort, k: 1e6 if effort is None else effort.proposals
     )
@@ -262,6 +263,7 @@ def test_a_promise_that_cannot_be_kept_is_an_error_and_leaves_what_was_there(sto
 
 def test_no_index_is_made_where_comparing_all_rows_is_as_fast(store, monkeypatch):
     _, folder = store
+    monkeypatch.setattr(tuning, "_SMALL", 0)
     monkeypatch.setattr(tuning, "_milliseconds", lambda *_: 1.0)
     (folder / "index").mkdir()
     (folder / "index" / "manifest.json").write_text("of another time, and damaged")
@@ -413,7 +415,7 @@ def test_cosines_are_measured_against_cosines(made, tmp_path, quick):
     assert found.index.about["recall"]["proponents"] > 0.9
 
 
-def test_impossible_promises_are_refused(store):
+def test_impossible_promises_are_refused(store, quick):
     _, folder = store
     for options, message in (
         ({"recall": 1.0}, "recall is 1.0, but must be between 0 and 1"),
@@ -564,3 +566,12 @@ def test_lists_are_fitted_to_every_so_manyth_row(least, piece):
     step = int(found[1] - found[0])
     np.testing.assert_array_equal(found, np.arange(0, len(rows), step))
     assert least <= len(found) < 2 * least or step == 1
+
+
+def test_small_stores_are_searched_whole(store, monkeypatch):
+    _, folder = store
+    monkeypatch.setattr(tuning, "_choices", lambda *_: pytest.fail("an index was made"))
+    (folder / "index").mkdir()
+    (folder / "index" / "manifest.json").write_text("of another time")
+    assert evaluation.index(folder, recall=0.999, k=10, n_query=100).how == "exact over all rows"
+    assert not (folder / "index").exists()
