@@ -291,7 +291,7 @@ class Retriever:
             with self._computing() as engine:
                 scores = shares(store, asked, chosen, engine)
         if self._unit_norm:
-            scores = scores / cosine_norms(store, asked, chosen)[:, :, None, None]
+            scores = scores / cosine_norms(store, asked.norms, chosen)[:, :, None, None]
         return Split(
             scores,
             asked.names,
@@ -331,7 +331,7 @@ class Retriever:
 
     def _measured(self, store: GradientStore, queries: Queries, found: Scores) -> Scores:
         for which, ids, scores in found:
-            yield which, ids, scores / cosine_norms(store, queries, ids)[which] if self._unit_norm else scores
+            yield which, ids, scores / cosine_norms(store, queries.norms[which], ids) if self._unit_norm else scores
 
 
 def load(folder: str | os.PathLike[str], task: Task, *, device: str | None = None, use_index: bool = True) -> Retriever:

@@ -13,6 +13,7 @@ from .asking import Asked, Queries, Source
 from .candidates import pieces
 from .errors import ArgumentError, NonFiniteGradientError
 from .gradients import HALF, Engine, Precision, Products
+from .index import paired_products
 from .memory import in_halves
 from .progress import progress
 from .store import GradientStore, runs
@@ -23,6 +24,8 @@ from .tree import preserved_random_state
 _QUERY_BYTES = 2 << 30
 # Memory for factors that were gathered, and numbers of scores, at once.
 _FACTOR_BYTES, _SCORES = 64 << 20, 4 << 20
+# Pairs of a query and a training example that are scored at once.
+_PAIRS = 1 << 20
 
 # Which queries, ids (m,), and scores (of these queries, m).
 Scores = Iterator[tuple[slice, NDArray[np.int64], NDArray[Any]]]
@@ -165,6 +168,39 @@ def by_factors(store: GradientStore, factors: Asked, n_query: int, ids: NDArray[
         yield slice(0, n_query), some, scores
 
 
+def of_candidates(
+    store: GradientStore, factors: Asked, lists: Sequence[NDArray[np.int64]]
+) -> list[NDArray[np.float64]]:
+    """Exact scores of each query's own candidates, from factors where they lie: none are copied but of half precision.
+
+    Args:
+        store: one that has factors.
+        factors: of the queries, each a question of its own.
+        lists: for each query, training ids that have a row.
+
+    Returns:
+        For each query its candidates' scores.
+    """
+    counts = [len(ids) for ids in lists]
+    asked = {key: [np.ascontiguousarray(side, dtype=np.float32) for side in sides] for key, sides in factors.items()}
+    every, scores = np.repeat(np.arange(len(lists)), counts), np.zeros(sum(counts))
+    half = store.manifest["factors"] in HALF
+    at_once = min(_PAIRS, _factors_at_once(store, 1)) if half else _PAIRS
+    for start, ids in zip(range(0, len(every), at_once), pieces(np.concatenate(lists), at_once), strict=True):
+        queries, into = every[start : start + len(ids)], scores[start : start + len(ids)]
+        for places, positions, arrays in store.factors_in_place(ids):
+            both = [pair for key, sides in arrays.items() for pair in zip(asked[key], sides, strict=True)]
+            if half:
+                used, positions = np.unique(positions, return_inverse=True)
+                both = [(mine, theirs[used].astype(np.float32)) for mine, theirs in both]
+            products = paired_products(queries[places], positions, both)
+            total = np.zeros(len(places))
+            for x, delta in zip(products[::2], products[1::2], strict=True):  # in one order, however many there are
+                total += np.multiply(x, delta, dtype=np.float64)
+            into[places] = total
+    return np.split(scores, np.cumsum(counts)[:-1])
+
+
 def _factors_at_once(store: GradientStore, n_query: int) -> int:
     sides = sum(sum(described["shape"]) for described in store.manifest["map"]["layers"])
     return max(1, min(_FACTOR_BYTES // (4 * sides * store.n_checkpoints), _SCORES // n_query))
@@ -221,10 +257,16 @@ def shares(
     return split
 
 
-def cosine_norms(store: GradientStore, queries: Queries, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(n_query, len(ids)) by which exact scores become cosines; that of a zero gradient is 1: its cosine is 0."""
-    norms = np.outer(queries.norms, np.sqrt(store.self_influence(ids).sum(1)))
-    return np.where(norms > 0, norms, 1.0)
+def cosine_norms(store: GradientStore, norms: NDArray[np.float64], ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(n_query, len(ids)) by which exact scores become cosines; that of a zero gradient is 1: its cosine is 0.
+
+    Args:
+        store: a complete one.
+        norms: (n_query,) of the queries.
+        ids: training ids that have a row.
+    """
+    both = np.outer(norms, np.sqrt(store.self_influence(ids).sum(1)))
+    return np.where(both > 0, both, 1.0)
 
 
 def scored_as(store: GradientStore) -> str:

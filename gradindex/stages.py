@@ -18,7 +18,7 @@ from .filters import Allowed
 from .gradients import Engine
 from .hits import Stage
 from .ranking import KINDS, Best, Kind, Ranked, ranked
-from .scoring import Scores, by_factors, cosine_norms, through_model
+from .scoring import Scores, by_factors, cosine_norms, of_candidates, through_model
 from .store import GradientStore
 
 Rerank = Literal["exact", "rows", "none"]
@@ -26,6 +26,8 @@ Rerank = Literal["exact", "rows", "none"]
 _DEFAULT_K, _FAISS_K = 10, 1024
 # Ids whose exact scores stream together where all are scored.
 _STREAMED = 1 << 16
+# How far exact scores may differ that were summed in another order, as a share.
+_ROUNDING = 1e-4
 # What is searched for a kind: each with the query or with its negation, never as the lowest of what was found.
 _SIGNS: Mapping[Kind, Sequence[Kind]] = {
     "proponents": ("proponents",),
@@ -254,6 +256,8 @@ class Search:
 
     def _exact(self, chosen: Mapping[Kind, list[NDArray[np.int64]]]) -> dict[Kind, list[NDArray[np.float64]]]:
         """Exact scores of some ascending ids of each query, for each kind."""
+        if self._by_factors and self._queries.weights is None:
+            return {kind: self._each_its_own(lists) for kind, lists in chosen.items()}
         lists = [ids for some in chosen.values() for ids in some]
         union = lists[0] if len(lists) == 1 else np.unique(np.concatenate(lists))
         scores = {kind: [np.empty(len(ids)) for ids in some] for kind, some in chosen.items()}
@@ -266,6 +270,13 @@ class Search:
                 found = through_model(engine, self._queries, union, self._store.manifest["batch_size"])
                 self._collect(found, chosen, scores)
         return scores
+
+    def _each_its_own(self, lists: list[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
+        """Exact scores of each query's ids from factors; no query pays for another's."""
+        assert self._queries.factors is not None
+        found = of_candidates(self._store, self._queries.factors, lists)
+        pairs = enumerate(zip(lists, found, strict=True))
+        return [self._measured(slice(query, query + 1), ids, scores[None])[0] for query, (ids, scores) in pairs]
 
     def _collect(
         self,
@@ -288,12 +299,14 @@ class Search:
 
     def _measured(self, queries: slice, ids: NDArray[np.int64], scores: NDArray[np.float64]) -> NDArray[np.float64]:
         """Scores as the store measures: cosines where its rows have unit norm."""
-        return scores / cosine_norms(self._store, self._queries, ids)[queries] if self._unit_norm else scores
+        return scores / cosine_norms(self._store, self._queries.norms[queries], ids) if self._unit_norm else scores
 
     def _all_exact(self, kinds: Sequence[Kind]) -> list[Answer]:
         """Exact scores, from factors, of all that may answer."""
         question, allowed = self._question, self._allowed
-        best = {kind: Best(kind, len(self._queries), self._k, question.at_least) for kind in kinds}
+        assert question.at_least is not None
+        least = question.at_least - _ROUNDING * abs(question.at_least)
+        best = {kind: Best(kind, len(self._queries), self._k, least) for kind in kinds}
         looked_at = np.zeros(len(self._queries), dtype=np.int64)
         for some in self._everyone():
             for queries, ids, scores in self._by_stored(some):
@@ -302,7 +315,18 @@ class Search:
                 for kind in kinds:
                     best[kind].add(ids, self._measured(queries, ids, scores), mask)
         stages = (Stage(self._exact_stage, int(looked_at.max())),)
-        return [Answer(best[kind].found(), stages, "exact") for kind in kinds]
+        return [Answer(self._again(kind, best[kind].found()), stages, "exact") for kind in kinds]
+
+    def _again(self, kind: Kind, found: list[Ranked]) -> list[Ranked]:
+        """The same with scores computed as those of candidates are: bit by bit the same, whatever was asked.
+
+        Scores of all rows come from products of matrices, which round otherwise.
+        """
+        if self._queries.weights is not None:
+            return found
+        lists = [np.sort(ids) for ids, _ in found]
+        pairs = zip(lists, self._each_its_own(lists), strict=True)
+        return [ranked(kind, ids, scores, self._k, self._question.at_least) for ids, scores in pairs]
 
     def _everyone(self) -> list[NDArray[np.int64]]:
         ids = self._store.ids if self._allowed is None or self._allowed.ids is None else self._allowed.ids

@@ -524,9 +524,9 @@ def test_a_group_of_many_queries_reads_some_at_a_time(factors, monkeypatch):
 
 def test_k_up_to_n_gathers_a_bounded_part_at_a_time(indexed, truth, monkeypatch):
     asked = indexed.ask(range(2))
-    gathered, factors = [], GradientStore.factors
-    monkeypatch.setattr(GradientStore, "factors", lambda s, ids: gathered.append(len(ids)) or factors(s, ids))
-    monkeypatch.setattr(scoring, "_FACTOR_BYTES", 40 * 4 * 21 * 3)
+    gathered, factors = [], GradientStore.factors_in_place
+    monkeypatch.setattr(GradientStore, "factors_in_place", lambda s, ids: gathered.append(len(ids)) or factors(s, ids))
+    monkeypatch.setattr(scoring, "_PAIRS", 40)
     monkeypatch.setattr(candidates, "_GATHERED_BYTES", 40 * 4 * indexed.store.dim)
     agree(indexed.proponents(asked, N), "proponents", truth[:2], k=N)
     assert max(gathered) == 40

@@ -6,4 +6,5 @@ from .compact import Shape as Shape
 from .compact import damage as damage
 from .flat import SearchIndex as SearchIndex
 from .gpu import devices as devices
+from .library import paired_products as paired_products
 from .library import require as require

@@ -12,7 +12,7 @@ import io
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -261,25 +261,35 @@ class Container:
             self._verify(np.arange(first // self._block_bytes, last // self._block_bytes + 1), name)
         return self._array(name)[0][start:stop]
 
+    def at(self, names: Sequence[str], positions: NDArray[np.int64]) -> list[NDArray[Any]]:
+        """Read-only views of arrays, to be read at ``positions`` alone: the blocks that these touch are verified.
+
+        Args:
+            names: of the arrays.
+            positions: (m,) of their first axis.
+
+        Raises:
+            StoreError: a block is damaged.
+        """
+        arrays = [self._array(name) for name in names]
+        offsets, each = np.array([place[1:] for place in arrays]).T[:, :, None]
+        starts = offsets + positions * each
+        first, last = starts // self._block_bytes, (starts + (each - 1)) // self._block_bytes
+        if not (self.sound[first].all() and self.sound[last].all() and each.max() <= self._block_bytes):
+            for name, begin, end in zip(names, first, last, strict=True):
+                reach = np.arange((end - begin).max(initial=0) + 1)
+                self._verify(np.unique(np.minimum(begin[:, None] + reach, end[:, None])), name)
+        return [values for values, _, _ in arrays]
+
     def take(self, name: str, positions: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """A copy of the given positions of an array, only the blocks that they touch verified.
+        """A copy of the given positions of an array; see :meth:`at`.
 
         Args:
             name: of the array.
             positions: (m,) of its first axis.
             out: where to copy to, of the copy's shape and type.
-
-        Raises:
-            StoreError: a block is damaged.
         """
-        values, offset, each = self._array(name)
-        starts = offset + positions * each
-        first, last = starts // self._block_bytes, (starts + (each - 1)) // self._block_bytes
-        if each > self._block_bytes:
-            touched = [np.arange(one, other + 1) for one, other in zip(first, last, strict=True)]
-            self._verify(np.unique(np.concatenate(touched or [first])), name)
-        elif not (self.sound[first].all() and self.sound[last].all()):
-            self._verify(np.unique(np.concatenate([first, last])), name)
+        (values,) = self.at([name], positions)
         return np.take(values, positions, axis=0, out=out, mode="clip")  # unclipped, NumPy would copy twice
 
     def damaged(self) -> list[int]:

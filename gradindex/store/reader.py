@@ -18,7 +18,10 @@ from . import runs
 from .bases import Bases, read_bases
 from .job import progress_of
 from .manifest import MANIFEST, PENDING, read_manifest
-from .shards import FACTOR_SIDES, OpenShards, factor_name, problem_of
+from .shards import FACTOR_SIDES, OpenShards, Shard, factor_name, problem_of
+
+# Places in a list of ids, their positions in the arrays, and by (checkpoint, layer) activations and output gradients.
+FactorsInPlace = tuple[NDArray[np.int64], NDArray[np.int64], dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]]
 
 # What `blocks` hands out at once.
 _PIECE_BYTES = 16 << 20
@@ -186,18 +189,36 @@ class GradientStore:
         """
         if self.manifest["factors"] is None:
             raise ArgumentError(f"{self.folder} has no factors. Build a store with factors='float32'.")
-        ids, kind = self._checked(ids), self.manifest["factors"]
-        sizes = {
-            (checkpoint, layer, side): size
-            for checkpoint in range(self.n_checkpoints)
-            for layer, described in enumerate(self.manifest["map"]["layers"])
-            for side, size in zip(FACTOR_SIDES, described["shape"][::-1], strict=True)
-        }
+        ids, keys = self._checked(ids), self._factor_keys()
         if len(ids):
-            arrays = iter(self._gather([factor_name(*key) for key in sizes], ids))
+            arrays = iter(self._gather([factor_name(*key, side) for key in keys for side in FACTOR_SIDES], ids))
         else:
-            arrays = iter([np.empty((0, size), dtype=kind) for size in sizes.values()])
-        return {(checkpoint, layer): (next(arrays), next(arrays)) for checkpoint, layer, _ in list(sizes)[::2]}
+            kind, layers = self.manifest["factors"], self.manifest["map"]["layers"]
+            arrays = (np.empty((0, size), dtype=kind) for _, layer in keys for size in layers[layer]["shape"][::-1])
+        return {key: (next(arrays), next(arrays)) for key in keys}
+
+    def factors_in_place(self, ids: NDArray[np.int64]) -> Iterator[FactorsInPlace]:
+        """The same, nothing copied: shard by shard, where the ids are in ``ids``, their positions, and the arrays.
+
+        Read the arrays, views of the shard's file, at those positions alone: only they are verified.
+
+        Args:
+            ids: (m,) int64, in any order, each as often as wanted.
+
+        Raises:
+            ArgumentError: the store has none, or an id has no row.
+            StoreError: a block that an id touches is damaged.
+        """
+        if self.manifest["factors"] is None:
+            raise ArgumentError(f"{self.folder} has no factors. Build a store with factors='float32'.")
+        ids, keys = self._checked(ids), self._factor_keys()
+        names = [factor_name(*key, side) for key in keys for side in FACTOR_SIDES]
+        for places, shard, positions in self._by_shard(ids):
+            sides = iter(shard.arrays.at(names, positions))
+            yield places, positions, {key: (next(sides), next(sides)) for key in keys}
+
+    def _factor_keys(self) -> list[tuple[int, int]]:
+        return [(c, layer) for c in range(self.n_checkpoints) for layer in range(len(self.manifest["map"]["layers"]))]
 
     def top_self_influence(
         self, k: int, only: NDArray[np.int64] | None = None
@@ -323,24 +344,27 @@ class GradientStore:
         kept = ~runs.contain(self._removed, ids)
         return ids[kept], kept
 
+    def _by_shard(self, ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Shard, NDArray[np.int64]]]:
+        """Where ids are in ``ids``, their shard, and their positions in it; one shard after the other."""
+        owners = self._owners(ids)
+        order = np.arange(len(ids)) if (owners[1:] >= owners[:-1]).all() else np.argsort(owners, kind="stable")
+        for mine in np.split(order, np.flatnonzero(np.diff(owners[order])) + 1) if len(ids) else ():
+            shard = self._shards[int(owners[mine[0]])]
+            yield mine, shard, shard.positions(ids[mine])
+
     def _gather(self, names: Sequence[str], ids: NDArray[np.int64]) -> list[NDArray[Any]]:
         """Values of some arrays by id, in the order of ``ids``, of which there is at least one."""
-        owners = self._owners(ids)
-        ordered = bool((owners[1:] >= owners[:-1]).all())
-        order = np.arange(len(ids)) if ordered else np.argsort(owners, kind="stable")
-        ends = [*(np.flatnonzero(np.diff(owners[order])) + 1).tolist(), len(ids)]
         parts: list[list[NDArray[Any]]] = [[] for _ in names]
         whole = [self._room(name, len(ids)) for name in names]
-        start = 0
-        for end in ends:  # shard by shard, for not all can be open
-            mine = order[start:end]
-            shard = self._shards[int(owners[mine[0]])]
-            positions = shard.positions(ids[mine])
+        places, start = [], 0
+        for mine, shard, positions in self._by_shard(ids):  # for not all can be open
+            places.append(mine)
             for name, part, room in zip(names, parts, whole, strict=True):
-                part.append(shard.take(name, positions, None if room is None else room[start:end]))
-            start = end
+                part.append(shard.take(name, positions, None if room is None else room[start : start + len(mine)]))
+            start += len(mine)
         found = [np.concatenate(part) if room is None else room for part, room in zip(parts, whole, strict=True)]
-        return found if ordered else [_at_places(values, order) for values in found]
+        order = np.concatenate(places)
+        return found if (order[1:] > order[:-1]).all() else [_at_places(values, order) for values in found]
 
     def _room(self, name: str, count: int) -> NDArray[Any] | None:
         """For values that all shards keep in one type, and as they are handed out."""
