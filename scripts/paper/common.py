@@ -7,7 +7,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,19 @@ class Experiment(Bench):
         title: what the experiment is.
         description: for ``--help``.
         files: further options, each the path of a file, and their help.
+        parts: further options, each choosing some of these names, by default all.
     """
 
     save_help = "also write the result as JSON, and pictures beside it, for docs/results/paper/"
 
-    def __init__(self, title: str, description: str | None, files: Mapping[str, str] | None = None) -> None:
-        super().__init__(title, description, ("matplotlib",), files)
+    def __init__(
+        self,
+        title: str,
+        description: str | None,
+        files: Mapping[str, str] | None = None,
+        parts: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        super().__init__(title, description, ("matplotlib",), files, parts)
         self._started = time.perf_counter()
         self._kept: dict[str, Any] = {}
 
@@ -66,6 +73,7 @@ class Experiment(Bench):
             "seconds": round(time.perf_counter() - self._started, 1),
             "bars": self.bars,
             "figures": self.figures,
+            **({"tables": self.tables} if self.tables else {}),
             **self._kept,
         }
         return json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from common import OPPONENT, PROPONENT, Experiment, spearman
+from last_layer import LastLayer
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Subset
 
 import gradindex
 from gradindex import Hits, Task
@@ -36,53 +35,6 @@ N_TRAIN, N_QUERY, K, SEED = 10_000, 100, 10, 0
 # Multiples of the Hessian's mean eigenvalue that are added to each of its eigenvalues; the last is shown.
 DAMPINGS = (0.1, 1.0, 10.0)
 ON_PAGE, IN_PICTURE = 6, 3  # queries and hits
-
-
-@dataclass(frozen=True)
-class LastLayer:
-    """What the last, fully connected layer sees and answers at the last checkpoint.
-
-    Args:
-        inputs: (n, d + 1) with a 1 for the bias.
-        probabilities: (n, classes).
-        deltas: (n, classes), the gradient of cross-entropy: probabilities minus the one-hot label.
-    """
-
-    inputs: Tensor
-    probabilities: Tensor
-    deltas: Tensor
-
-    @classmethod
-    def of(cls, task: Task, data: Dataset[Any]) -> LastLayer:
-        """Run the model over a data set."""
-        model = task.model.eval()
-        model.load_state_dict(task.checkpoints[-1].load(model))
-        layer = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-        seen, answered, labels = [], [], []
-        handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        with torch.no_grad():
-            for images, some in DataLoader(data, 250):
-                answered.append(model(images).softmax(1))
-                labels.append(some)
-        handle.remove()
-        inputs, probabilities = torch.cat(seen), torch.cat(answered)
-        one_hot = functional.one_hot(torch.cat(labels), probabilities.shape[1])
-        return cls(functional.pad(inputs, (0, 1), value=1.0), probabilities, probabilities - one_hot)
-
-    def hessian(self) -> Tensor:
-        """(classes (d + 1), classes (d + 1)) of the mean loss."""
-        n, classes, size = len(self.inputs), self.probabilities.shape[1], self.inputs.shape[1]
-        whole = torch.empty(classes, size, classes, size)
-        for a in range(classes):
-            for b in range(a + 1):
-                weights = self.probabilities[:, a] * (float(a == b) - self.probabilities[:, b])
-                block = (self.inputs * weights[:, None]).T @ self.inputs / n
-                whole[a, :, b], whole[b, :, a] = block, block.T
-        return whole.reshape(classes * size, classes * size)
-
-    def gradients(self) -> Tensor:
-        """(n, classes (d + 1))."""
-        return (self.deltas[:, :, None] * self.inputs[:, None]).flatten(1)
 
 
 def main() -> None:
@@ -112,7 +64,7 @@ def smaller(task: Task, n_train: int) -> Task:
 def compare(experiment: Experiment, name: str, task: Task) -> None:
     """All three ways on one task."""
     train, query = LastLayer.of(task, task.train), LastLayer.of(task, task.query)
-    right = query.probabilities.argmax(1).numpy() == (query.deltas < 0).int().argmax(1).numpy()
+    right = (query.probabilities.argmax(1) == query.labels).numpy()
     experiment.figure(f"{name}: accuracy on the queries", right.mean(), "share")
     with tempfile.TemporaryDirectory() as folder:
         # With exact factors in the store, all exact scores follow without another pass over the training examples.
@@ -124,12 +76,7 @@ def compare(experiment: Experiment, name: str, task: Task) -> None:
 
     hessian = train.hessian()
     for damping in DAMPINGS:
-        damped = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
-        factor = torch.linalg.cholesky(damped)
-        # g'^T A^-1 g = (L^-1 g') . (L^-1 g) with A = L L^T
-        mine, theirs = (
-            torch.linalg.solve_triangular(factor, layer.gradients().T, upper=False) for layer in (query, train)
-        )
+        mine, theirs = (layer.whitened(hessian, damping) for layer in (query, train))
         scores["influence functions"] = (mine.T @ theirs).numpy()
         own["influence functions"] = theirs.square().sum(0).numpy()
         value = spearman(scores["TracIn"], scores["influence functions"]).mean()

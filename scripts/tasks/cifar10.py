@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference import cache_folder, flip_labels, image_archive, once
+from reference import cache_folder, flip_labels, image_archive, resumable
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
 from gradindex import Recorder, Task, find_checkpoints
 
-N_QUERY, EPOCHS, BATCH, PEAK_LEARNING_RATE, SEED = 500, 6, 256, 0.4, 0
+N_QUERY, EPOCHS, BATCH, PEAK_LEARNING_RATE, WIDTH, SEED = 500, 6, 256, 0.4, 64, 0
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 VERSION = "cifar10-resnet9-1"  # raise it when anything below changes what is trained
 
@@ -42,18 +42,19 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-def make_model() -> nn.Sequential:
-    """The network, in PyTorch's default initialisation."""
+def make_model(width: int = WIDTH) -> nn.Sequential:
+    """The network, in PyTorch's default initialisation; ``width`` is the number of its first channels."""
+    double, fourfold = 2 * width, 4 * width
     return nn.Sequential(
-        _block(3, 64),
-        _block(64, 128, pool=True),
-        Residual(_block(128, 128), _block(128, 128)),
-        _block(128, 256, pool=True),
-        _block(256, 256, pool=True),
-        Residual(_block(256, 256), _block(256, 256)),
+        _block(3, width),
+        _block(width, double, pool=True),
+        Residual(_block(double, double), _block(double, double)),
+        _block(double, fourfold, pool=True),
+        _block(fourfold, fourfold, pool=True),
+        Residual(_block(fourfold, fourfold), _block(fourfold, fourfold)),
         nn.AdaptiveMaxPool2d(1),
         nn.Flatten(),
-        nn.Linear(256, 10),
+        nn.Linear(fourfold, 10),
     )
 
 
@@ -96,21 +97,38 @@ def data() -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def train(folder: Path) -> None:
-    """Train and write the checkpoints into ``folder``."""
-    arrays = data()
-    images = normalise(torch.from_numpy(np.array(arrays["images"]))).to(torch.bfloat16)
-    labels = torch.from_numpy(arrays["labels"])
+def train(folder: Path, images: Tensor, labels: Tensor, *, width: int = WIDTH, seed: int = SEED) -> nn.Sequential:
+    """Train, with a checkpoint after each epoch; goes on after the last epoch that ``folder`` has.
+
+    Args:
+        folder: where checkpoints go, and ``resume.pt`` while the training lasts.
+        images: (n, 3, 32, 32) normalised.
+        labels: (n,).
+        width: see :func:`make_model`.
+        seed: of the initialisation, the order and the flips.
+
+    Returns:
+        The trained model.
+    """
+    resume = folder / "resume.pt"
+    images = images.to(torch.bfloat16)
     with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        model = make_model().to(memory_format=torch.channels_last)
+        torch.manual_seed(seed)
+        model = make_model(width).to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        steps = EPOCHS * -(-len(images) // BATCH)
+        an_epoch = -(-len(images) // BATCH)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.25, cycle_momentum=False
+            optimizer, PEAK_LEARNING_RATE, total_steps=EPOCHS * an_epoch, pct_start=0.25, cycle_momentum=False
         )
-        recorder = Recorder(model, optimizer, folder)
-        for epoch in range(1, EPOCHS + 1):
+        done, parts = 0, {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        if resume.exists():
+            saved = torch.load(resume)
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            torch.set_rng_state(saved["random"])
+            done = saved["epochs"]
+        recorder = Recorder(model, optimizer, folder, first_step=done * an_epoch, overwrite=True)
+        for epoch in range(done + 1, EPOCHS + 1):
             started = time.perf_counter()
             total = 0.0
             for rows in torch.randperm(len(images)).split(BATCH):
@@ -124,26 +142,40 @@ def train(folder: Path) -> None:
                 optimizer.step()
                 scheduler.step()
                 total += float(mean_loss.detach()) * len(rows)
-            recorder.save()
+            recorder.save(total / len(images))
+            state = {name: part.state_dict() for name, part in parts.items()}
+            temporary = resume.with_suffix(".new")
+            torch.save(state | {"random": torch.get_rng_state(), "epochs": epoch}, temporary)
+            temporary.replace(resume)
             taken = time.perf_counter() - started
             print(
-                f"epoch {epoch}/{EPOCHS}: training loss {total / len(images):.3f}, {taken:.0f} s",
+                f"{folder.name}: epoch {epoch}/{EPOCHS}, training loss {total / len(images):.3f}, {taken:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )
-    model.eval()
+    resume.unlink(missing_ok=True)
+    return model.eval()
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of the images that the model classifies well."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        tests = normalise(torch.from_numpy(np.array(arrays["query_images"])))
-        predicted = torch.cat([model(part).argmax(1) for part in tests.split(500)]).numpy()
-    print(
-        f"trained CIFAR-10 ResNet-9: test accuracy {np.mean(predicted == arrays['query_labels']):.4f}", file=sys.stderr
-    )
+        predicted = torch.cat([model(part).argmax(1) for part in images.split(500)])
+    return float((predicted == labels).float().mean())
+
+
+def _train_reference(folder: Path) -> None:
+    arrays = data()
+    images, tests = (normalise(torch.from_numpy(np.array(arrays[name]))) for name in ("images", "query_images"))
+    model = train(folder, images, torch.from_numpy(arrays["labels"]))
+    reached = accuracy(model, tests, torch.from_numpy(arrays["query_labels"]))
+    print(f"trained CIFAR-10 ResNet-9: test accuracy {reached:.4f}", file=sys.stderr)
 
 
 def task() -> Task:
     """The task with the last layer tracked, trained if it is not cached yet."""
     arrays = data()
-    checkpoints = once(cache_folder() / "checkpoints" / VERSION, train)
+    checkpoints = resumable(cache_folder() / "checkpoints" / VERSION, _train_reference)
     query_labels = arrays["query_labels"][:N_QUERY]
     return Task(
         name="CIFAR-10 ResNet-9",

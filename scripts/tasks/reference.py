@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import shutil
@@ -83,6 +84,34 @@ def once(folder: Path, fill: Callable[[Path], None]) -> Path:
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+class BusyError(Exception):
+    """Another process fills that folder just now."""
+
+
+def resumable(folder: Path, fill: Callable[[Path], None], wait: bool = True) -> Path:
+    """As :func:`once`, but ``fill`` finds what an interrupted call left, and processes take turns.
+
+    Raises:
+        BusyError: another process is at it, and ``wait`` is false.
+    """
+    if folder.is_dir():
+        return folder
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    with unfinished.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise BusyError(folder.name) from error
+        if not folder.is_dir():  # another process may have been faster
+            unfinished.mkdir(exist_ok=True)
+            fill(unfinished)
+            unfinished.rename(folder)
+        elif unfinished.is_dir():
+            unfinished.rmdir()
     return folder
 
 
