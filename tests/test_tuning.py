@@ -1,9 +1,10 @@
-"""An index keeps the recall that it promises, follows its store, and is never trusted unread."""
+"""An index keeps the recall that it promises, and follows its store."""
 
 import json
 import shutil
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -17,155 +18,12 @@ import gradindex
 from gradindex import evaluation
 from gradindex.candidates import Candidates
 from gradindex.cli import main
-from gradindex.errors import ArgumentError, IndexFileError, OutOfMemoryError, RecallError
+from gradindex.errors import ArgumentError, OutOfMemoryError, RecallError
 from gradindex.evaluation import truth as truth_of
 from gradindex.evaluation import tuning
-from gradindex.index import CompactIndex, SearchIndex, Shape, compact, damage, gpu
+from gradindex.index import CompactIndex, gpu
 from gradindex.projection import Projection
 from gradindex.store import GradientStore
-
-
-def clustered(n, dim, seed):
-    """Rows around 20 directions, with heavy-tailed norms, as gradients have."""
-    generator = np.random.default_rng(seed)
-    centres = np.random.default_rng(0).standard_normal((20, dim))
-    rows = centres[generator.integers(0, 20, n)] + 0.3 * generator.standard_normal((n, dim))
-    return (rows * np.exp(generator.standard_normal((n, 1)))).astype(np.float32)
-
-
-ROWS, QUERIES = clustered(4000, 40, 1), clustered(50, 40, 2)
-IDS = np.arange(4000, dtype=np.int64) * 7
-
-
-def blocks():
-    return iter([(IDS[s : s + 900], ROWS[s : s + 900]) for s in range(0, 4000, 900)])
-
-
-def top(scores, k):
-    return IDS[np.argsort(-scores, axis=1)[:, :k]]
-
-
-def share(found, true):
-    return np.mean([np.isin(t, f).mean() for f, t in zip(found, true, strict=True)])
-
-
-@pytest.mark.parametrize("shape", [Shape("flat", 40), Shape("ivf", 40, 32)], ids=str)
-def test_an_index_of_all_directions_finds_the_largest_inner_products(shape):
-    index = CompactIndex.build(shape, ROWS, blocks)
-    for sign in (1, -1):
-        scores, found = index.search(sign * QUERIES, 200, probes=32)
-        assert share(found, top(sign * QUERIES @ ROWS.T, 100)) > 0.995
-        own = np.take_along_axis(sign * QUERIES @ ROWS.T, found // 7, 1)
-        np.testing.assert_allclose(scores, own, atol=0.02 * np.abs(own).max())
-        assert (np.diff(scores) <= 0).all()
-
-
-def test_lists_are_probed_by_direction_and_norm():
-    index = CompactIndex.build(Shape("ivf", 40, 32), ROWS, blocks)
-    true = top(QUERIES @ ROWS.T, 100)
-    shares = [share(index.search(QUERIES, 1000, probes=probes)[1], true) for probes in (1, 2, 4, 8, 32)]
-    assert shares == sorted(shares)
-    assert shares[2] > 0.8  # an eighth of the lists
-    plain = faiss.index_factory(40, "IVF32,SQ8", faiss.METRIC_INNER_PRODUCT)
-    plain.train(ROWS)
-    plain.add_with_ids(ROWS, IDS)
-    plain.nprobe = 4
-    assert shares[2] > share(plain.search(QUERIES, 1000)[1], true)
-
-
-def test_directions_hold_most_of_unit_normed_rows_whatever_the_heavy_ones_do():
-    rows = clustered(2000, 40, 3)
-    rows[:5] = 0
-    rows[5:10, 0] += 1e4  # a few enormous rows of one direction
-    directions = tuning.CompactIndex.build(Shape("flat", 20), rows, lambda: iter([(IDS[:2000], rows)]))
-    assert directions.about["rows"] == 2000
-    from gradindex.index.compact import fitted_directions
-
-    found = fitted_directions(rows, 20)
-    np.testing.assert_allclose(found.T @ found, np.eye(20), atol=1e-4)
-    units = rows[10:] / np.linalg.norm(rows[10:], axis=1, keepdims=True)
-    best = np.linalg.eigvalsh(units.T @ units)[::-1][:20].sum()
-    assert np.square(units @ found).sum() > 0.98 * best
-
-
-def test_removed_ids_are_left_out_and_too_few_are_padded_openly():
-    index = CompactIndex.build(Shape("ivf", 40, 32), ROWS, blocks)
-    best = index.search(QUERIES, 50, probes=4)[1]
-    scores, found = index.search(QUERIES, 50, probes=4, removed=np.unique(best[:, :10]))
-    assert not np.isin(found, best[:, :10]).any()
-    scores, found = index.search(QUERIES[:1], 4000, probes=1)
-    padding = found[0] < 0
-    assert 0 < padding.sum() < 4000
-    assert (scores[0][padding] == -np.inf).all()
-    assert not padding[: 4000 - padding.sum()].any()
-
-
-SHAPES = {"dim": (Shape("flat", 41), "dim is 41"), "lists": (Shape("ivf", 8, 5000), "lists is 5000")}
-
-
-@pytest.mark.parametrize("case", SHAPES)
-def test_impossible_shapes_are_refused(case):
-    shape, message = SHAPES[case]
-    with pytest.raises(ArgumentError, match=message):
-        CompactIndex.build(shape, ROWS, blocks)
-
-
-@pytest.fixture
-def saved(tmp_path):
-    index = CompactIndex.build(Shape("ivf", 16, 32), ROWS, blocks)
-    index.save(tmp_path / "index", {"map": "m", "ids": [[0, 5]]})
-    return tmp_path / "index", index
-
-
-def test_a_saved_index_answers_as_before_and_is_read_by_plain_faiss(saved):
-    folder, index = saved
-    loaded = CompactIndex.load(folder)
-    for mine, theirs in zip(index.search(QUERIES, 30, probes=4), loaded.search(QUERIES, 30, probes=4), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-    plain = faiss.read_index(str(next(folder.glob("*.faiss"))))
-    faiss.extract_index_ivf(plain).nprobe = 4
-    assert share(plain.search(QUERIES, 30)[1], index.search(QUERIES, 30, probes=4)[1]) > 0.99
-
-
-def change(path, old, new):
-    path.write_text(path.read_text().replace(old, new))
-
-
-DAMAGES = {
-    "one bit": (lambda p: p.write_bytes(p.read_bytes()[:-9] + b"x" + p.read_bytes()[-8:]), "another size or checksum"),
-    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-4]), "another size or checksum"),
-    "gone": (lambda p: p.unlink(), r"\.faiss is missing"),
-    "manifest damaged": (lambda p: change(p.with_name("manifest.json"), '"dim": 16', '"dim": 17'), "do not match"),
-    "manifest cut": (lambda p: p.with_name("manifest.json").write_text("{"), "manifest.json is damaged"),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGES)
-def test_damage_is_found_before_faiss_reads_the_file(saved, monkeypatch, case):
-    folder, _ = saved
-    harm, message = DAMAGES[case]
-    harm(next(folder.glob("*.faiss")))
-    monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("was read"))
-    with pytest.raises(IndexFileError, match=f"{message}.*Make the index again: gradindex index"):
-        CompactIndex.load(folder)
-
-
-def test_an_index_of_a_newer_version_is_refused(saved):
-    folder, index = saved
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gradindex.index.compact.VERSION", 9)
-        index.save(folder, {})
-    assert "has version 9, but this gradindex reads up to 1" in damage(folder)
-
-
-def test_a_new_index_takes_the_place_of_the_old_while_readers_go_on(saved):
-    folder, _ = saved
-    reader = CompactIndex.load(folder)
-    before = reader.search(QUERIES, 30, probes=4)
-    CompactIndex.build(Shape("flat", 8), ROWS, blocks).save(folder, {})
-    np.testing.assert_array_equal(reader.search(QUERIES, 30, probes=4)[1], before[1])
-    assert CompactIndex.load(folder).about["shape"]["kind"] == "flat"
-    assert len(list(folder.iterdir())) == 2
 
 
 @pytest.fixture
@@ -207,7 +65,7 @@ def test_the_promise_is_kept_on_queries_that_the_tuner_did_not_see(store, quick)
     for kind, sign in (("proponents", 1), ("opponents", -1)):
         hits = getattr(retriever, kind)(range(40), k=10)
         best = ids[np.argsort(-sign * truth, 1)[:, :10]]
-        assert share(hits.ids, best) >= 0.95
+        assert toys.share(hits.ids, best) >= 0.95
         own = np.take_along_axis(truth, np.searchsorted(ids, hits.ids), 1)
         np.testing.assert_allclose(hits.scores, own, rtol=1e-4, atol=1e-4 * np.abs(truth).max())
         assert hits.scored == "exact"
@@ -231,7 +89,7 @@ def test_an_index_follows_its_store(store, quick):
     new = [np.isin(i, np.arange(600, 900)) for i in ids]
     assert sum(map(np.sum, new)) > 50  # of the true top-10 of all queries, many are new
     assert all(np.isin(i[n], m).all() for i, n, m in zip(ids, new, mine[1], strict=True))
-    assert share(mine[1], ids) > 0.95
+    assert toys.share(mine[1], ids) > 0.95
 
 
 def test_an_index_of_other_rows_is_not_used_and_says_so(store, quick):
@@ -482,7 +340,7 @@ def test_kind_and_numbers_can_be_chosen(store, quick):
     shape = evaluation.index(folder, recall=0.9, k=10, n_query=100, kind="ivf", dim=24).index.about["shape"]
     assert (shape["kind"], shape["dim"]) == ("ivf", 24)
     for options, message in (
-        ({"kind": "hnsw"}, "kind is 'hnsw', but must be 'flat' or 'ivf'"),
+        ({"kind": "hnsw"}, "kind is 'hnsw', but must be one of: flat, ivf, pq"),
         ({"dim": 0}, r"dim is 0, but must be from 1 to the numbers in a row, \d+"),
     ):
         with pytest.raises(ArgumentError, match=message):
@@ -524,48 +382,21 @@ def test_without_a_device_the_cpu_searches_and_says_so_once(store, quick, capsys
     assert capsys.readouterr().err.count("FAISS sees no CUDA device, so rows are searched on the CPU") == 1
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", [Shape("flat", 40), Shape("ivf", 40, 32)], ids=str)
-def test_the_gpu_answers_as_the_cpu_does(shape, tmp_path):
-    gpus = gpu.devices("cuda")
-    if not gpus:
-        pytest.skip("FAISS sees no CUDA device (faiss-gpu is not installed)")
-    index = CompactIndex.build(shape, ROWS, blocks)
-    index.save(tmp_path, {})
-    scores, ids = CompactIndex.load(tmp_path, gpus).search(QUERIES, 200, probes=32)
-    expected = index.search(QUERIES, 200, probes=32)
-    assert share(ids, expected[1]) > 0.99
-    np.testing.assert_allclose(scores, expected[0], rtol=0.01, atol=0.01)
-    removed = expected[1][:, :3].ravel()
-    assert not np.isin(
-        CompactIndex.load(tmp_path, gpus).search(QUERIES, 20, probes=32, removed=removed)[1], removed
-    ).any()
-    on_gpu = CompactIndex.build(shape, ROWS, blocks, 0, gpus)
-    assert share(on_gpu.search(QUERIES, 200, probes=32)[1], top(QUERIES @ ROWS.T, 100)) > 0.99
-    all_rows = SearchIndex(40, 4000, blocks, gpus).search(QUERIES, 50)
-    np.testing.assert_array_equal(all_rows[1], SearchIndex(40, 4000, blocks).search(QUERIES, 50)[1])
-
-
-def test_devices_that_do_not_exist_are_refused(monkeypatch):
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
-    assert gpu.devices("cuda") == (0, 1)
-    assert gpu.devices("cuda:1") == (1,)
-    assert gpu.devices("cpu") == gpu.devices(None) == ()
-    for device in ("cuda:2", "cuda:x"):
-        with pytest.raises(ArgumentError, match=f"device is '{device}', but FAISS sees 2 CUDA devices"):
-            gpu.devices(device)
-
-
-@pytest.mark.parametrize("least", [10, 100, 999, 6000, 20_000])
-@pytest.mark.parametrize("piece", [7, 100, 3000])
-def test_lists_are_fitted_to_every_so_manyth_row(least, piece):
-    rows = np.arange(10_007, dtype=np.float32)[:, None]
-    found = compact._spread(lambda: iter([(None, rows[s : s + piece]) for s in range(0, len(rows), piece)]), least)[
-        :, 0
-    ]
-    step = int(found[1] - found[0])
-    np.testing.assert_array_equal(found, np.arange(0, len(rows), step))
-    assert least <= len(found) < 2 * least or step == 1
+@pytest.mark.parametrize(
+    ("n", "dim", "kind", "expected"),
+    [
+        (20_000, 3360, None, {"flat", "pq"}),
+        (250_000, 3000, None, {"ivf", "pq"}),
+        (1_281_167, 3000, None, {"ivf"}),
+        (20_000, 200, None, {"flat"}),
+        (20_000, 200, "pq", {"pq"}),
+    ],
+)
+def test_what_is_tried_fits_the_number_of_rows(n, dim, kind, expected):
+    tried = tuning._shapes(SimpleNamespace(n_train=n, dim=dim), kind, None)
+    assert {shape.kind for shape in tried} == expected
+    assert all(shape.dim >= 256 for shape in tried if shape.kind == "pq" and kind is None)
+    assert all(shape.lists > 0 for shape in tried if shape.kind == "ivf")
 
 
 def test_small_stores_are_searched_whole(store, monkeypatch):

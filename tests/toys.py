@@ -1,5 +1,6 @@
 """Small tasks with random weights at three checkpoints."""
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -71,3 +72,8 @@ def make_task(folder, model=None, *, shape=(6,), loss=cross_entropy, rates=RATES
 
     options = {"train": data(n_train), "query": data(n_query), "checkpoints": checkpoints} | options
     return gradindex.Task(model=model, loss=loss, **options)
+
+
+def share(found, true):
+    """Mean over queries of the share of the true ids that were found."""
+    return np.mean([np.isin(t, f).mean() for f, t in zip(found, true, strict=True)])

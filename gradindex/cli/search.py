@@ -39,7 +39,11 @@ def _top(folder: Path, k: int | None) -> int:
 @_QUERIES
 @_TASK
 @DEVICE
-@click.option("--kind", type=click.Choice(["flat", "ivf"]), help="By default lists (ivf) from 100,000 rows on.")
+@click.option(
+    "--kind",
+    type=click.Choice(["flat", "ivf", "pq"]),
+    help="A byte a number of all rows or of lists, or two bits a number of all; by default what answers fastest.",
+)
 @click.option("--dim", type=int, help="Numbers of a row in the index; by default those that answer fastest.")
 @click.option("--drop", is_flag=True, help="Take the index away instead: all rows are compared.")
 def index(

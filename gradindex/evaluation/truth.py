@@ -37,10 +37,11 @@ class Truth:
     k: int
     against: str
 
-    def half(self, which: int) -> Truth:
-        """Every other query, from 0 or 1 on."""
-        best = {sign: ids[which::2] for sign, ids in self.best.items()}
-        return Truth(self.rows[which::2], best, self.own[which::2], self.k, self.against)
+    def part(self, which: int, of: int = 2) -> Truth:
+        """Every ``of``-th query, from ``which`` on."""
+        mine = slice(which, None, of)
+        best = {sign: ids[mine] for sign, ids in self.best.items()}
+        return Truth(self.rows[mine], best, self.own[mine], self.k, self.against)
 
     def recalls(self, sign: int, proposed: NDArray[np.int64], count: int) -> NDArray[np.float64]:
         """(n_query,) shares of the true top-k among the first ``count`` of (n_query, m) ids but the query's own.

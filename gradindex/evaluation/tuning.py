@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 
 from ..candidates import INDEX_FOLDER, Candidates, Effort, candidates_for
 from ..errors import ArgumentError, OutOfMemoryError, RecallError, check_k
-from ..index import CompactIndex, Shape, devices
+from ..index import CompactIndex, Kind, Shape, devices
 from ..memory import available_bytes
 from ..progress import progress
 from ..retrieval import Retriever
+from ..scoring import of_candidates
 from ..store import GradientStore, changing
 from .truth import Truth, held_out, lower_bound, real
-
-Kind = Literal["flat", "ivf"]
 
 # Rows that directions, lists and codes are fitted to.
 _SAMPLE_BYTES, _SAMPLE_ROWS = 256 << 20, 32_768
@@ -33,8 +32,13 @@ _SMALL = 2_000
 # With fewer rows than this, lists cost more recall than they save time.
 _LISTS_FROM = 100_000
 _LISTS = 4  # times the square root of the number of rows, at most
+# Codes of two bits a number are tried up to so many rows, for all are compared, and from so many numbers on.
+_SCANNED, _BITS_FROM = 500_000, 256
 _PROPOSALS = (1, 2, 3, 4, 5, 6, 8, 12, 20, 40)  # times k
 _TIMED = 40
+# As many queries tell whether lists are worth more than a glance: whether all of them, and what this mean may be wrong
+# by, reach the recall.
+_GLANCED, _GLANCE = 50, 0.02
 # Tuned for a little more than is asked for, where there is a choice: what just reaches it with some queries fails with
 # others half of the time.
 _MARGIN = 0.25
@@ -112,7 +116,8 @@ def index(
         n_query: queries to tune and measure with.
         retriever: of the store, to take the task's own queries and exact scores; by default training examples.
         seed: of what is random.
-        kind: ``"flat"`` or ``"ivf"``, see :class:`Shape`; by default lists from 100,000 rows on.
+        kind: ``"flat"``, ``"ivf"`` or ``"pq"``, see :class:`Shape`; by default the fastest of ``"flat"`` (from
+            100,000 rows on ``"ivf"``) and, up to 500,000 rows, ``"pq"``.
         dim: numbers of a row in the index, by default those that answer fastest.
         device: where to make and to measure it, such as ``"cuda"``; by default the CPU.
 
@@ -135,7 +140,7 @@ def index(
         truth = held_out(store, n_query, k, seed) if retriever is None else real(retriever, n_query, k, seed)
         sample = _sample(store, seed)
         shapes = _shapes(store, kind, dim)
-        choices, best, kept = _choices(store, sample, shapes, truth.half(0), recall, seed, device)
+        choices, best, kept = _choices(store, sample, shapes, truth.part(0), recall, seed, device)
         all_rows = _milliseconds(store, Candidates(store, use_index=False, device=device), truth, None, k)
         quicker = sorted((each for each in choices if each.milliseconds < all_rows), key=lambda each: each.milliseconds)
         if choices and not quicker:
@@ -147,7 +152,7 @@ def index(
                 kept = CompactIndex.build(choice.shape, sample, store.blocks, seed, devices(device))
             searched, effort = Candidates(store, kept, device=device), choice.effort
             count = handed_on(store, effort, k)
-            measured = measure(searched, truth.half(1), count, effort, tries=min(len(quicker), _TRIES))
+            measured = measure(searched, truth.part(1), count, effort, tries=min(len(quicker), _TRIES))
             if measured.at_least >= recall:
                 kept.save(
                     store.folder / INDEX_FOLDER, _about(store, choice, choices, measured, truth, recall, all_rows)
@@ -171,7 +176,7 @@ def _about(
     all_rows: float,
 ) -> dict[str, Any]:  # fmt: skip
     """What the manifest of an index says of how it came about."""
-    against = {"target": recall, "k": truth.k, "against": truth.against, "queries": len(truth.half(1).rows)}
+    against = {"target": recall, "k": truth.k, "against": truth.against, "queries": len(truth.part(1).rows)}
     return {
         "map": store.manifest["fingerprint"],
         "ids": store.id_runs.tolist(),
@@ -249,19 +254,22 @@ def _choices(
     """
     choices: list[Choice] = []
     best, kept, least = 0.0, None, np.inf
+    ended: set[Kind] = set()
     with progress("indexes", len(shapes), "indexes") as advance:
         for shape in shapes:
+            advance(1)
+            if shape.kind in ended:
+                continue
             made = CompactIndex.build(shape, sample, store.blocks, seed, devices(device))
             search = Candidates(store, made, device=device)
             found, reached = _efforts(store, search, shape, truth, recall + _MARGIN * (1 - recall))
             if not found and reached >= recall:
                 found, _ = _efforts(store, search, shape, truth, recall)
             best, choices = max(best, reached), choices + found
-            advance(1)
             if found and found[0].milliseconds < least:
                 kept, least = made, found[0].milliseconds
             elif found and found[0].milliseconds > _HOPELESS * least:
-                break
+                ended.add(shape.kind)
             del made, search  # before the next is made
     return choices, best, kept
 
@@ -274,7 +282,11 @@ def _efforts(
     After the fastest comes one that goes a step further, for when the fastest does not hold with other queries.
     """
     fastest, best = None, 0.0
-    for probes in [1] if shape.kind == "flat" else [2**i for i in range(shape.lists.bit_length())]:
+    if shape.lists > 1:
+        best = _reachable(search, shape, truth)
+        if best + _GLANCE < recall:
+            return [], best
+    for probes in [2**i for i in range(max(shape.lists, 1).bit_length())]:
         proposals, reached = _fewest_proposals(search, truth, recall, probes)
         best = max(best, reached)
         if proposals is None:
@@ -292,6 +304,16 @@ def _efforts(
     return [fastest, _timed(store, search, shape, further, truth)], best
 
 
+def _reachable(search: Candidates, shape: Shape, truth: Truth) -> float:
+    """What some of the queries reach with all lists and as many proposals as there may be: the mean recall."""
+    some = truth.part(0, max(1, len(truth.rows) // _GLANCED))
+    most = _counts(search, truth.k)[-1]
+    assert search.index is not None
+    found = {sign: search.index.search(sign * some.rows, most, probes=shape.lists)[1] for sign in (1, -1)}
+    measured = _measured(some, found, most)
+    return min(measured.proponents, measured.opponents)
+
+
 def _timed(store: GradientStore, search: Candidates, shape: Shape, effort: Effort, truth: Truth) -> Choice:
     return Choice(shape, effort, _milliseconds(store, search, truth, effort, truth.k))
 
@@ -302,14 +324,22 @@ def _counts(search: Candidates, k: int) -> list[int]:
 
 def _shapes(store: GradientStore, kind: Kind | None, dim: int | None) -> list[Shape]:
     """What may be made, with few numbers first, and fits the memory."""
-    if kind not in (None, "flat", "ivf"):
-        raise ArgumentError(f"kind is {kind!r}, but must be 'flat' or 'ivf'.")
+    if kind is not None and kind not in get_args(Kind):
+        raise ArgumentError(f"kind is {kind!r}, but must be one of: {', '.join(get_args(Kind))}.")
     if dim is not None and not 1 <= dim <= store.dim:
         raise ArgumentError(f"dim is {dim}, but must be from 1 to the numbers in a row, {store.dim}.")
-    dims = [dim] if dim is not None else [each for each in _DIMS if each < store.dim] or [store.dim]
-    lists = 1 << (int(_LISTS * store.n_train**0.5).bit_length() - 1)
-    listed = kind == "ivf" or (kind is None and store.n_train >= _LISTS_FROM)
-    shapes = [Shape("ivf", each, lists) if listed else Shape("flat", each) for each in dims]
+    n = store.n_train
+    lists = 1 << (int(_LISTS * n**0.5).bit_length() - 1)
+    kinds: list[Kind] = [kind] if kind else ["ivf" if n >= _LISTS_FROM else "flat"]
+    if kind is None and dim is None and n <= _SCANNED:
+        kinds.append("pq")
+    shapes = []
+    for each in kinds:
+        least = _BITS_FROM if each == "pq" and kind is None else 0
+        dims = [size for size in _DIMS if least <= size < store.dim]
+        if not least and not dims:
+            dims = [store.dim]
+        shapes += [Shape(each, size, lists if each == "ivf" else 0) for size in ([dim] if dim else dims)]
     budget = 2 * available_bytes(torch.device("cpu"))  # half of what is free
     fitting = [shape for shape in shapes if shape.bytes_for(store.n_train) <= budget]
     if not fitting:
@@ -343,16 +373,21 @@ def handed_on(store: GradientStore, effort: Effort, k: int) -> int:
 
 
 def _milliseconds(store: GradientStore, search: Candidates, truth: Truth, effort: Effort | None, k: int) -> float:
-    """What a query takes to find and to read what it needs, where several are asked at once."""
-    read = store.rows if store.manifest["factors"] is None else store.factors
+    """What a query takes to find its candidates, and to score or read them, where several are asked at once."""
     rows = truth.rows[:: max(1, len(truth.rows) // _TIMED)]
+    # Whose factors are compared makes no difference in time.
+    asked = None if store.manifest["factors"] is None else store.factors(store.spread_ids(len(rows)))
     started = time.perf_counter()
     if effort is None:
         found = search.search(rows, min(candidates_for(k), store.n_train))[1]
     else:
         found = search.propose(rows, effort.proposals, effort)[1]
-    for ids in found:
-        read(np.sort(ids))
+    lists = [np.sort(ids) for ids in found]
+    if asked is not None:
+        of_candidates(store, asked, lists)
+    else:
+        for ids in lists:
+            store.rows(ids)
     return 1000 * (time.perf_counter() - started) / len(rows)
 
 

@@ -2,9 +2,10 @@
 
 from .compact import MANIFEST as MANIFEST
 from .compact import CompactIndex as CompactIndex
-from .compact import Shape as Shape
 from .compact import damage as damage
 from .flat import SearchIndex as SearchIndex
 from .gpu import devices as devices
 from .library import paired_products as paired_products
 from .library import require as require
+from .shapes import Kind as Kind
+from .shapes import Shape as Shape

@@ -25,7 +25,7 @@ from stores import store_of
 import gradindex
 from gradindex.evaluation.truth import Truth, truth_from
 from gradindex.index import CompactIndex, Shape
-from gradindex.index.compact import fitted_directions
+from gradindex.index.shapes import fitted_directions
 from gradindex.scoring import by_factors
 
 K, FOUND, QUERIES, SAMPLE = 100, 500, 200, 50_000

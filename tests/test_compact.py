@@ -1,0 +1,234 @@
+"""A compact index: what it finds, what it leaves out, and that its file is never trusted unread."""
+
+import faiss
+import numpy as np
+import pytest
+import toys
+
+from gradindex.errors import ArgumentError, IndexFileError
+from gradindex.evaluation import tuning
+from gradindex.index import CompactIndex, SearchIndex, Shape, damage, gpu, shapes
+
+
+def clustered(n, dim, seed):
+    """Rows around 20 directions, with heavy-tailed norms, as gradients have."""
+    generator = np.random.default_rng(seed)
+    centres = np.random.default_rng(0).standard_normal((20, dim))
+    rows = centres[generator.integers(0, 20, n)] + 0.3 * generator.standard_normal((n, dim))
+    return (rows * np.exp(generator.standard_normal((n, 1)))).astype(np.float32)
+
+
+ROWS, QUERIES = clustered(4000, 40, 1), clustered(50, 40, 2)
+IDS = np.arange(4000, dtype=np.int64) * 7
+
+
+def blocks():
+    return iter([(IDS[s : s + 900], ROWS[s : s + 900]) for s in range(0, 4000, 900)])
+
+
+def top(scores, k):
+    return IDS[np.argsort(-scores, axis=1)[:, :k]]
+
+
+@pytest.mark.parametrize("shape", [Shape("flat", 40), Shape("ivf", 40, 32)], ids=str)
+def test_an_index_of_all_directions_finds_the_largest_inner_products(shape):
+    index = CompactIndex.build(shape, ROWS, blocks)
+    for sign in (1, -1):
+        scores, found = index.search(sign * QUERIES, 200, probes=32)
+        assert toys.share(found, top(sign * QUERIES @ ROWS.T, 100)) > 0.995
+        own = np.take_along_axis(sign * QUERIES @ ROWS.T, found // 7, 1)
+        np.testing.assert_allclose(scores, own, atol=0.02 * np.abs(own).max())
+        assert (np.diff(scores) <= 0).all()
+
+
+def test_lists_are_probed_by_direction_and_norm():
+    index = CompactIndex.build(Shape("ivf", 40, 32), ROWS, blocks)
+    true = top(QUERIES @ ROWS.T, 100)
+    shares = [toys.share(index.search(QUERIES, 1000, probes=probes)[1], true) for probes in (1, 2, 4, 8, 32)]
+    assert shares == sorted(shares)
+    assert shares[2] > 0.8  # an eighth of the lists
+    plain = faiss.index_factory(40, "IVF32,SQ8", faiss.METRIC_INNER_PRODUCT)
+    plain.train(ROWS)
+    plain.add_with_ids(ROWS, IDS)
+    plain.nprobe = 4
+    assert shares[2] > toys.share(plain.search(QUERIES, 1000)[1], true)
+
+
+def test_directions_hold_most_of_unit_normed_rows_whatever_the_heavy_ones_do():
+    rows = clustered(2000, 40, 3)
+    rows[:5] = 0
+    rows[5:10, 0] += 1e4  # a few enormous rows of one direction
+    directions = tuning.CompactIndex.build(Shape("flat", 20), rows, lambda: iter([(IDS[:2000], rows)]))
+    assert directions.about["rows"] == 2000
+    found = shapes.fitted_directions(rows, 20)
+    np.testing.assert_allclose(found.T @ found, np.eye(20), atol=1e-4)
+    units = rows[10:] / np.linalg.norm(rows[10:], axis=1, keepdims=True)
+    best = np.linalg.eigvalsh(units.T @ units)[::-1][:20].sum()
+    assert np.square(units @ found).sum() > 0.98 * best
+
+
+def test_removed_ids_are_left_out_and_too_few_are_padded_openly():
+    index = CompactIndex.build(Shape("ivf", 40, 32), ROWS, blocks)
+    best = index.search(QUERIES, 50, probes=4)[1]
+    scores, found = index.search(QUERIES, 50, probes=4, removed=np.unique(best[:, :10]))
+    assert not np.isin(found, best[:, :10]).any()
+    scores, found = index.search(QUERIES[:1], 4000, probes=1)
+    padding = found[0] < 0
+    assert 0 < padding.sum() < 4000
+    assert (scores[0][padding] == -np.inf).all()
+    assert not padding[: 4000 - padding.sum()].any()
+
+
+def test_two_bits_a_number_find_what_is_spread_over_many_directions():
+    generator = np.random.default_rng(5)
+    n, dim = 4000, 256
+    rows = np.zeros((n, dim), dtype=np.float32)  # a few numbers of many, other ones in each, as of a thousand classes
+    for row in rows:
+        row[generator.choice(dim, 6, replace=False)] = generator.normal(size=6) * generator.lognormal(sigma=0.5)
+    queries = rows[:40] + 0.1 * generator.normal(size=(40, dim)).astype(np.float32)
+
+    def best(scores):
+        return np.argsort(-scores, axis=1)[:, :20]
+
+    true = best(queries @ rows.T)
+
+    def reached(shape):
+        index = CompactIndex.build(shape, rows, lambda: iter([(np.arange(n), rows)]))
+        return toys.share(index.search(queries, 200)[1], true)
+
+    bits, same_bytes = reached(Shape("pq", dim)), reached(Shape("flat", dim // 4))
+    assert bits > 0.95 > same_bytes + 0.05
+    flipped = CompactIndex.build(Shape("pq", dim), rows, lambda: iter([(np.arange(n), rows)]))
+    assert toys.share(flipped.search(-queries, 200)[1], best(-queries @ rows.T)) > 0.8
+
+
+def test_codes_of_two_bits_leave_out_what_was_removed():
+    index = CompactIndex.build(Shape("pq", 40), ROWS, blocks)
+    scores, best = index.search(QUERIES, 50)
+    assert (np.diff(scores) <= 0).all()
+    found = index.search(QUERIES, 30, removed=np.unique(best[:, :10]))[1]
+    assert found.shape == (len(QUERIES), 30) and (found >= 0).all()
+    assert not np.isin(found, best[:, :10]).any()
+    left = [[i for i in row if not np.isin(i, best[:, :10])][:20] for row in best.tolist()]
+    assert all(np.isin(mine[:10], row).all() for mine, row in zip(left, found, strict=True))
+    everything, gone = index.search(QUERIES[:1], len(IDS), removed=IDS[:100])[1][0], IDS[:100]
+    assert (everything[: len(IDS) - 100] >= 0).all() and (everything[len(IDS) - 100 :] == -1).all()
+    assert not np.isin(everything, gone).any()
+
+
+SHAPES = {
+    "dim": (Shape("flat", 41), "dim is 41"),
+    "lists": (Shape("ivf", 8, 5000), "lists is 5000"),
+}
+
+
+def test_two_bits_a_number_need_an_even_number():
+    with pytest.raises(ArgumentError, match="dim is 31, but must be even for pq"):
+        Shape("pq", 31)
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_impossible_shapes_are_refused(case):
+    shape, message = SHAPES[case]
+    with pytest.raises(ArgumentError, match=message):
+        CompactIndex.build(shape, ROWS, blocks)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    index = CompactIndex.build(Shape("ivf", 16, 32), ROWS, blocks)
+    index.save(tmp_path / "index", {"map": "m", "ids": [[0, 5]]})
+    return tmp_path / "index", index
+
+
+def test_a_saved_index_answers_as_before_and_is_read_by_plain_faiss(saved):
+    folder, index = saved
+    loaded = CompactIndex.load(folder)
+    for mine, theirs in zip(index.search(QUERIES, 30, probes=4), loaded.search(QUERIES, 30, probes=4), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    plain = faiss.read_index(str(next(folder.glob("*.faiss"))))
+    faiss.extract_index_ivf(plain).nprobe = 4
+    assert toys.share(plain.search(QUERIES, 30)[1], index.search(QUERIES, 30, probes=4)[1]) > 0.99
+
+
+def change(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+DAMAGES = {
+    "one bit": (lambda p: p.write_bytes(p.read_bytes()[:-9] + b"x" + p.read_bytes()[-8:]), "another size or checksum"),
+    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-4]), "another size or checksum"),
+    "gone": (lambda p: p.unlink(), r"\.faiss is missing"),
+    "manifest damaged": (lambda p: change(p.with_name("manifest.json"), '"dim": 16', '"dim": 17'), "do not match"),
+    "manifest cut": (lambda p: p.with_name("manifest.json").write_text("{"), "manifest.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damage_is_found_before_faiss_reads_the_file(saved, monkeypatch, case):
+    folder, _ = saved
+    harm, message = DAMAGES[case]
+    harm(next(folder.glob("*.faiss")))
+    monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("was read"))
+    with pytest.raises(IndexFileError, match=f"{message}.*Make the index again: gradindex index"):
+        CompactIndex.load(folder)
+
+
+def test_an_index_of_a_newer_version_is_refused(saved):
+    folder, index = saved
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradindex.index.compact.VERSION", 9)
+        index.save(folder, {})
+    assert "has version 9, but this gradindex reads up to 1" in damage(folder)
+
+
+def test_a_new_index_takes_the_place_of_the_old_while_readers_go_on(saved):
+    folder, _ = saved
+    reader = CompactIndex.load(folder)
+    before = reader.search(QUERIES, 30, probes=4)
+    CompactIndex.build(Shape("flat", 8), ROWS, blocks).save(folder, {})
+    np.testing.assert_array_equal(reader.search(QUERIES, 30, probes=4)[1], before[1])
+    assert CompactIndex.load(folder).about["shape"]["kind"] == "flat"
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [Shape("flat", 40), Shape("ivf", 40, 32), Shape("pq", 40)], ids=str)
+def test_the_gpu_answers_as_the_cpu_does(shape, tmp_path):
+    gpus = gpu.devices("cuda")
+    if not gpus:
+        pytest.skip("FAISS sees no CUDA device (faiss-gpu is not installed)")
+    index = CompactIndex.build(shape, ROWS, blocks)
+    index.save(tmp_path, {})
+    scores, ids = CompactIndex.load(tmp_path, gpus).search(QUERIES, 200, probes=32)
+    expected = index.search(QUERIES, 200, probes=32)
+    assert toys.share(ids, expected[1]) > 0.99
+    np.testing.assert_allclose(scores, expected[0], rtol=0.01, atol=0.01)
+    removed = expected[1][:, :3].ravel()
+    assert not np.isin(
+        CompactIndex.load(tmp_path, gpus).search(QUERIES, 20, probes=32, removed=removed)[1], removed
+    ).any()
+    on_gpu = CompactIndex.build(shape, ROWS, blocks, 0, gpus)
+    assert toys.share(on_gpu.search(QUERIES, 200, probes=32)[1], top(QUERIES @ ROWS.T, 100)) > 0.99
+    all_rows = SearchIndex(40, 4000, blocks, gpus).search(QUERIES, 50)
+    np.testing.assert_array_equal(all_rows[1], SearchIndex(40, 4000, blocks).search(QUERIES, 50)[1])
+
+
+def test_devices_that_do_not_exist_are_refused(monkeypatch):
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
+    assert gpu.devices("cuda") == (0, 1)
+    assert gpu.devices("cuda:1") == (1,)
+    assert gpu.devices("cpu") == gpu.devices(None) == ()
+    for device in ("cuda:2", "cuda:x"):
+        with pytest.raises(ArgumentError, match=f"device is '{device}', but FAISS sees 2 CUDA devices"):
+            gpu.devices(device)
+
+
+@pytest.mark.parametrize("least", [10, 100, 999, 6000, 20_000])
+@pytest.mark.parametrize("piece", [7, 100, 3000])
+def test_lists_are_fitted_to_every_so_manyth_row(least, piece):
+    rows = np.arange(10_007, dtype=np.float32)[:, None]
+    found = shapes._spread(lambda: iter([(None, rows[s : s + piece]) for s in range(0, len(rows), piece)]), least)[:, 0]
+    step = int(found[1] - found[0])
+    np.testing.assert_array_equal(found, np.arange(0, len(rows), step))
+    assert least <= len(found) < 2 * least or step == 1
