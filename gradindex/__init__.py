@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from .checkpoint import find_checkpoints as find_checkpoints
     from .errors import GradIndexError as GradIndexError
     from .growth import add as add
-    from .hits import Hits as Hits
     from .recorder import Recorder as Recorder
-    from .retrieval import Retriever as Retriever
-    from .retrieval import load as load
-    from .scoring import exact_scores as exact_scores
+    from .retrieval.hits import Hits as Hits
+    from .retrieval.retriever import Retriever as Retriever
+    from .retrieval.retriever import load as load
+    from .retrieval.scoring import exact_scores as exact_scores
     from .store import GradientStore as GradientStore
     from .task import Task as Task
     from .task import load_task as load_task
@@ -34,15 +34,15 @@ _HOMES = {
     "Checkpoint": "checkpoint",
     "GradIndexError": "errors",
     "GradientStore": "store",
-    "Hits": "hits",
+    "Hits": "retrieval.hits",
     "Recorder": "recorder",
-    "Retriever": "retrieval",
+    "Retriever": "retrieval.retriever",
     "Task": "task",
     "add": "growth",
     "build": "building",
-    "exact_scores": "scoring",
+    "exact_scores": "retrieval.scoring",
     "find_checkpoints": "checkpoint",
-    "load": "retrieval",
+    "load": "retrieval.retriever",
     "load_task": "task",
 }
 

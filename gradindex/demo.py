@@ -23,11 +23,11 @@ from .checkpoint import find_checkpoints
 from .errors import StoreError
 from .evaluation import recall_at_k, share_found
 from .files import write_json
-from .hits import SIGN, as_text, make_cards, table
 from .recorder import Recorder
 from .report import Section, line_chart, require, write_page
-from .retrieval import load
-from .scoring import exact_scores
+from .retrieval.hits import SIGN, as_text, make_cards, table
+from .retrieval.retriever import load
+from .retrieval.scoring import exact_scores
 from .store import GradientStore
 from .task import Task
 

@@ -11,13 +11,13 @@ import toys
 from torch.utils.data import Subset, TensorDataset
 
 import gradindex
-from gradindex import candidates, scoring, stages
-from gradindex.candidates import INDEX_FOLDER
 from gradindex.errors import ArgumentError
 from gradindex.gradients import Engine
-from gradindex.hits import NOTHING
 from gradindex.index import CompactIndex, Shape
 from gradindex.projection import Projection
+from gradindex.retrieval import candidates, scoring, stages
+from gradindex.retrieval.candidates import INDEX_FOLDER
+from gradindex.retrieval.hits import NOTHING
 from gradindex.rows import RowMaker
 from gradindex.store import GradientStore
 
@@ -153,7 +153,7 @@ def test_prepared_queries_need_no_gradient_again(factors, monkeypatch):
 def test_whole_gradients_of_prepared_queries_are_kept(plain, monkeypatch):
     asked = plain.ask([0, 1])
     first = plain.proponents(asked, 5)
-    monkeypatch.setattr(gradindex.asking, "Products", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(gradindex.retrieval.asking, "Products", lambda *_: pytest.fail("computed again"))
     np.testing.assert_array_equal(plain.proponents(asked, 5).scores, first.scores)
 
 

@@ -18,10 +18,10 @@ from torch.utils.data import Subset, TensorDataset
 
 import gradindex
 from gradindex import files
-from gradindex.candidates import Candidates
 from gradindex.errors import IndexFileError, MismatchError, StoreError
 from gradindex.index import CompactIndex, Shape
 from gradindex.projection import Projection
+from gradindex.retrieval.candidates import Candidates
 from gradindex.store import GradientStore, container, upkeep
 
 # Forks a builder for each line that it reads: a child costs milliseconds where a new process costs seconds.

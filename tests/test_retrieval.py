@@ -9,9 +9,9 @@ import toys
 from torch import nn
 
 import gradindex
-from gradindex import scoring, stages
 from gradindex.errors import ArgumentError, MismatchError, StoreError, TaskError
 from gradindex.projection import Projection
+from gradindex.retrieval import scoring, stages
 
 
 @pytest.fixture

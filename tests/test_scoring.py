@@ -5,9 +5,10 @@ import pytest
 import toys
 
 import gradindex
-from gradindex import index, scoring
+from gradindex import index
 from gradindex.errors import ArgumentError, StoreError
 from gradindex.projection import Projection
+from gradindex.retrieval import scoring
 from gradindex.store.shards import factor_name
 
 N, M = 300, 6

@@ -16,13 +16,13 @@ from torch.utils.data import Subset
 
 import gradindex
 from gradindex import evaluation
-from gradindex.candidates import Candidates
 from gradindex.cli import main
 from gradindex.errors import ArgumentError, OutOfMemoryError, RecallError
 from gradindex.evaluation import truth as truth_of
 from gradindex.evaluation import tuning
 from gradindex.index import CompactIndex, gpu
 from gradindex.projection import Projection
+from gradindex.retrieval.candidates import Candidates
 from gradindex.store import GradientStore
 
 

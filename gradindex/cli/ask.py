@@ -12,8 +12,8 @@ import click
 from .main import AGGREGATE, CSV, DEVICE, FILE, FOLDER, JSON, PATH, POSITION, TASK, TRAIN_ID, WHERE, show
 
 if TYPE_CHECKING:
-    from ..asking import Queries
-    from ..retrieval import Retriever
+    from ..retrieval.asking import Queries
+    from ..retrieval.retriever import Retriever
 
 # Records whose columns are looked up together.
 _AT_ONCE = 10_000
@@ -66,8 +66,8 @@ def query(
     Example: gradindex query /tmp/mnist --task scripts/tasks/mnist.py:task --position 0 -k 5
     """
     retriever, asked = _ask(folder, task, position, train_id, path, aggregate, device)
-    from ..filters import parse_where, read_ids
-    from ..hits import as_text, note
+    from ..retrieval.filters import parse_where, read_ids
+    from ..retrieval.hits import as_text, note
 
     options |= {"where": parse_where(retriever.store, where), "ids": None if ids_file is None else read_ids(ids_file)}
     if kind == "both":
@@ -96,7 +96,7 @@ def _ask(
     """Open a store and prepare the queries that the options name."""
     if bool(position) + bool(train_id) + bool(path) != 1:
         raise click.UsageError("Give exactly one of --position, --train-id and --file.")
-    from ..retrieval import load
+    from ..retrieval.retriever import load
     from ..task import load_task
 
     loaded = load_task(task)
@@ -164,8 +164,8 @@ def self_influence(
 
     Example: gradindex self-influence /tmp/mnist -k 20
     """
-    from ..filters import matching, parse_where
-    from ..hits import NOTHING, table
+    from ..retrieval.filters import matching, parse_where
+    from ..retrieval.hits import NOTHING, table
     from ..store import GradientStore
 
     store = GradientStore(folder)

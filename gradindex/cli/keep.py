@@ -19,9 +19,9 @@ def info(folder: Path, as_json: bool) -> None:
 
     Example: gradindex info /tmp/mnist
     """
-    from ..candidates import Candidates
     from ..errors import IndexFileError
-    from ..hits import table
+    from ..retrieval.candidates import Candidates
+    from ..retrieval.hits import table
     from ..store import GradientStore, overview
 
     found = overview(folder)
@@ -77,9 +77,9 @@ def verify(folder: Path) -> None:
 
     Example: gradindex verify /tmp/mnist
     """
-    from ..candidates import INDEX_FOLDER
     from ..errors import StoreError
     from ..index import damage
+    from ..retrieval.candidates import INDEX_FOLDER
     from ..store import GradientStore
 
     store = GradientStore(folder)

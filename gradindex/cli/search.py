@@ -20,7 +20,7 @@ _QUERIES = click.option(
 def _retriever(folder: Path, task: str | None, device: str | None) -> Any:
     if task is None:
         return None
-    from ..retrieval import load
+    from ..retrieval.retriever import load
     from ..task import load_task
 
     return load(folder, load_task(task), device=device, use_index=False)
@@ -89,7 +89,7 @@ def evaluate(folder: Path, k: int | None, queries: int, task: str | None, device
     """
     from ..evaluation.tuning import as_records
     from ..evaluation.tuning import evaluate as run
-    from ..hits import table
+    from ..retrieval.hits import table
 
     k = _top(folder, k)
     against, found = run(folder, k=k, n_query=queries, retriever=_retriever(folder, task, device))

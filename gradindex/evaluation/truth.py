@@ -8,11 +8,11 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from ..candidates import scan
 from ..errors import ArgumentError
 from ..gradients import HALF
-from ..retrieval import Retriever
-from ..scoring import Scores, by_factors, shown
+from ..retrieval.candidates import scan
+from ..retrieval.retriever import Retriever
+from ..retrieval.scoring import Scores, by_factors, shown
 from ..store import GradientStore
 
 # Fewer queries say too little.

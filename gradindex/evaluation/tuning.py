@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..candidates import INDEX_FOLDER, Candidates, Effort, candidates_for
 from ..errors import ArgumentError, OutOfMemoryError, RecallError, check_k
 from ..index import CompactIndex, Kind, Shape, devices
 from ..memory import available_bytes
 from ..progress import progress
-from ..retrieval import Retriever
-from ..scoring import of_candidates
+from ..retrieval.candidates import INDEX_FOLDER, Candidates, Effort, candidates_for
+from ..retrieval.retriever import Retriever
+from ..retrieval.scoring import of_candidates
 from ..store import GradientStore, changing
 from .truth import Truth, held_out, lower_bound, real
 

@@ -28,9 +28,9 @@ from torch.utils.data import Subset
 
 import gradindex
 from gradindex import evaluation
-from gradindex.candidates import Candidates
 from gradindex.evaluation.truth import Truth, lower_bound, truth_from
 from gradindex.index.shapes import fitted_directions
+from gradindex.retrieval.candidates import Candidates
 
 K, TUNED, JUDGED, BATCH = 100, 1000, 500, 100
 PARTS = ("augmented", "pseudo_classes", "cifar10", "mnist", "growth", "all_layers")

@@ -26,7 +26,7 @@ import gradindex
 from gradindex.evaluation.truth import Truth, truth_from
 from gradindex.index import CompactIndex, Shape
 from gradindex.index.shapes import fitted_directions
-from gradindex.scoring import by_factors
+from gradindex.retrieval.scoring import by_factors
 
 K, FOUND, QUERIES, SAMPLE = 100, 500, 200, 50_000
 # Task and its rows, how many directions and lists.

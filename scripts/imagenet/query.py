@@ -26,7 +26,7 @@ from torch.func import functional_call
 import gradindex
 from gradindex import Task
 from gradindex.errors import ArgumentError
-from gradindex.hits import Hits, as_text
+from gradindex.retrieval.hits import Hits, as_text
 
 
 def main(argv: Sequence[str]) -> None:

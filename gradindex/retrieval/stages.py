@@ -11,15 +11,15 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import ArgumentError, check_k
+from ..gradients import Engine
+from ..store import GradientStore
 from .asking import Queries
 from .candidates import Candidates, Effort, candidates_for, pieces, scan
-from .errors import ArgumentError, check_k
 from .filters import Allowed
-from .gradients import Engine
 from .hits import Stage
 from .ranking import KINDS, Best, Kind, Ranked, ranked
 from .scoring import Scores, by_factors, cosine_norms, of_candidates, through_model
-from .store import GradientStore
 
 Rerank = Literal["exact", "rows", "none"]
 

@@ -12,23 +12,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..errors import ArgumentError, StoreError
+from ..gradients import HALF, Engine
+from ..index import require
+from ..matching import check_task
+from ..projection import Projection
+from ..rows import RowMaker
+from ..store import GradientStore, runs
+from ..task import Task
+from ..tree import preserved_random_state
 from .asking import Aggregate, Queries, Source, find, prepare
 from .candidates import Candidates
-from .errors import ArgumentError, StoreError
 from .filters import Filter, Where, allow
-from .gradients import HALF, Engine
 from .hits import Hits
-from .index import require
-from .matching import check_task
-from .projection import Projection
 from .ranking import Kind, Ranked
-from .rows import RowMaker
 from .scoring import Scores, by_factors, cosine_norms, joined, scored_as, shares, shown, through_model
 from .split import Split
 from .stages import Answer, Question, Rerank, Search
-from .store import GradientStore, runs
-from .task import Task
-from .tree import preserved_random_state
 
 
 class Retriever:

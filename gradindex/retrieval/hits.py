@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DependencyError
-from .report import Card, Section, Tile, cards_html, write_page
+from ..errors import DependencyError
+from ..report import Card, Section, Tile, cards_html, write_page
 
 SIGN = (
     "positive score = training on this example lowered the loss on the query (proponent); "

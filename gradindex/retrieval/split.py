@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..report import Section, heat_map, write_page
 from .hits import SIGN, table
-from .report import Section, heat_map, write_page
 
 
 @dataclass(frozen=True)

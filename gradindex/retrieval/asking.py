@@ -9,12 +9,12 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ArgumentError
-from .gradients import Engine, Products
-from .progress import progress
-from .rows import RowBatch, RowMaker, Sides
-from .store import GradientStore
-from .task import Task
+from ..errors import ArgumentError
+from ..gradients import Engine, Products
+from ..progress import progress
+from ..rows import RowBatch, RowMaker, Sides
+from ..store import GradientStore
+from ..task import Task
 
 Source = Literal["query", "train"]
 Aggregate = Literal["sum", "mean"]

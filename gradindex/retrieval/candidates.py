@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from .files import signature
-from .index import MANIFEST, CompactIndex, SearchIndex, devices
-from .store import GradientStore, runs
+from ..files import signature
+from ..index import MANIFEST, CompactIndex, SearchIndex, devices
+from ..store import GradientStore, runs
 
 INDEX_FOLDER = "index"
 

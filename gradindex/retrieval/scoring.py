@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..errors import ArgumentError, NonFiniteGradientError
+from ..gradients import HALF, Engine, Precision, Products
+from ..index import paired_products
+from ..memory import in_halves
+from ..progress import progress
+from ..store import GradientStore, runs
+from ..task import Task
+from ..tree import preserved_random_state
 from .asking import Asked, Queries, Source
 from .candidates import pieces
-from .errors import ArgumentError, NonFiniteGradientError
-from .gradients import HALF, Engine, Precision, Products
-from .index import paired_products
-from .memory import in_halves
-from .progress import progress
-from .store import GradientStore, runs
-from .task import Task
-from .tree import preserved_random_state
 
 # Memory for the gradients of queries while they are compared; more queries go in turns.
 _QUERY_BYTES = 2 << 30

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ArgumentError
-from .store import GradientStore, runs
+from ..errors import ArgumentError
+from ..store import GradientStore, runs
 
 # Values of a column that are looked at together.
 _AT_ONCE = 1 << 16
