@@ -6,10 +6,12 @@ MNIST (all parameters) and CIFAR-10 (last layer), a tenth of the labels made wro
   that it thinks the likeliest, and another network is trained on that;
 - **uniform**: chosen examples get any other class.
 
-Rankings: self-influence by TracInCP, weighted by learning rate, by integrated learning rate and unweighted, of
-projected rows, and of the last checkpoint alone; the loss, at the last checkpoint and summed over all; influence
-functions and representer points of the last layer; chance. Captum's ArnoldiInfluenceFunction stands beside our
-influence functions and needs an environment with scripts/bench/peers.txt; ``--baselines exact`` does without.
+Rankings: self-influence by TracInCP, weighted by learning rate, by integrated learning rate and unweighted, the last
+also over the later half of the checkpoints; of projected rows; of the last checkpoint alone; the loss, at the last
+checkpoint and summed over all; influence functions and representer points of the last layer; chance. Captum's
+ArnoldiInfluenceFunction stands beside our influence functions and needs an environment with scripts/bench/peers.txt;
+``--baselines exact`` does without.
+
 Then what is wrong among the first fifth is put right, or taken out, and the network trained again.
 
 Trainings and rankings are cached: an interrupted run goes on where it was, and several at a time share the work.
@@ -49,8 +51,13 @@ VERSION = "mislabelled-1"  # raise it when anything below changes what is traine
 SHARE, SEEDS, KINDS = 0.1, (0, 1, 2), ("relabelled", "uniform")
 WIDTH = 32  # of the ResNet-9, half that of the reference task: eleven trainings take an hour
 INSPECTED, GRID = (0.1, 0.2, 0.3), np.linspace(0, 1, 101)
-WEIGHTINGS = ("TracInCP, learning rate", "TracInCP, integrated", "TracInCP, unweighted")
-FOLLOWED, REPAIRED_TO = WEIGHTINGS[2], 0.2  # the ranking that the repairs follow, and how far
+WEIGHTINGS = (
+    "TracInCP, learning rate",
+    "TracInCP, integrated",
+    "TracInCP, unweighted",
+    "TracInCP, unweighted, later half",
+)
+FOLLOWED, REPAIRED_TO = WEIGHTINGS[3], 0.2  # the ranking that the repairs follow, and how far
 DAMPINGS = (0.1, 1.0, 10.0)  # multiples of the Hessian's mean eigenvalue
 CAPTUM = "influence functions, Captum"
 
@@ -170,16 +177,29 @@ class Laboratory:
     def rankings(self, kind: str, seed: int) -> Rankings:
         """By name, (n,) how suspicious each example is."""
         labels, _ = self.labels(kind, seed)
-        found = self._kept(f"{kind}-{seed}-ranked", partial(self._rank, self.trained(kind, seed), labels))
-        with np.load(found / "rankings.npz") as saved:
-            return dict(saved)
+        found = self._kept(f"{kind}-{seed}-measured", partial(self._measure, self.trained(kind, seed), labels))
+        with np.load(found / "measured.npz") as saved:
+            rates, integrated, squared, losses = (saved[name] for name in ("rates", "integrated", "squared", "losses"))
+            late = squared.shape[1] // 2
+            return {
+                WEIGHTINGS[0]: squared @ rates,
+                WEIGHTINGS[1]: squared @ integrated,
+                WEIGHTINGS[2]: squared.sum(1),
+                WEIGHTINGS[3]: squared[:, late:].sum(1),
+                "TracInCP, learning rate, projected": saved["projected"],
+                "last checkpoint": squared[:, -1],
+                "loss": losses[:, -1],
+                "loss, all checkpoints": losses.sum(1),
+                **{name: saved[name] for name in saved if name.startswith(("influence", "representer"))},
+                "chance": np.random.default_rng(len(labels)).random(len(labels)),
+            }
 
     def captum(self, kind: str, seed: int) -> NDArray[np.float64]:
         """(n,) self-influence by Captum's influence functions, of the last layer alone."""
         self.rankings(kind, seed)
 
         def fill(folder: Path) -> None:
-            inputs, labels = torch.load(self.folder / f"{kind}-{seed}-ranked" / "last_layer.pt")
+            inputs, labels = torch.load(self.folder / f"{kind}-{seed}-measured" / "last_layer.pt")
             model = self._model(kind, seed)
             assert isinstance(model, nn.Sequential)
             np.save(folder / "captum.npy", captum_self_influence(model[-1], inputs[:, :-1], labels))
@@ -198,7 +218,7 @@ class Laboratory:
             return self.data.images[~found], labels[~found]
         return self.data.images, torch.where(found, self.data.labels, labels)
 
-    def _rank(self, checkpoints: Path, labels: Tensor, folder: Path) -> None:
+    def _measure(self, checkpoints: Path, labels: Tensor, folder: Path) -> None:
         data = self.data
         task = Task(
             data.make_model(), data.loss, TensorDataset(data.images, labels),
@@ -220,23 +240,13 @@ class Laboratory:
         inputs = inputs / inputs[:, -1:]  # the factor of the bias is sqrt(eta)
         layer = LastLayer(inputs, deltas + functional.one_hot(labels, deltas.shape[1]), labels)
         torch.save((layer.inputs, layer.labels), folder / "last_layer.pt")
-        found = {
-            WEIGHTINGS[0]: squared @ rates,
-            WEIGHTINGS[1]: squared @ integrated,
-            WEIGHTINGS[2]: squared.sum(1),
-            "TracInCP, learning rate, projected": projected,
-            "last checkpoint": squared[:, -1],
-            "loss": losses[:, -1],
-            "loss, all checkpoints": losses.sum(1),
-            "representer points": layer.representer_values(),
-            "chance": np.random.default_rng(len(ids)).random(len(ids)),
-        }
+        found = {"rates": rates, "integrated": integrated, "squared": squared, "losses": losses, "projected": projected}
+        found["representer points"] = layer.representer_values()
         hessian = layer.hessian()
         for damping in DAMPINGS:
-            found[f"influence functions, damped {damping:g}"] = (
-                layer.whitened(hessian, damping).square().sum(0).double().numpy()
-            )
-        np.savez(folder / "rankings.npz", **found)
+            squares = layer.whitened(hessian, damping).square().sum(0)
+            found[f"influence functions, damped {damping:g}"] = squares.double().numpy()
+        np.savez(folder / "measured.npz", **found)
 
     def _model(self, kind: str, seed: int) -> nn.Module:
         model = self.data.make_model()
