@@ -33,7 +33,7 @@ K, FOUND, QUERIES, SAMPLE = 100, 500, 200, 50_000
 SETS: dict[str, tuple[str, int | None, int, int]] = {
     "mnist": ("mnist", None, 128, 128),
     "cifar10": ("augmented", 50_000, 64, 256),
-    "pseudo_classes": ("pseudo_classes", None, 512, 512),
+    "pseudo_classes": ("pseudo_classes", None, 1024, 1024),
     "augmented": ("augmented", 1_281_167, 64, 1024),
 }
 TITLES = {
@@ -122,6 +122,8 @@ def searches(
         yield "norm-aware IVF, SQ8 (ours)", probes, _ours(ours, probes), True
     ours = CompactIndex.build(Shape("flat", dim), sample, store.blocks)
     yield "flat, SQ8 (ours)", 1, _ours(ours, 1), True
+    ours = CompactIndex.build(Shape("pq", dim), sample, store.blocks)
+    yield "flat, two bits a number (ours)", 1, _ours(ours, 1), True
     for factory, setting, values in (
         ("Flat", None, [1]),
         (f"IVF{lists},Flat", "nprobe", efforts(lists)),

@@ -25,6 +25,7 @@ from torch.utils.data import TensorDataset
 import gradindex
 from gradindex import evaluation
 from gradindex.evaluation import recall_at_k
+from gradindex.retrieval.asking import Queries
 
 K, DIM = 100, 1024
 PEERS = ("captum", "annoy")
@@ -46,8 +47,14 @@ def main() -> None:
     evaluation.index(store.folder, recall=0.995, k=K, retriever=gradindex.load(store.folder, task, use_index=False))
     print(retriever.search_note)
     measure(bench, "gradindex, with the queries' gradients", ours, truth, queries)
-    for name, made in captum(task).items():
+    peers = captum(task)
+    for name, made in peers.items():
         measure(bench, name, made, truth, queries)
+    name, fast = next(iter(peers.items()))
+    bare = without_bias(store, retriever.ask(queries))
+    for kind, signed in (("proponents", bare), ("opponents", -bare)):
+        recall = float(recall_at_k(signed, fast(queries, kind), K).mean())
+        bench.figure(f"{name}: recall@{K} against scores without the bias, {kind}", recall, "share")
     bench.finish()
 
 
@@ -68,6 +75,16 @@ def measure(bench: Bench, name: str, answer: Answer, truth: NDArray[Any], querie
         answer(range(position, position + 1), "proponents")
         seconds.append(time.perf_counter() - started)
     bench.figure(f"{name}: one at a time", 1000 * float(np.median(seconds)), "ms a query")
+
+
+def without_bias(store: gradindex.GradientStore, queries: Queries) -> NDArray[np.float32]:
+    """(n_query, n_train) TracInCP of the layer's weights alone."""
+    assert queries.factors is not None
+    total = np.zeros((len(queries), store.n_train), dtype=np.float32)
+    for key, (x, delta) in store.factors(store.ids).items():
+        asked_x, asked_delta = queries.factors[key]
+        total += (asked_x[:, :-1] @ x[:, :-1].T) * (asked_delta @ delta.T)  # the last input is the bias's
+    return total
 
 
 def captum(task: gradindex.Task) -> dict[str, Answer]:

@@ -53,7 +53,6 @@ def store_of(name: str, n_train: int | None = None, **changed: Any) -> gradindex
     elif name == "all_layers":
         options |= {"projection": Projection("fitted", 1024), "factors": None, "precision": "bfloat16"}
         options |= {"self_influence": "projected", "shard_rows": 8192}
-    label = "-".join(
-        [name, *([str(n_train)] if n_train else []), *(f"{key}={value}" for key, value in changed.items())]
-    )
+    words = [f"{value.kind}-{value.dim}" if isinstance(value, Projection) else str(value) for value in changed.values()]
+    label = "-".join([name, *([str(n_train)] if n_train else []), *words])
     return gradindex.build(task, cache_folder() / "stores" / label, **(options | changed))
