@@ -11,6 +11,7 @@ import pytest
 
 TOP = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("GRADINDEX_DATA", TOP.parent / "shared" / "data"))
+KINDS = ("relabelled", "uniform")
 RESULTS = TOP / "docs" / "results" / "paper"
 
 
@@ -70,6 +71,26 @@ def test_opponents_of_a_digit_are_mislabelled_and_flips_have_high_self_influence
     assert figures["mnist, TracIn: flipped labels found at 20% inspected"] > 0.95
     assert figures["mnist, most similar features: with the query's label"] > 0.8
     assert (tmp_path / "pictures-mnist.html").read_text().count("data:image/png") > 100
+
+
+@pytest.mark.data
+@needs("mnist.tar.xz")
+def test_mislabelled_examples_have_high_self_influence_and_putting_them_right_helps(tmp_path):
+    result, figures = run("mislabelled", tmp_path, "--baselines", "exact")
+    assert figures["mnist, relabelled: found at 20% by the best weighting of TracInCP"] > 0.8
+    found = {kind: {row["ranking"]: row["at 20%"] for row in result["tables"][f"mnist, {kind}"]} for kind in KINDS}
+    for ranking in (
+        "TracInCP, learning rate, projected",
+        "loss",
+        "representer points",
+        "influence functions, damped 1",
+    ):
+        assert found["uniform"][ranking] > 0.9
+    assert all(0.1 < shares["chance"] < 0.3 for shares in found.values())
+    reached = {row["trained with"]: row["mean"] for row in result["tables"]["mnist, test accuracy"]}
+    assert reached["relabelled"] < reached["removed"] <= reached["clean"] + 0.02
+    assert reached["relabelled"] + 0.01 < reached["fixed"]
+    assert (tmp_path / "mislabelled.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.data

@@ -23,6 +23,7 @@ python scripts/paper/mislabelled.py [--quick] [--json] [--data DIR] [--save FILE
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -284,6 +285,12 @@ def main() -> None:
         __doc__,
         parts={"sets": ("mnist", "cifar10"), "baselines": ("exact", "captum")},
     )
+    with_captum = "captum" in experiment.options.baselines
+    if with_captum and importlib.util.find_spec("captum") is None:
+        raise SystemExit(
+            "captum is not installed. Run this with an environment that has scripts/bench/peers.txt, or without it: "
+            "--baselines exact."
+        )
     with contextlib.ExitStack() as stack:
         if experiment.quick:
             folder, seeds = Path(stack.enter_context(tempfile.TemporaryDirectory())), SEEDS[:1]
@@ -294,7 +301,6 @@ def main() -> None:
             folder, seeds = cache_folder() / "paper" / VERSION, SEEDS
             makers = {"mnist": partial(DataSet.mnist, quick=False), "cifar10": DataSet.cifar10}
             laboratories = [Laboratory(makers[name](), folder / name) for name in experiment.options.sets]
-        with_captum = "captum" in experiment.options.baselines
         share_the_work(laboratories, seeds, with_captum)
         curves = {}
         for laboratory in laboratories:
