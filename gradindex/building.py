@@ -42,6 +42,9 @@ from .task import Task
 
 FactorType = Literal["float32", "float16"]
 
+# Rows of a shard at least, and shards at most, unasked: what is lost when a build is cut off, and what a query touches.
+_SHARD_ROWS, _SHARDS = 8192, 64
+
 
 def build(
     task: Task,
@@ -58,7 +61,7 @@ def build(
     workers: int = 0,
     batch_size: int | None = None,
     memory: int | None = None,
-    shard_rows: int = 8192,
+    shard_rows: int | None = None,
     bases_from: str | os.PathLike[str] | None = None,
 ) -> GradientStore:
     """Build the store of a task; call it again to go on after an interruption.
@@ -87,7 +90,8 @@ def build(
             256, as ``memory`` holds. Fixed for a store once it is begun.
         memory: bytes that a pass may take beside the weights, by default a quarter of the
             machine's free memory, or half of what a CUDA device has free.
-        shard_rows: rows per file, rounded up to whole batches.
+        shard_rows: rows per file, rounded up to whole batches; by default 8,192, or more where that would make over
+            64 files, for each one that a query's candidates lie in takes time.
         bases_from: another store with the same map but for its bases, whose bases a fitted projection
             takes, so that the two can be merged.
 
@@ -141,7 +145,7 @@ def estimate(task: Task, out: str | os.PathLike[str], *, part: Part | None = Non
         fixed, each = memory_of_pass(engine, projection, norms)
         budget = available_bytes(engine.device) if chosen.memory is None else chosen.memory
         batch_size = chosen.batch_size or largest_batch(fixed, each, budget)
-        plan = planned(task.train_ids, _whole_batches(chosen.shard_rows, batch_size))
+        plan = planned(task.train_ids, _rows_a_shard(chosen, task, batch_size))
         disk = left = shard_bytes(described, plan, columns)
         rows, done = sum(runs.count(shard["ids"]) for shard in share(plan, part)), 0
         to_fit = projection.fitted and chosen.bases_from is None
@@ -190,7 +194,7 @@ class _Options:
     workers: int
     batch_size: int | None
     memory: int | None
-    shard_rows: int
+    shard_rows: int | None
     bases_from: str | os.PathLike[str] | None
 
     def __post_init__(self) -> None:
@@ -245,8 +249,9 @@ def _described(task: Task, engine: Engine, options: _Options) -> tuple[Projectio
     }
 
 
-def _whole_batches(shard_rows: int, batch_size: int) -> int:
-    return -(-shard_rows // batch_size) * batch_size
+def _rows_a_shard(options: _Options, task: Task, batch_size: int) -> int:
+    rows = options.shard_rows or max(_SHARD_ROWS, -(-task.n_train // _SHARDS))
+    return -(-rows // batch_size) * batch_size
 
 
 def _begin_build(
@@ -257,11 +262,11 @@ def _begin_build(
         job = Job.begin(folder, "build", described, [])  # its own plan holds
         check_room(folder, job.bytes_missing(columns))
         return job
-    check_room(folder, shard_bytes(described, planned(task.train_ids, options.shard_rows), columns))
+    check_room(folder, shard_bytes(described, planned(task.train_ids, _rows_a_shard(options, task, 1)), columns))
     norms, batch_size = options.self_influence, options.batch_size
     if batch_size is None:
         batch_size = pick_batch_size(engine, projection, norms, options.memory)
-    shard_rows = _whole_batches(options.shard_rows, batch_size)
+    shard_rows = _rows_a_shard(options, task, batch_size)
     described["map"] |= {"bases": None, "fitted_to": None}
     if options.bases_from is not None:
         described["map"] |= _bases_of(GradientStore(options.bases_from), folder, described)

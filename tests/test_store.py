@@ -11,7 +11,7 @@ import toys
 from torch.utils.data import TensorDataset
 
 import gradindex
-from gradindex import files
+from gradindex import building, files
 from gradindex.errors import ArgumentError, MismatchError, NonFiniteGradientError, StoreError
 from gradindex.projection import Projection
 
@@ -291,6 +291,14 @@ def test_workers_read_the_same_examples(task, built, tmp_path):
 def test_impossible_sizes_are_refused(task, tmp_path, options):
     with pytest.raises(ArgumentError, match="must be at least"):
         gradindex.build(task, tmp_path / "store", **options)
+
+
+@pytest.mark.parametrize(("n", "shards"), [(30, [10, 10, 10]), (100, [25, 25, 25, 25])])
+def test_a_large_store_has_a_limited_number_of_files(n, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "_SHARD_ROWS", 10)
+    monkeypatch.setattr(building, "_SHARDS", 4)
+    store = gradindex.build(toys.make_task(tmp_path, n_train=n), tmp_path / "store", batch_size=5)
+    assert [entry["rows"] for entry in store.manifest["shards"]] == shards
 
 
 def test_self_influence_ranks_by_sum_then_by_id(tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ def demo(out: Path) -> None:
 @click.option(
     "--memory", metavar="SIZE", help="What a pass may take, such as 2G; by default a quarter of what is free."
 )
-@click.option("--shard-rows", type=int, default=8192, show_default=True, help="Rows per file, at least.")
+@click.option("--shard-rows", type=int, help="Rows per file, at least; by default 8,192, or as many as make 64 files.")
 @click.option("--bases-from", type=PATH, metavar="DIR", help="A store whose fitted bases to take, to be merged later.")
 @click.option("--part", metavar="I/N", help="Make the I-th of N parts, beside others; then run `gradindex seal DIR`.")
 @click.option("--dry-run", is_flag=True, help="Say what it takes (disk, memory, time by a few batches), and stop.")

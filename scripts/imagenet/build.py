@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--row-type", choices=ROW_TYPES, default="float32", help="how rows are kept (default: float32)")
     group.add_argument("--factors", choices=("float32", "float16"), help="also keep exact factors of linear layers")
-    group.add_argument("--shard-rows", type=int, default=8192, help="rows a file, at least (default: 8192)")
+    group.add_argument(
+        "--shard-rows", type=int, help="rows a file, at least (default: 8192, or as many as make 64 files)"
+    )
     group = made.add_argument_group("running")
     group.add_argument("--device", help="such as cuda (default: the processor)")
     group.add_argument(
