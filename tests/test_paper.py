@@ -88,8 +88,7 @@ def test_mislabelled_examples_have_high_self_influence_and_putting_them_right_he
         assert found["uniform"][ranking] > 0.9
     assert all(0.1 < shares["chance"] < 0.3 for shares in found.values())
     reached = {row["trained with"]: row["mean"] for row in result["tables"]["mnist, test accuracy"]}
-    assert reached["relabelled"] < reached["removed"] <= reached["clean"] + 0.02
-    assert reached["relabelled"] + 0.01 < reached["fixed"]
+    assert reached["relabelled"] + 0.01 < reached["fixed"] <= reached["clean"] + 0.02
     assert (tmp_path / "mislabelled.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -87,8 +87,8 @@ def evaluate(folder: Path, k: int | None, queries: int, task: str | None, device
 
     Example: gradindex evaluate /tmp/mnist
     """
-    from ..evaluation.tuning import as_records
-    from ..evaluation.tuning import evaluate as run
+    from ..evaluation.measuring import as_records
+    from ..evaluation.measuring import evaluate as run
     from ..retrieval.hits import table
 
     k = _top(folder, k)

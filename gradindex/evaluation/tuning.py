@@ -22,7 +22,8 @@ from ..retrieval.candidates import INDEX_FOLDER, Candidates, Effort, candidates_
 from ..retrieval.retriever import Retriever
 from ..retrieval.scoring import of_candidates
 from ..store import GradientStore, changing
-from .truth import Truth, held_out, lower_bound, real
+from .measuring import Measured, handed_on, measure, measured_of
+from .truth import Truth, held_out, real
 
 # Rows that directions, lists and codes are fitted to.
 _SAMPLE_BYTES, _SAMPLE_ROWS = 256 << 20, 32_768
@@ -43,52 +44,11 @@ _GLANCED, _GLANCE = 50, 0.02
 # others half of the time.
 _MARGIN = 0.25
 # How many are measured with the other half of the queries, fastest first; more tries make each less sure.
-_TRIES = 6
+_TRIES = 4
+# Steps that go further than what is fastest.
+_FURTHER = 2
 # An index with more numbers that is slower than this many times the fastest ends the search: still more cost more.
 _HOPELESS = 1.5
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Mean recall of both kinds of answers, and the lower ends of their one-sided 95% intervals over queries."""
-
-    proponents: float
-    opponents: float
-    proponents_at_least: float
-    opponents_at_least: float
-
-    @property
-    def at_least(self) -> float:
-        """The lower end of the worse."""
-        return min(self.proponents_at_least, self.opponents_at_least)
-
-
-def measure(search: Candidates, truth: Truth, count: int, effort: Effort | None = None, tries: int = 1) -> Measured:
-    """How many of the true top-k are among the rows that a search hands on to exact scores.
-
-    Args:
-        search: with an index or without.
-        truth: see :class:`Truth`.
-        count: rows that are handed on: the index's proposals as they are, where these are no more, else the best of
-            them by their full rows.
-        effort: with an index, by default what it was tuned to.
-        tries: among how many measurements this one may be the luckiest.
-    """
-    n = min(count + 1, search.n_train)  # one of them may be the query itself
-    effort = effort if effort is not None or search.index is None else search.effort(truth.k)
-    as_proposed = effort is not None and effort.proposals <= count
-
-    def find(query: NDArray[np.float32]) -> NDArray[np.int64]:
-        return (search.propose(query, n, effort) if as_proposed and effort else search.search(query, n, effort))[1]
-
-    found = {sign: find(sign * truth.rows) for sign in (1, -1)}
-    return _measured(truth, found, count, tries)
-
-
-def _measured(truth: Truth, found: dict[int, NDArray[np.int64]], count: int, tries: int = 1) -> Measured:
-    recalls = [truth.recalls(sign, found[sign], count) for sign in (1, -1)]
-    least = [lower_bound(values, truth.k, tries) for values in recalls]
-    return Measured(float(recalls[0].mean()), float(recalls[1].mean()), least[0], least[1])
 
 
 def index(
@@ -142,17 +102,17 @@ def index(
         shapes = _shapes(store, kind, dim)
         choices, best, kept = _choices(store, sample, shapes, truth.part(0), recall, seed, device)
         all_rows = _milliseconds(store, Candidates(store, use_index=False, device=device), truth, None, k)
-        quicker = sorted((each for each in choices if each.milliseconds < all_rows), key=lambda each: each.milliseconds)
+        quicker = [each for each in choices if each.milliseconds < all_rows]
         if choices and not quicker:
             drop(store.folder)  # of another time, or damaged
             return Candidates(store)
-        reached = []
-        for choice in quicker[:_TRIES]:
+        reached, tries = [], _ladder(quicker)
+        for choice in tries:
             if kept is None or kept.about["shape"] != asdict(choice.shape):
                 kept = CompactIndex.build(choice.shape, sample, store.blocks, seed, devices(device))
             searched, effort = Candidates(store, kept, device=device), choice.effort
             count = handed_on(store, effort, k)
-            measured = measure(searched, truth.part(1), count, effort, tries=min(len(quicker), _TRIES))
+            measured = measure(searched, truth.part(1), count, effort, tries=len(tries))
             if measured.at_least >= recall:
                 kept.save(
                     store.folder / INDEX_FOLDER, _about(store, choice, choices, measured, truth, recall, all_rows)
@@ -187,44 +147,6 @@ def _about(
     }
 
 
-def evaluate(
-    folder: str | os.PathLike[str],
-    *,
-    k: int = 100,
-    n_query: int = 500,
-    retriever: Retriever | None = None,
-    seed: int = 1,
-) -> tuple[str, dict[str, Measured]]:
-    """Measure again how much of the true top-k is found: by the store's index, and by its rows alone.
-
-    Args:
-        folder: of the store.
-        k: how many are the top.
-        n_query: how many queries.
-        retriever: as for :func:`index`.
-        seed: which training examples are queries.
-
-    Returns:
-        What truth is, and recall by what proposes: the index, and the best k and 10 k of all rows.
-
-    Raises:
-        ArgumentError: ``k`` is out of range.
-        StoreError, IndexFileError: the store or its index is damaged.
-    """
-    store = GradientStore(folder)
-    check_k(k, store.n_train)
-    truth = held_out(store, n_query, k, seed) if retriever is None else real(retriever, n_query, k, seed)
-    search, found = Candidates(store), {}
-    if search.index is not None:
-        effort = search.effort(k)
-        count = handed_on(store, effort, k)
-        found[f"index, {effort.proposals:,} proposals"] = measure(search, truth, count, effort)
-    everything = Candidates(store, use_index=False)
-    for count in (k, 10 * k):
-        found[f"best {min(count, store.n_train):,} of all rows"] = measure(everything, truth, count)
-    return truth.against, found
-
-
 def _sample(store: GradientStore, seed: int) -> NDArray[np.float32]:
     count = min(store.n_train, _SAMPLE_ROWS, max(1000, _SAMPLE_BYTES // (4 * store.dim)))
     return store.rows(np.sort(np.random.default_rng(seed).choice(store.ids, count, replace=False)))
@@ -232,11 +154,21 @@ def _sample(store: GradientStore, seed: int) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Choice:
-    """An index that reached the recall with the queries that it was tuned with, and what a query takes."""
+    """An index that reached the recall with the queries that it was tuned with, how much, and what a query takes."""
 
     shape: Shape
     effort: Effort
     milliseconds: float
+    at_least: float
+
+
+def _ladder(choices: Sequence[Choice]) -> list[Choice]:
+    """The fastest, then the fastest of those that reached more than the one before, and so on: a few."""
+    tries: list[Choice] = []
+    for each in sorted(choices, key=lambda each: each.milliseconds):
+        if not tries or each.at_least > tries[-1].at_least:
+            tries.append(each)
+    return tries[:_TRIES]
 
 
 def _choices(
@@ -279,7 +211,7 @@ def _efforts(
 ) -> tuple[list[Choice], float]:
     """What answers fastest, few lists and many proposals or many lists and few proposals; and the best recall of any.
 
-    After the fastest comes one that goes a step further, for when the fastest does not hold with other queries.
+    After the fastest come two that go further, for when the fastest does not hold with other queries.
     """
     fastest, best = None, 0.0
     if shape.lists > 1:
@@ -293,29 +225,31 @@ def _efforts(
             continue
         if fastest is not None and proposals >= fastest.effort.proposals:
             break  # more lists only take longer
-        choice = _timed(store, search, shape, Effort(probes, proposals), truth)
+        effort = Effort(probes, proposals)
+        choice = Choice(shape, effort, _milliseconds(store, search, truth, effort, truth.k), reached)
         if fastest is not None and choice.milliseconds > fastest.milliseconds:
             break
         fastest = choice
     if fastest is None:
         return [], best
-    more = [count for count in _counts(search, truth.k) if count > fastest.effort.proposals]
-    further = Effort(min(2 * fastest.effort.probes, max(shape.lists, 1)), (more or [fastest.effort.proposals])[0])
-    return [fastest, _timed(store, search, shape, further, truth)], best
+    further, effort = [fastest], fastest.effort
+    for _ in range(_FURTHER):
+        more = [count for count in _counts(search, truth.k) if count > effort.proposals]
+        effort = Effort(min(2 * effort.probes, max(shape.lists, 1)), (more or [effort.proposals])[0])
+        taken = _milliseconds(store, search, truth, effort, truth.k)
+        reached = measured_of(
+            truth, _found(search, truth, effort.proposals + 1, effort.probes), effort.proposals
+        ).at_least
+        further.append(Choice(shape, effort, taken, reached))
+    return further, best
 
 
 def _reachable(search: Candidates, shape: Shape, truth: Truth) -> float:
     """What some of the queries reach with all lists and as many proposals as there may be: the mean recall."""
     some = truth.part(0, max(1, len(truth.rows) // _GLANCED))
     most = _counts(search, truth.k)[-1]
-    assert search.index is not None
-    found = {sign: search.index.search(sign * some.rows, most, probes=shape.lists)[1] for sign in (1, -1)}
-    measured = _measured(some, found, most)
+    measured = measured_of(some, _found(search, some, most, shape.lists), most)
     return min(measured.proponents, measured.opponents)
-
-
-def _timed(store: GradientStore, search: Candidates, shape: Shape, effort: Effort, truth: Truth) -> Choice:
-    return Choice(shape, effort, _milliseconds(store, search, truth, effort, truth.k))
 
 
 def _counts(search: Candidates, k: int) -> list[int]:
@@ -354,47 +288,43 @@ def _shapes(store: GradientStore, kind: Kind | None, dim: int | None) -> list[Sh
     return fitting
 
 
+def _found(search: Candidates, truth: Truth, most: int, probes: int) -> dict[int, NDArray[np.int64]]:
+    """By sign, the ids that the index proposes; one more than count, for it may be the query itself."""
+    assert search.index is not None
+    most = min(most, search.n_train)
+    return {sign: search.index.search(sign * truth.rows, most, probes=probes)[1] for sign in (1, -1)}
+
+
 def _fewest_proposals(search: Candidates, truth: Truth, recall: float, probes: int) -> tuple[int | None, float]:
     counts = _counts(search, truth.k)
-    most = min(counts[-1] + 1, search.n_train)
-    assert search.index is not None
-    found = {sign: search.index.search(sign * truth.rows, most, probes=probes)[1] for sign in (1, -1)}
+    found = _found(search, truth, counts[-1] + 1, probes)
     reached = 0.0
     for count in counts:
-        reached = _measured(truth, found, count).at_least
+        reached = measured_of(truth, found, count).at_least
         if reached >= recall:
             return count, reached
     return None, reached
 
 
-def handed_on(store: GradientStore, effort: Effort, k: int) -> int:
-    """How many rows go to exact scores; through the model they are dear, and full rows choose the best."""
-    return effort.proposals if store.manifest["factors"] else min(effort.proposals, candidates_for(k))
-
-
 def _milliseconds(store: GradientStore, search: Candidates, truth: Truth, effort: Effort | None, k: int) -> float:
-    """What a query takes to find its candidates, and to score or read them, where several are asked at once."""
-    rows = truth.rows[:: max(1, len(truth.rows) // _TIMED)]
-    # Whose factors are compared makes no difference in time.
-    asked = None if store.manifest["factors"] is None else store.factors(store.spread_ids(len(rows)))
-    started = time.perf_counter()
-    if effort is None:
-        found = search.search(rows, min(candidates_for(k), store.n_train))[1]
-    else:
-        found = search.propose(rows, effort.proposals, effort)[1]
-    lists = [np.sort(ids) for ids in found]
-    if asked is not None:
-        of_candidates(store, asked, lists)
-    else:
-        for ids in lists:
-            store.rows(ids)
-    return 1000 * (time.perf_counter() - started) / len(rows)
+    """What a query asked alone takes to find its candidates, and to score or read them: the median of some.
 
-
-def as_records(found: dict[str, Measured], k: int) -> list[dict[str, Any]]:
-    """Results as rows of a table."""
-    return [
-        {"proposed by": name, f"recall@{k} proponents": m.proponents, "at least": m.proponents_at_least,
-         f"recall@{k} opponents": m.opponents, "at least ": m.opponents_at_least}
-        for name, m in found.items()
-    ]  # fmt: skip
+    Each is asked twice, for the first time also verifies blocks and brings them to memory.
+    """
+    seconds = []
+    for place, row in zip(store.spread_ids(_TIMED), truth.rows[:: max(1, len(truth.rows) // _TIMED)], strict=False):
+        # Whose factors are compared makes no difference in time.
+        asked = None if store.manifest["factors"] is None else store.factors(np.array([place]))
+        for _ in range(2):
+            started = time.perf_counter()
+            if effort is None:
+                ids = search.search(row[None], min(candidates_for(k), store.n_train))[1][0]
+            else:
+                ids = search.propose(row[None], effort.proposals, effort)[1][0]
+            if asked is None:
+                store.rows(np.sort(ids))
+            else:
+                of_candidates(store, asked, [np.sort(ids)])
+            taken = time.perf_counter() - started
+        seconds.append(taken)
+    return 1000 * float(np.median(seconds))
