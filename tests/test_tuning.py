@@ -20,9 +20,9 @@ from gradindex.cli import main
 from gradindex.errors import ArgumentError, OutOfMemoryError, RecallError
 from gradindex.evaluation import truth as truth_of
 from gradindex.evaluation import tuning
-from gradindex.index import CompactIndex, gpu
+from gradindex.index import CompactIndex, Shape, gpu
 from gradindex.projection import Projection
-from gradindex.retrieval.candidates import Candidates
+from gradindex.retrieval.candidates import Candidates, Effort
 from gradindex.store import GradientStore
 
 
@@ -406,3 +406,12 @@ def test_small_stores_are_searched_whole(store, monkeypatch):
     (folder / "index" / "manifest.json").write_text("of another time")
     assert evaluation.index(folder, recall=0.999, k=10, n_query=100).how == "exact over all rows"
     assert not (folder / "index").exists()
+
+
+def test_what_reached_most_is_tried_last():
+    def choice(milliseconds, at_least):
+        return tuning.Choice(Shape("flat", 8), Effort(1, 10), milliseconds, at_least)
+
+    choices = [choice(m, a) for m, a in ((5, 0.99), (1, 0.95), (9, 0.999), (2, 0.94), (3, 0.96), (8, 0.97), (4, 0.95))]
+    assert [each.milliseconds for each in tuning._tries(choices)] == [1, 2, 3, 4, 5, 9]
+    assert [each.milliseconds for each in tuning._tries(choices[:3])] == [1, 5, 9]

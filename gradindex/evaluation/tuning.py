@@ -44,7 +44,7 @@ _GLANCED, _GLANCE = 50, 0.02
 # others half of the time.
 _MARGIN = 0.25
 # How many are measured with the other half of the queries, fastest first; more tries make each less sure.
-_TRIES = 4
+_TRIES = 6
 # Steps that go further than what is fastest.
 _FURTHER = 2
 # An index with more numbers that is slower than this many times the fastest ends the search: still more cost more.
@@ -106,7 +106,7 @@ def index(
         if choices and not quicker:
             drop(store.folder)  # of another time, or damaged
             return Candidates(store)
-        reached, tries = [], _ladder(quicker)
+        reached, tries = [], _tries(quicker)
         for choice in tries:
             if kept is None or kept.about["shape"] != asdict(choice.shape):
                 kept = CompactIndex.build(choice.shape, sample, store.blocks, seed, devices(device))
@@ -162,13 +162,11 @@ class Choice:
     at_least: float
 
 
-def _ladder(choices: Sequence[Choice]) -> list[Choice]:
-    """The fastest, then the fastest of those that reached more than the one before, and so on: a few."""
-    tries: list[Choice] = []
-    for each in sorted(choices, key=lambda each: each.milliseconds):
-        if not tries or each.at_least > tries[-1].at_least:
-            tries.append(each)
-    return tries[:_TRIES]
+def _tries(choices: Sequence[Choice]) -> list[Choice]:
+    """The fastest few, and last the one that reached most, for when all that are just enough fail."""
+    order = sorted(choices, key=lambda each: each.milliseconds)
+    fastest, rest = order[: _TRIES - 1], order[_TRIES - 1 :]
+    return fastest + ([max(rest, key=lambda each: each.at_least)] if rest else [])
 
 
 def _choices(

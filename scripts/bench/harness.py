@@ -88,10 +88,14 @@ class Bench:
         self.tables.setdefault(table, []).append(dict(values))
         print(table, *(f"{name} {_short(value)}" for name, value in values.items()), sep="; ", flush=True)
 
-    def finish(self) -> None:
-        """Write what was asked for."""
+    def write(self) -> None:
+        """Save what there is so far, where that was asked for."""
         if self.options.save:
             self.options.save.write_text(self.saved())
+
+    def finish(self) -> None:
+        """Write what was asked for."""
+        self.write()
         if self.options.json:
             print(
                 json.dumps(

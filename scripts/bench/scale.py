@@ -48,6 +48,7 @@ def main() -> None:
             OTHERS[part](bench)
         else:
             judge(bench, Case(part, bench.quick))
+        bench.write()
     bench.finish()
 
 
