@@ -66,4 +66,4 @@ def test_committed_results_are_those_of_benchmarks_that_exist():
         (command,) = [line for line in page.read_text().splitlines() if line.startswith("- command: ")]
         (script,) = [word.strip("`") for word in command.split() if word.strip("`").endswith(".py")]
         assert (TOP / script).is_file()
-        assert Path(script).name == f"{page.stem}.py"
+        assert page.stem == Path(script).stem or page.stem.startswith(f"{Path(script).stem}_")  # a part of it

@@ -208,8 +208,9 @@ def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for row in (0, 1):
         axes[row, 0].set_ylabel(f"true top-{K} among the best {FOUND}")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=5, fontsize=9, frameon=False)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    columns = min(5, 2 * len(curves))
+    figure.legend(handles, labels, loc="lower center", ncols=columns, fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0.03 * -(-len(labels) // columns), 1, 1))
     figure.savefig(path, dpi=110)
 
 
