@@ -415,3 +415,15 @@ def test_what_reached_most_is_tried_last():
     choices = [choice(m, a) for m, a in ((5, 0.99), (1, 0.95), (9, 0.999), (2, 0.94), (3, 0.96), (8, 0.97), (4, 0.95))]
     assert [each.milliseconds for each in tuning._tries(choices)] == [1, 2, 3, 4, 5, 9]
     assert [each.milliseconds for each in tuning._tries(choices[:3])] == [1, 5, 9]
+
+
+def test_lists_that_cannot_reach_the_recall_are_given_up_at_a_glance_and_their_bound_is_told(store, quick, monkeypatch):
+    _, folder = store
+    glances, seen = [], tuning._with_all_lists
+    monkeypatch.setattr(tuning, "_with_all_lists", lambda *rest: glances.append(seen(*rest)) or glances[-1])
+    monkeypatch.setattr(tuning, "_fewest_proposals", lambda *_: pytest.fail("lists were looked into"))
+    with pytest.raises(RecallError, match=r"the best reaches at least 0\.\d+") as error:
+        evaluation.index(folder, recall=0.999, k=10, n_query=100, kind="ivf", dim=1)
+    (glance,) = glances
+    assert f"at least {glance.at_least:.4f}." in str(error.value)
+    assert glance.at_least < min(glance.proponents, glance.opponents)

@@ -213,9 +213,9 @@ def _efforts(
     """
     fastest, best = None, 0.0
     if shape.lists > 1:
-        best = _reachable(search, shape, truth)
-        if best + _GLANCE < recall:
-            return [], best
+        glance = _with_all_lists(search, shape, truth)
+        if min(glance.proponents, glance.opponents) + _GLANCE < recall:
+            return [], glance.at_least
     for probes in [2**i for i in range(max(shape.lists, 1).bit_length())]:
         proposals, reached = _fewest_proposals(search, truth, recall, probes)
         best = max(best, reached)
@@ -235,19 +235,16 @@ def _efforts(
         more = [count for count in _counts(search, truth.k) if count > effort.proposals]
         effort = Effort(min(2 * effort.probes, max(shape.lists, 1)), (more or [effort.proposals])[0])
         taken = _milliseconds(store, search, truth, effort, truth.k)
-        reached = measured_of(
-            truth, _found(search, truth, effort.proposals + 1, effort.probes), effort.proposals
-        ).at_least
-        further.append(Choice(shape, effort, taken, reached))
+        found = _found(search, truth, effort.proposals + 1, effort.probes)
+        further.append(Choice(shape, effort, taken, measured_of(truth, found, effort.proposals).at_least))
     return further, best
 
 
-def _reachable(search: Candidates, shape: Shape, truth: Truth) -> float:
-    """What some of the queries reach with all lists and as many proposals as there may be: the mean recall."""
+def _with_all_lists(search: Candidates, shape: Shape, truth: Truth) -> Measured:
+    """What some of the queries reach with all lists and as many proposals as there may be."""
     some = truth.part(0, max(1, len(truth.rows) // _GLANCED))
     most = _counts(search, truth.k)[-1]
-    measured = measured_of(some, _found(search, some, most, shape.lists), most)
-    return min(measured.proponents, measured.opponents)
+    return measured_of(some, _found(search, some, most + 1, shape.lists), most)
 
 
 def _counts(search: Candidates, k: int) -> list[int]:
@@ -309,8 +306,8 @@ def _milliseconds(store: GradientStore, search: Candidates, truth: Truth, effort
 
     Each is asked twice, for the first time also verifies blocks and brings them to memory.
     """
-    seconds = []
-    for place, row in zip(store.spread_ids(_TIMED), truth.rows[:: max(1, len(truth.rows) // _TIMED)], strict=False):
+    seconds, count = [], _TIMED if effort else _TIMED // 8  # comparing all rows takes long, and about as long each time
+    for place, row in zip(store.spread_ids(count), truth.rows[:: max(1, len(truth.rows) // count)], strict=False):
         # Whose factors are compared makes no difference in time.
         asked = None if store.manifest["factors"] is None else store.factors(np.array([place]))
         for _ in range(2):

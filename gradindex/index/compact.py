@@ -85,6 +85,7 @@ class CompactIndex:
             ArgumentError: the query is not finite.
         """
         faiss, query = load_faiss(), checked_query(query, self.about["dim"])
+        removed = None if removed is None or not len(removed) else removed
         count = self.about["rows"]
         found = min(k, count)
         # GPUs and short codes know no way to leave out rows: more are found, and those dropped.
@@ -94,7 +95,7 @@ class CompactIndex:
         elif self.about["shape"]["kind"] == "pq":
             scores, ids = self._index.search(query, more)
         else:
-            selector = None if more == found else faiss.IDSelectorNot(faiss.IDSelectorBatch(removed))
+            selector = None if removed is None else faiss.IDSelectorNot(faiss.IDSelectorBatch(removed))
             inner = faiss.SearchParameters(sel=selector)
             if self.about["shape"]["kind"] == "ivf":
                 inner = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
@@ -102,7 +103,7 @@ class CompactIndex:
                 faiss.extract_index_ivf(self._index).parallel_mode = int(len(query) == 1)
             options = faiss.SearchParametersPreTransform(index_params=inner)
             scores, ids = self._index.search(query, found, params=options)
-        if removed is not None and len(removed):
+        if removed is not None:
             ids = np.where(np.isin(ids, removed), -1, ids)
         scores = np.where(ids < 0, -np.inf, scores).astype(np.float32)  # FAISS pads with a score like any other
         return ranked(scores, ids.astype(np.int64), found)

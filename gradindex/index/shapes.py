@@ -3,8 +3,8 @@
 Gradient rows are a hard case for inner-product indexes: their norms are heavy-tailed, and most of a query's true
 top-k come from the heaviest rows, of which lists made by k-means on raw vectors lose most. Here directions are
 clustered on the sphere, and lists are probed by <query, centroid> times the norm that most of a list's rows stay
-below, so that a list of heavy rows is looked into first. Where a row's weight is spread over very many directions, no
-lists help, and all rows are compared by the shortest codes instead.
+below, so that a list of heavy rows is looked into first. Where rows spread over very many directions, lists stop short
+of a high recall, and all rows are compared by short codes instead.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def fitted_directions(sample: NDArray[np.float32], dim: int, seed: int = 0) -> N
     Returns:
         (n, dim), orthonormal columns.
     """
-    units = sample / norms(sample)
+    units = sample / _norms(sample)
     start = np.random.default_rng(seed).standard_normal((sample.shape[1], min(dim + _OVERSAMPLING, sample.shape[1])))
     found = start.astype(np.float32)
     for _ in range(_POWER_ITERATIONS):
@@ -129,7 +129,7 @@ def fitted_directions(sample: NDArray[np.float32], dim: int, seed: int = 0) -> N
     return directions
 
 
-def norms(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+def _norms(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """(m, 1) to divide by: a zero row keeps its zeros."""
     norms: NDArray[np.float32] = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.where(norms > 0, norms, np.float32(1))
@@ -156,7 +156,7 @@ def _norm_aware_lists(shape: Shape, rows: Rows) -> Any:
     spread = _spread(rows.blocks, _ROWS_PER_LIST * shape.lists)
     if not 1 <= shape.lists <= len(spread):
         raise ArgumentError(f"lists is {shape.lists}, but must be from 1 to the number of rows, {len(spread)}.")
-    spread /= norms(spread)
+    spread /= _norms(spread)
     centroids = gpu.train_centroids(spread, shape.lists, _KMEANS_ITERATIONS, rows.seed, rows.gpus)
     del spread
     finder = gpu.nearest(centroids, rows.gpus)
