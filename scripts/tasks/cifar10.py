@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,15 +98,35 @@ def data() -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def train(folder: Path, images: Tensor, labels: Tensor, *, width: int = WIDTH, seed: int = SEED) -> nn.Sequential:
+def shifted(images: Tensor, most: int) -> Tensor:
+    """Pictures (n, c, h, w), each moved by up to ``most`` pixels either way; what comes in is mirrored at the edge."""
+    n, _, height, width = images.shape
+    padded = functional.pad(images, (most,) * 4, mode="reflect")
+    down, across = torch.randint(2 * most + 1, (2, n, 1))
+    rows, columns = down + torch.arange(height), across + torch.arange(width)
+    return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+def train(
+    folder: Path,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    make_model: Callable[[], nn.Sequential] = make_model,
+    epochs: int = EPOCHS,
+    shift: int = 0,
+    seed: int = SEED,
+) -> nn.Sequential:
     """Train, with a checkpoint after each epoch; goes on after the last epoch that ``folder`` has.
 
     Args:
         folder: where checkpoints go, and ``resume.pt`` while the training lasts.
         images: (n, 3, 32, 32) normalised.
         labels: (n,).
-        width: see :func:`make_model`.
-        seed: of the initialisation, the order and the flips.
+        make_model: the network, untrained.
+        epochs: how many.
+        shift: by how many pixels each picture is moved at most, at random.
+        seed: of the initialisation, the order, the flips and the shifts.
 
     Returns:
         The trained model.
@@ -114,11 +135,11 @@ def train(folder: Path, images: Tensor, labels: Tensor, *, width: int = WIDTH, s
     images = images.to(torch.bfloat16)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = make_model(width).to(memory_format=torch.channels_last)
+        model = make_model().to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
         an_epoch = -(-len(images) // BATCH)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, PEAK_LEARNING_RATE, total_steps=EPOCHS * an_epoch, pct_start=0.25, cycle_momentum=False
+            optimizer, PEAK_LEARNING_RATE, total_steps=epochs * an_epoch, pct_start=0.25, cycle_momentum=False
         )
         done, parts = 0, {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         if resume.exists():
@@ -128,12 +149,14 @@ def train(folder: Path, images: Tensor, labels: Tensor, *, width: int = WIDTH, s
             torch.set_rng_state(saved["random"])
             done = saved["epochs"]
         recorder = Recorder(model, optimizer, folder, first_step=done * an_epoch, overwrite=True)
-        for epoch in range(done + 1, EPOCHS + 1):
+        for epoch in range(done + 1, epochs + 1):
             started = time.perf_counter()
             total = 0.0
             for rows in torch.randperm(len(images)).split(BATCH):
                 batch = images[rows].float()
                 batch = torch.where(torch.rand(len(rows), 1, 1, 1) < 0.5, batch.flip(-1), batch)
+                if shift:
+                    batch = shifted(batch, shift)
                 batch = batch.contiguous(memory_format=torch.channels_last)
                 optimizer.zero_grad()
                 with torch.autocast("cpu", torch.bfloat16):
@@ -149,7 +172,7 @@ def train(folder: Path, images: Tensor, labels: Tensor, *, width: int = WIDTH, s
             temporary.replace(resume)
             taken = time.perf_counter() - started
             print(
-                f"{folder.name}: epoch {epoch}/{EPOCHS}, training loss {total / len(images):.3f}, {taken:.0f} s",
+                f"{folder.name}: epoch {epoch}/{epochs}, training loss {total / len(images):.3f}, {taken:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )
