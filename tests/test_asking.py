@@ -308,6 +308,36 @@ def test_a_threshold_includes_scores_that_equal_it(factors):
     assert again.ids[0].tolist() == hits.ids[0, :12].tolist()
 
 
+@pytest.mark.parametrize("kept", ["factors", "unit"])
+def test_a_groups_threshold_leaves_out_what_is_just_below(request, kept):
+    retriever = request.getfixturevalue(kept)
+    hits = retriever.search(range(M), 30, aggregate="sum", candidates=N)
+    for least in hits.scores[0] * (1 + 2e-5 * np.sign(hits.scores[0])):  # within what another order of sums may change
+        found = retriever.search(range(M), aggregate="sum", at_least=float(least))
+        assert (found.scores[0] >= least).all()
+
+
+@pytest.mark.parametrize("rerank", ["exact", "rows"])
+@pytest.mark.parametrize("proposals", [None, 43, 150])
+def test_equal_examples_have_equal_scores_and_come_in_the_order_of_ids(tmp_path, rerank, proposals):
+    """Products of matrices round the sums of the last rows in another way."""
+    n = 203
+    task = toys.make_task(tmp_path, n_train=n, n_query=M)
+    same = torch.utils.data.TensorDataset(*(torch.stack([part] * n) for part in task.train[0]))
+    store = gradindex.build(
+        replace(task, train=same), tmp_path / "store", projection=Projection(dim=37), factors="float32"
+    )
+    if proposals:
+        save_index(store, proposals)
+    retriever = gradindex.load(store.folder, replace(task, train=same))
+    options = [{}, {"kind": "opponents"}, {"kind": "absolute"}, {"ids": np.arange(n)}, {"at_least": -1e9}]
+    for some in options:
+        hits = retriever.search(range(M), 30, rerank=rerank, **some)
+        for ids, scores in map(hits.of, range(M)):
+            assert (scores == scores[0]).all()
+            assert (np.diff(ids) > 0).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_threshold_through_the_model_doubles_candidates_until_none_is_new(plain, truth, kind, monkeypatch):
     x = float(KINDS[kind](truth[0])[ordered(kind, truth[0])[5]]) * (1 - 1e-6)
@@ -457,6 +487,12 @@ def test_an_index_that_finds_too_few_leaves_the_query_to_all_rows(tmp_path, esti
 
 REFUSED = {
     "candidates that decide nothing": ({"at_least": 0.1, "candidates": 20}, "candidates decides nothing with at_least"),
+    "fewer candidates than hits": ({"candidates": 3}, "candidates is 3, but must be at least k, 10"),
+    "fewer candidates than k": ({"k": 20, "candidates": 15}, "candidates is 15, but must be at least k, 20"),
+    "candidates for rows": (
+        {"rerank": "rows", "candidates": 30},
+        "candidates go to exact scores, but rerank is 'rows'",
+    ),
     "both as a kind": ({"kind": "both"}, r"For both, call both\(\)"),
     "no such column": ({"where": {"colour": "red"}}, r"no column 'colour'. It has: label, number, rate, flipped"),
     "text for a number": ({"where": {"number": "3"}}, "column number holds a whole number, but where asks for '3'"),

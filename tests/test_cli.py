@@ -334,6 +334,7 @@ BAD_BUILDS = {
     "no column": (["query", "store", "--task", "mine.py:task", "-q", "0", "--where", "x=1"], "no column 'x'"),
     "no value": (["self-influence", "store", "--where", "age=1"], "no column 'age'. It has: name"),
     "no ids": (["query", "store", "--task", "mine.py:task", "-q", "0", "--ids", "mine.py"], "mine.py holds no ids"),
+    "empty ids": (["query", "store", "--task", "mine.py:task", "-q", "0", "--ids", "e.npy"], "e.npy holds no ids"),
     "gone ids": (["query", "store", "--task", "mine.py:task", "-q", "0", "--ids", "i.npy"], "i.npy does not exist"),
     "explain": (["explain", "store", "--task", "mine.py:task", "-q", "0", "--id", "12"], "no training id 12"),
     "info of nothing": (["info", "gone"], "gone is not a gradindex store"),
@@ -358,6 +359,7 @@ BAD_BUILDS = {
 def test_what_cannot_be_done_harms_nothing_that_is_stored(built, case):
     before = snapshot(built / "store")
     arguments, message = BAD_BUILDS[case]
+    (built / "e.npy").touch()
     result = call(*arguments)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("Error: ")

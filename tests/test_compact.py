@@ -7,7 +7,7 @@ import toys
 
 from gradindex.errors import ArgumentError, IndexFileError
 from gradindex.evaluation import tuning
-from gradindex.index import CompactIndex, SearchIndex, Shape, damage, gpu, shapes
+from gradindex.index import CompactIndex, LeftOut, SearchIndex, Shape, checked, compact, gpu, shapes
 
 
 def clustered(n, dim, seed):
@@ -41,6 +41,30 @@ def test_an_index_of_all_directions_finds_the_largest_inner_products(shape):
         assert (np.diff(scores) <= 0).all()
 
 
+@pytest.mark.parametrize("shape", [Shape("flat", 40), Shape("ivf", 40, 32)], ids=str)
+def test_rows_heavier_than_any_of_the_sample_are_not_cut_short(shape):
+    light = ROWS[np.argsort(np.linalg.norm(ROWS, axis=1))[:3900]]
+    index = CompactIndex.build(shape, light, blocks)
+    scores, found = index.search(QUERIES, 300, probes=32)
+    own = np.take_along_axis(QUERIES @ ROWS.T, found // 7, 1)
+    np.testing.assert_allclose(scores, own, atol=0.02 * np.abs(own).max())
+    assert toys.share(found, top(QUERIES @ ROWS.T, 100)) > 0.995
+
+
+@pytest.mark.parametrize("shape", [Shape("flat", 40), Shape("ivf", 40, 32)], ids=str)
+def test_an_enormous_row_leaves_the_others_their_bytes(shape):
+    rows = ROWS.copy()
+    rows[77] *= 1e5 / np.linalg.norm(rows[77])
+    index = CompactIndex.build(shape, ROWS, lambda: iter([(IDS, rows)]))
+    true = top(QUERIES @ rows.T, 100)
+    found = index.search(QUERIES, 300, probes=32)[1]
+    assert toys.share(found, true) > 0.95
+    cosines = QUERIES @ rows[77] / np.linalg.norm(QUERIES, axis=1) / 1e5
+    assert (cosines > 0.2).sum() >= 4
+    for query in np.flatnonzero(cosines > 0.2):
+        assert 7 * 77 in found[query, :10]
+
+
 def test_lists_are_probed_by_direction_and_norm():
     index = CompactIndex.build(Shape("ivf", 40, 32), ROWS, blocks)
     true = top(QUERIES @ ROWS.T, 100)
@@ -70,7 +94,7 @@ def test_directions_hold_most_of_unit_normed_rows_whatever_the_heavy_ones_do():
 def test_removed_ids_are_left_out_and_too_few_are_padded_openly():
     index = CompactIndex.build(Shape("ivf", 40, 32), ROWS, blocks)
     best = index.search(QUERIES, 50, probes=4)[1]
-    scores, found = index.search(QUERIES, 50, probes=4, removed=np.unique(best[:, :10]))
+    scores, found = index.search(QUERIES, 50, probes=4, removed=LeftOut(np.unique(best[:, :10])))
     assert not np.isin(found, best[:, :10]).any()
     scores, found = index.search(QUERIES[:1], 4000, probes=1)
     padding = found[0] < 0
@@ -106,12 +130,12 @@ def test_codes_of_two_bits_leave_out_what_was_removed():
     index = CompactIndex.build(Shape("pq", 40), ROWS, blocks)
     scores, best = index.search(QUERIES, 50)
     assert (np.diff(scores) <= 0).all()
-    found = index.search(QUERIES, 30, removed=np.unique(best[:, :10]))[1]
+    found = index.search(QUERIES, 30, removed=LeftOut(np.unique(best[:, :10])))[1]
     assert found.shape == (len(QUERIES), 30) and (found >= 0).all()
     assert not np.isin(found, best[:, :10]).any()
     left = [[i for i in row if not np.isin(i, best[:, :10])][:20] for row in best.tolist()]
     assert all(np.isin(mine[:10], row).all() for mine, row in zip(left, found, strict=True))
-    everything, gone = index.search(QUERIES[:1], len(IDS), removed=IDS[:100])[1][0], IDS[:100]
+    everything, gone = index.search(QUERIES[:1], len(IDS), removed=LeftOut(IDS[:100]))[1][0], IDS[:100]
     assert (everything[: len(IDS) - 100] >= 0).all() and (everything[len(IDS) - 100 :] == -1).all()
     assert not np.isin(everything, gone).any()
 
@@ -185,7 +209,46 @@ def test_an_index_of_a_newer_version_is_refused(saved):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gradindex.index.compact.VERSION", 9)
         index.save(folder, {})
-    assert "has version 9, but this gradindex reads up to 1" in damage(folder)
+    with pytest.raises(IndexFileError, match="has version 9, but this gradindex reads up to 1"):
+        checked(folder)
+
+
+@pytest.mark.parametrize("then", ["taken away", "replaced"])
+@pytest.mark.parametrize("when", ["before it is checked", "before it is read"])
+def test_an_index_that_goes_while_it_is_opened_is_looked_for_again(saved, monkeypatch, then, when):
+    folder, _ = saved
+    other = CompactIndex.build(Shape("flat", 8), ROWS, blocks)
+    module, name = (compact, "checked") if when == "before it is checked" else (faiss, "read_index")
+    original = getattr(module, name)
+
+    def late(*args):
+        monkeypatch.setattr(module, name, original)
+        CompactIndex.remove(folder)
+        if then == "replaced":
+            other.save(folder, {})
+        return original(*args)
+
+    monkeypatch.setattr(module, name, late)
+    found = CompactIndex.load(folder)
+    assert found is None if then == "taken away" else found.about["shape"]["kind"] == "flat"
+
+
+def test_what_faiss_cannot_read_is_told(saved, monkeypatch):
+    folder, _ = saved
+
+    def fail(*_):
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(faiss, "read_index", fail)
+    with pytest.raises(IndexFileError, match=r"cannot be read by FAISS \(not today\).*--drop"):
+        CompactIndex.load(folder)
+
+
+def test_few_rows_make_short_codes_and_lists_in_silence(capfd):
+    for shape in (Shape("pq", 8), Shape("ivf", 8, 16)):
+        CompactIndex.build(shape, ROWS[:60], lambda: iter([(IDS[:60], ROWS[:60])]))
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
 
 
 def test_a_new_index_takes_the_place_of_the_old_while_readers_go_on(saved):
@@ -212,7 +275,7 @@ def test_the_gpu_answers_as_the_cpu_does(shape, tmp_path):
     np.testing.assert_allclose(scores, expected[0], rtol=0.01, atol=0.01)
     removed = expected[1][:, :3].ravel()
     assert not np.isin(
-        CompactIndex.load(tmp_path, gpus).search(QUERIES, 20, probes=32, removed=removed)[1], removed
+        CompactIndex.load(tmp_path, gpus).search(QUERIES, 20, probes=32, removed=LeftOut(removed))[1], removed
     ).any()
     on_gpu = CompactIndex.build(shape, ROWS, blocks, 0, gpus)
     assert toys.share(on_gpu.search(QUERIES, 200, probes=32)[1], top(QUERIES @ ROWS.T, 100)) > 0.99

@@ -41,6 +41,18 @@ def test_equal_scores_come_in_the_order_of_ids():
     assert make(rows).search(np.ones((1, 2), dtype=np.float32), 9)[1].tolist() == [[4, 0, 1, 2, 3, 5, 6, 7, 8]]
 
 
+@pytest.mark.parametrize("k", [60, 100, 501, 600, 1024])
+def test_equal_scores_at_the_last_place_go_to_the_lowest_ids(k):
+    """FAISS keeps any of equal scores where it cuts."""
+    values = np.random.default_rng(2).permutation(np.repeat(np.arange(4), 500)).astype(np.float32)
+    rows, ids = np.stack([values, np.ones(2000, np.float32)], 1), np.arange(2000)
+    index = SearchIndex(2, 2000, lambda: [(ids[s : s + 1500], rows[s : s + 1500]) for s in (0, 1500)])
+    for sign in (1, -1):
+        query = np.array([[sign, 0], [2 * sign, 1]], dtype=np.float32)
+        found = index.search(query, k)[1]
+        np.testing.assert_array_equal(found, np.tile(np.lexsort((ids, -sign * values))[:k], (2, 1)))
+
+
 REFUSED = {
     "another dimension": (
         QUERY[:, :5],

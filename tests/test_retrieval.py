@@ -126,7 +126,7 @@ REFUSED = {
     "source": ({"source": "test"}, "source is 'test'"),
     "rerank": ({"rerank": "some"}, "rerank is 'some'"),
     "fewer candidates than k": ({"candidates": 2}, "candidates is 2, but must be at least k, 3"),
-    "candidates without re-scoring": ({"candidates": 5, "rerank": "none"}, "goes with rerank='exact' alone"),
+    "candidates without re-scoring": ({"candidates": 5, "rerank": "none"}, "exact scores, but rerank is 'none'"),
 }
 
 

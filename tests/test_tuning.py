@@ -161,7 +161,9 @@ def test_queries_whose_top_is_not_clear_are_left_out():
     assert sorted(truth.rows.argmax(1)) == list(range(5, 30))
     assert truth.rows.argmax(1).tolist() != list(range(5, 30))  # in no order, so that halves are not alike
     scores[:] = 1
-    with pytest.raises(ArgumentError, match="There are 0 queries whose top-3 is clear, but at least 20 are needed"):
+    with pytest.raises(
+        ArgumentError, match="There are 0 queries of 30 whose top-3 is clear, but at least 20 are needed"
+    ):
         truth_of.truth_from(rows, [(slice(0, 30), np.arange(50), scores)], np.full(30, -1), 3, "", 0)
 
 
@@ -279,7 +281,9 @@ def test_impossible_promises_are_refused(store, quick):
         ({"recall": 1.0}, "recall is 1.0, but must be between 0 and 1"),
         ({"k": 0}, "k is 0"),
         ({"k": 601}, "k is 601"),
-        ({"n_query": 19, "k": 10}, "There are 19 queries whose top-10 is clear, but at least 20 are needed"),
+        ({"k": 600}, "k is 600, but must be from 1 to 599: one less than the training examples"),
+        ({"device": "foo"}, "device is 'foo', but must be one that PyTorch knows"),
+        ({"n_query": 19, "k": 10}, "There are 19 queries of 19 whose top-10 is clear, but at least 20 are needed"),
     ):
         with pytest.raises(ArgumentError, match=message):
             evaluation.index(folder, **options)
@@ -306,6 +310,17 @@ def test_the_command_line_makes_and_measures_an_index(store, quick):
     assert (broken.exit_code, "Make the index again: gradindex index" in broken.stderr) == (1, True)
     assert call("index", folder, "--drop").stdout == f"{folder}: exact over all rows\n"
     assert call("evaluate", folder).exit_code == 0
+
+
+def test_a_store_of_few_rows_is_measured_with_as_many_as_there_are(tmp_path):
+    task = toys.make_task(tmp_path, n_train=60)
+    gradindex.build(task, tmp_path / "store", projection=Projection(dim=15), factors="float32")
+    call = lambda *a: CliRunner().invoke(main, [str(x) for x in a])  # noqa: E731  # as short as a command
+    result = call("evaluate", tmp_path / "store")
+    assert result.exit_code == 0 and "recall@59" in result.stdout
+    result = call("index", tmp_path / "store", "--kind", "pq", "--recall", 0.2, "-k", 10)
+    assert result.exit_code == 0, result.output  # an even number of its 15 numbers
+    assert result.stderr.count("\n") <= 1
 
 
 def test_truth_comes_in_pieces_of_queries_and_of_rows():

@@ -77,16 +77,19 @@ def verify(folder: Path) -> None:
 
     Example: gradindex verify /tmp/mnist
     """
-    from ..errors import StoreError
-    from ..index import damage
+    from ..errors import IndexFileError, StoreError
+    from ..index import checked
     from ..retrieval.candidates import INDEX_FOLDER
     from ..store import GradientStore
 
     store = GradientStore(folder)
     problems = store.verify()
     index = folder / INDEX_FOLDER
-    problem = damage(index) if index.is_dir() else None
-    problems += [f"{problem}; make the index again: gradindex index {folder}"] if problem else []
+    if index.is_dir():
+        try:
+            checked(index)
+        except IndexFileError as error:
+            problems.append(f"{error}; make the index again: gradindex index {folder}; or take it away: with --drop")
     if problems:
         raise StoreError("; ".join(problems))
     click.echo(f"{folder}: {store.n_train:,} rows in {len(store.manifest['shards'])} shards are sound")

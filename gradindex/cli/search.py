@@ -11,7 +11,7 @@ import click
 from .main import DEVICE, FOLDER, JSON
 
 _TASK = click.option("--task", help="Take the task's own queries and exact scores; by default training examples.")
-_K = click.option("-k", "--k", type=int, help="How many are the top; by default 100, or all if there are fewer.")
+_K = click.option("-k", "--k", type=int, help="How many are the top; by default 100, or as many as there are.")
 _QUERIES = click.option(
     "--queries", type=click.IntRange(min=20), default=500, show_default=True, help="How many queries, at most."
 )
@@ -26,10 +26,11 @@ def _retriever(folder: Path, task: str | None, device: str | None) -> Any:
     return load(folder, load_task(task), device=device, use_index=False)
 
 
-def _top(folder: Path, k: int | None) -> int:
+def _top(folder: Path, k: int | None, task: str | None) -> int:
     from ..store import GradientStore
 
-    return min(100, GradientStore(folder).n_train) if k is None else k
+    most = GradientStore(folder).n_train - (task is None)  # a training example is no answer to itself
+    return max(1, min(100, most)) if k is None else k
 
 
 @click.command()
@@ -59,16 +60,13 @@ def index(
     """
     from ..evaluation import index as run
     from ..evaluation.tuning import drop as take_away
-    from ..store import GradientStore
 
     if drop:
-        GradientStore(folder)  # of a store, and of nothing else
-        take_away(folder)
-        click.echo(f"{folder}: exact over all rows")
+        click.echo(f"{folder}: {take_away(folder).how}")
         return
     retriever = _retriever(folder, task, device)
     found = run(
-        folder, recall=recall, k=_top(folder, k), n_query=queries, retriever=retriever, device=device, **options
+        folder, recall=recall, k=_top(folder, k, task), n_query=queries, retriever=retriever, device=device, **options
     )
     click.echo(f"{folder}: {found.how}")
 
@@ -91,7 +89,7 @@ def evaluate(folder: Path, k: int | None, queries: int, task: str | None, device
     from ..evaluation.measuring import evaluate as run
     from ..retrieval.hits import table
 
-    k = _top(folder, k)
+    k = _top(folder, k, task)
     against, found = run(folder, k=k, n_query=queries, retriever=_retriever(folder, task, device))
     records = as_records(found, k)
     click.echo(json.dumps({"against": against, "records": records}) if as_json else f"{table(records)}\n{against}")

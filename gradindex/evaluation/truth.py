@@ -86,8 +86,8 @@ def truth_from(
     order = np.random.default_rng(seed).permutation(np.flatnonzero(clear))  # halves must not be alike
     if len(order) < _LEAST_QUERIES:
         raise ArgumentError(
-            f"There are {len(order)} queries whose top-{k} is clear, but at least {_LEAST_QUERIES} are needed. "
-            "Give more, or another k where many scores are equal."
+            f"There are {len(order)} queries of {len(rows)} whose top-{k} is clear, but at least {_LEAST_QUERIES} are "
+            "needed. Give more, or another k where many scores are equal."
         )
     return Truth(rows[order], {sign: ids[order] for sign, ids in top.items()}, own[order], k, against)
 
@@ -106,8 +106,16 @@ def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0) -> Truth
         n_query: how many, at most.
         k: how many are the top.
         seed: which.
+
+    Raises:
+        ArgumentError: ``k`` is out of range, or there are fewer than 20 queries whose top-k is clear.
     """
     ids = store.ids
+    if not 1 <= k < len(ids):
+        raise ArgumentError(
+            f"k is {k}, but must be from 1 to {len(ids) - 1}: one less than the training examples, for each is a query "
+            "whose top-k is of the others. Or give queries of the task's own."
+        )
     chosen = np.sort(np.random.default_rng(seed).choice(ids, min(n_query, len(ids)), replace=False))
     described = store.manifest["map"]
     exact = store.manifest["factors"] == "float32" and not (described["unit_norm"] or described["precision"] in HALF)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -92,10 +90,14 @@ def index(
     """
     if not 0 < recall < 1:
         raise ArgumentError(f"recall is {recall}, but must be between 0 and 1.")
+    try:
+        torch.device(device or "cpu")
+    except RuntimeError:
+        raise ArgumentError(f"device is {device!r}, but must be one that PyTorch knows, such as cuda.") from None
     with changing(folder) as store:
         check_k(k, store.n_train)
         if store.n_train < _SMALL and kind is None and dim is None:
-            drop(store.folder)  # of another time
+            CompactIndex.remove(store.folder / INDEX_FOLDER)  # of another time
             return Candidates(store, device=device)
         truth = held_out(store, n_query, k, seed) if retriever is None else real(retriever, n_query, k, seed)
         sample = _sample(store, seed)
@@ -104,8 +106,8 @@ def index(
         all_rows = _milliseconds(store, Candidates(store, use_index=False, device=device), truth, None, k)
         quicker = [each for each in choices if each.milliseconds < all_rows]
         if choices and not quicker:
-            drop(store.folder)  # of another time, or damaged
-            return Candidates(store)
+            CompactIndex.remove(store.folder / INDEX_FOLDER)  # of another time, or damaged
+            return Candidates(store, device=device)
         reached, tries = [], _tries(quicker)
         for choice in tries:
             if kept is None or kept.about["shape"] != asdict(choice.shape):
@@ -126,9 +128,15 @@ def index(
         )
 
 
-def drop(folder: str | os.PathLike[str]) -> None:
-    """Take away a store's index: all rows are compared from then on."""
-    shutil.rmtree(Path(folder) / INDEX_FOLDER, ignore_errors=True)
+def drop(folder: str | os.PathLike[str]) -> Candidates:
+    """Take away a store's index: all rows are compared from then on.
+
+    Raises:
+        StoreError: there is no store, or another process changes it.
+    """
+    with changing(folder) as store:
+        CompactIndex.remove(store.folder / INDEX_FOLDER)
+        return Candidates(store)
 
 
 def _about(
@@ -267,7 +275,7 @@ def _shapes(store: GradientStore, kind: Kind | None, dim: int | None) -> list[Sh
         least = _BITS_FROM if each == "pq" and kind is None else 0
         dims = [size for size in _DIMS if least <= size < store.dim]
         if not least and not dims:
-            dims = [store.dim]
+            dims = [max(1, store.dim // 2 * 2) if each == "pq" else store.dim]
         shapes += [Shape(each, size, lists if each == "ivf" else 0) for size in ([dim] if dim else dims)]
     budget = 2 * available_bytes(torch.device("cpu"))  # half of what is free
     fitting = [shape for shape in shapes if shape.bytes_for(store.n_train) <= budget]

@@ -2,7 +2,8 @@
 
 from .compact import MANIFEST as MANIFEST
 from .compact import CompactIndex as CompactIndex
-from .compact import damage as damage
+from .compact import LeftOut as LeftOut
+from .compact import checked as checked
 from .flat import SearchIndex as SearchIndex
 from .gpu import devices as devices
 from .library import paired_products as paired_products

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import IndexFileError
-from ..files import discard, flush, put_in_place, read_checked, sha256, storing, temporary_for, write_checked
+from ..files import discard, flush, put_in_place, read_checked, sha256, signature, storing, temporary_for, write_checked
 from . import gpu
 from .flat import Blocks, checked_query, ranked
 from .library import load_faiss
@@ -21,6 +22,25 @@ from .shapes import Rows, Shape, made
 FORMAT, VERSION = "gradindex-index", 1
 MANIFEST = "manifest.json"
 _WRITTEN_BYTES = 1 << 20
+
+
+class LeftOut:
+    """Rows that an index has and no answer may; made once for many searches.
+
+    Args:
+        ids: (m,) int64, ascending.
+    """
+
+    def __init__(self, ids: NDArray[np.int64]) -> None:
+        faiss = load_faiss()
+        self.ids = ids
+        self._batch = faiss.IDSelectorBatch(ids)
+        self.selector = faiss.IDSelectorNot(self._batch)
+
+    def has(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of some ids these are."""
+        places = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.asarray(self.ids[places] == ids)
 
 
 class CompactIndex:
@@ -49,7 +69,7 @@ class CompactIndex:
         seed: int = 0,
         gpus: Sequence[int] = (),
     ) -> CompactIndex:
-        """Make an index; rows stream, for ``"ivf"`` three times.
+        """Make an index; rows stream, for ``"ivf"`` three times, for ``"flat"`` twice.
 
         Args:
             shape: what to make.
@@ -66,7 +86,7 @@ class CompactIndex:
         return cls(index, about, gpus)
 
     def search(
-        self, query: NDArray[np.float32], k: int, *, probes: int = 1, removed: NDArray[np.int64] | None = None
+        self, query: NDArray[np.float32], k: int, *, probes: int = 1, removed: LeftOut | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Candidates by their inner product in the index's directions.
 
@@ -74,7 +94,7 @@ class CompactIndex:
             query: (n_query, n) float32, negated for opponents.
             k: how many, at least 1.
             probes: lists looked into, for ``"ivf"``.
-            removed: ids to leave out.
+            removed: rows to leave out.
 
         Returns:
             Scores and ids (n_query, k), by score descending, then id ascending. Where fewer are found, ids
@@ -85,17 +105,17 @@ class CompactIndex:
             ArgumentError: the query is not finite.
         """
         faiss, query = load_faiss(), checked_query(query, self.about["dim"])
-        removed = None if removed is None or not len(removed) else removed
+        removed = None if removed is None or not len(removed.ids) else removed
         count = self.about["rows"]
         found = min(k, count)
         # GPUs and short codes know no way to leave out rows: more are found, and those dropped.
-        more = min(found + (0 if removed is None else len(removed)), count)
+        more = min(found + (0 if removed is None else len(removed.ids)), count)
         if self._copy is not None and max(more, probes) <= gpu.MOST:
             scores, ids = self._copy.search(np.ascontiguousarray(query @ self._turn), more, probes)
         elif self.about["shape"]["kind"] == "pq":
             scores, ids = self._index.search(query, more)
         else:
-            selector = None if removed is None else faiss.IDSelectorNot(faiss.IDSelectorBatch(removed))
+            selector = None if removed is None else removed.selector
             inner = faiss.SearchParameters(sel=selector)
             if self.about["shape"]["kind"] == "ivf":
                 inner = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
@@ -104,7 +124,7 @@ class CompactIndex:
             options = faiss.SearchParametersPreTransform(index_params=inner)
             scores, ids = self._index.search(query, found, params=options)
         if removed is not None:
-            ids = np.where(np.isin(ids, removed), -1, ids)
+            ids = np.where(removed.has(ids), -1, ids)
         scores = np.where(ids < 0, -np.inf, scores).astype(np.float32)  # FAISS pads with a score like any other
         return ranked(scores, ids.astype(np.int64), found)
 
@@ -145,20 +165,35 @@ class CompactIndex:
         Raises:
             IndexFileError: damaged, of a newer version, or not an index that searches by inner product.
         """
-        if not (folder / MANIFEST).exists():
+        seen = signature(folder / MANIFEST)
+        if seen is None:
             return None
-        problem = damage(folder)
-        if problem:
-            raise IndexFileError(f"{problem}. Make the index again: gradindex index {folder.parent}.")
-        faiss, about = load_faiss(), read_checked(folder / MANIFEST)
-        path = folder / about["file"]["name"]
-        mapped = about["shape"]["kind"] == "ivf" and not gpus
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if mapped else 0)
+        try:
+            about = checked(folder)
+            faiss, path = load_faiss(), folder / about["file"]["name"]
+            mapped = about["shape"]["kind"] == "ivf" and not gpus
+            try:
+                index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if mapped else 0)
+            except RuntimeError as error:
+                raise IndexFileError(f"{path} cannot be read by FAISS ({str(error)[:100]})") from None
+        except IndexFileError as error:
+            if seen != signature(folder / MANIFEST):  # another has taken its place, or it was taken away
+                return cls.load(folder, gpus)
+            raise IndexFileError(
+                f"{error}. Make the index again: gradindex index {folder.parent}; or search all rows: the same with "
+                "--drop."
+            ) from None
         if mapped:  # starting threads that read ahead takes six times as long as searching what is in memory
             faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists).prefetch_nthread = 0
         if index.metric_type != faiss.METRIC_INNER_PRODUCT or index.d != about["dim"]:
             raise IndexFileError(f"{path} is not the index that its manifest tells of. Make it again: gradindex index.")
         return cls(index, about, gpus)
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Take an index away, if there is one: first what makes it the store's."""
+        discard(folder / MANIFEST)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _written(faiss: Any, index: Any, path: Path) -> dict[str, Any]:
@@ -176,20 +211,24 @@ def _written(faiss: Any, index: Any, path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": state.hexdigest()}
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with the index in ``folder``, or ``None``; nothing is given to FAISS."""
+def checked(folder: Path) -> dict[str, Any]:
+    """What the manifest says of the index in ``folder``, whose file has the size and checksum that it tells.
+
+    Raises:
+        IndexFileError: says what is wrong; nothing was given to FAISS.
+    """
     path = folder / MANIFEST
     try:
-        about = read_checked(path)
+        about: dict[str, Any] = read_checked(path)
         if about["format"] != FORMAT:
             raise ValueError("another format")
         if about["version"] > VERSION:
-            return f"{path} has version {about['version']}, but this gradindex reads up to {VERSION}"
+            raise IndexFileError(f"{path} has version {about['version']}, but this gradindex reads up to {VERSION}")
         path = folder / about["file"]["name"]
         if path.stat().st_size != about["file"]["bytes"] or sha256(path) != about["file"]["sha256"]:
             raise ValueError("it has another size or checksum than when it was written")
     except FileNotFoundError:
-        return f"{path} is missing"
+        raise IndexFileError(f"{path} is missing") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{path} is damaged ({error})"
-    return None
+        raise IndexFileError(f"{path} is damaged ({error})") from None
+    return about

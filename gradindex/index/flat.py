@@ -50,9 +50,21 @@ class SearchIndex:
             if not len(some):
                 continue
             rows = np.ascontiguousarray(rows, dtype=np.float32)
-            found, places = gpu.knn(query, rows, min(k, len(rows)), self._gpus)
+            found, places = self._best(query, rows, min(k, len(rows)))
             scores, ids = ranked(np.concatenate([scores, found], 1), np.concatenate([ids, some[places]], 1), k)
         return scores, ids
+
+    def _best(
+        self, query: NDArray[np.float32], rows: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """At least the k best rows; FAISS keeps any of equal ones, so all that are equal to the k-th are asked for."""
+        width = k
+        while True:
+            width = min(width + 1, len(rows))
+            found, places = gpu.knn(query, rows, width, self._gpus)
+            if width == len(rows) or (found[:, -1] < found[:, k - 1]).all():
+                return found, places
+            width *= 2
 
 
 def checked_query(query: NDArray[np.float32], dim: int) -> NDArray[np.float32]:

@@ -107,7 +107,14 @@ def train_centroids(rows: NDArray[np.float32], count: int, iterations: int, seed
     """(count, d) unit-normed centroids of directions, by spherical k-means."""
     faiss = load_faiss()
     means = faiss.Kmeans(
-        rows.shape[1], count, niter=iterations, spherical=True, seed=seed, verbose=False, gpu=len(gpus) or False
+        rows.shape[1],
+        count,
+        niter=iterations,
+        spherical=True,
+        seed=seed,
+        verbose=False,
+        gpu=len(gpus) or False,
+        min_points_per_centroid=1,
     )
     means.train(rows)
     return means.centroids.reshape(count, rows.shape[1])

@@ -28,6 +28,8 @@ _NORM_QUANTILE = 0.9
 _OVERSAMPLING, _POWER_ITERATIONS = 16, 3
 _KMEANS_ITERATIONS, _ROWS_PER_LIST = 10, 39  # fewer, and FAISS warns
 _NUMBERS_A_CODE, _CODE_BITS = 2, 4
+# A byte's range goes up to this many times the largest size in the sample; rows beyond it are coded shorter.
+_WIDEST = 8
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Rows:
 
 
 def made(shape: Shape, rows: Rows) -> Any:
-    """A FAISS ``IndexPreTransform`` with inner product; rows stream, for ``"ivf"`` three times.
+    """A FAISS ``IndexPreTransform`` with inner product; rows stream, for ``"ivf"`` three times, for ``"flat"`` twice.
 
     Raises:
         ArgumentError: more directions than a row has numbers, or more lists than there are rows.
@@ -141,13 +143,51 @@ def _flat(shape: Shape, rows: Rows) -> Any:
     if shape.kind == "pq":
         codes = faiss.IndexPQFastScan(shape.dim, shape.dim // _NUMBERS_A_CODE, _CODE_BITS, faiss.METRIC_INNER_PRODUCT)
         codes.pq.cp.seed = rows.seed + 1
+        codes.pq.cp.min_points_per_centroid = 1  # FAISS warns of few, a line for each two numbers
     else:
         codes = faiss.index_factory(shape.dim, "SQ8", faiss.METRIC_INNER_PRODUCT)
     inner = faiss.IndexIDMap2(codes)
-    inner.train(rows.sample)
+    if shape.kind == "pq":
+        inner.train(rows.sample)
+        for ids, some in rows.blocks():
+            inner.add_with_ids(some, ids)
+        return inner
+    reach = _Reach(rows.sample)
+    for _, some in rows.blocks():
+        reach.add(some)
+    inner.train(reach.ends)
     for ids, some in rows.blocks():
-        inner.add_with_ids(some, ids)
+        inner.add_with_ids(reach.within(some), ids)
     return inner
+
+
+class _Reach:
+    """How far each number goes over all rows: bytes that ended where a sample does would cut the heaviest rows short.
+
+    A few enormous rows must not leave all others in a handful of the 256 steps. They are coded in their own direction,
+    but shorter, which still puts them before the others.
+    """
+
+    def __init__(self, sample: NDArray[np.float32]) -> None:
+        self._low, self._high = sample.min(0), sample.max(0)
+        self._most = _WIDEST * np.abs(sample).max()
+
+    def add(self, rows: NDArray[np.float32]) -> None:
+        rows = self.within(rows)
+        self._low, self._high = np.minimum(self._low, rows.min(0)), np.maximum(self._high, rows.max(0))
+
+    def within(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The rows, enormous ones shortened."""
+        sizes = np.maximum(rows.max(1), -rows.min(1))
+        if (sizes <= self._most).all():
+            return rows
+        shorter: NDArray[np.float32] = rows * (self._most / np.maximum(sizes, self._most))[:, None]
+        return shorter
+
+    @property
+    def ends(self) -> NDArray[np.float32]:
+        """(2, dim), what FAISS's bytes take their range from."""
+        return np.stack([self._low, self._high])
 
 
 def _norm_aware_lists(shape: Shape, rows: Rows) -> Any:
@@ -160,8 +200,9 @@ def _norm_aware_lists(shape: Shape, rows: Rows) -> Any:
     centroids = gpu.train_centroids(spread, shape.lists, _KMEANS_ITERATIONS, rows.seed, rows.gpus)
     del spread
     finder = gpu.nearest(centroids, rows.gpus)
-    assigned, lengths = [], []
+    assigned, lengths, reach = [], [], _Reach(rows.sample)
     for _, some in rows.blocks():
+        reach.add(some)
         assigned.append(finder.search(some, 1)[1][:, 0])  # the norm of a row does not change its nearest direction
         lengths.append(np.linalg.norm(some, axis=1))
     lists = np.concatenate(assigned)
@@ -170,11 +211,11 @@ def _norm_aware_lists(shape: Shape, rows: Rows) -> Any:
     inner = faiss.IndexIVFScalarQuantizer(
         quantizer, shape.dim, shape.lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT, False
     )
-    inner.train(rows.sample)
+    inner.train(reach.ends)
     start = 0
     for ids, some in rows.blocks():
         mine = np.ascontiguousarray(lists[start : start + len(ids)])
-        ids = np.ascontiguousarray(ids)
+        some, ids = reach.within(some), np.ascontiguousarray(ids)
         inner.add_core(len(ids), faiss.swig_ptr(some), faiss.swig_ptr(ids), faiss.swig_ptr(mine))
         start += len(ids)
     return inner  # which keeps the quantizer alive

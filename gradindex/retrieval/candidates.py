@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import signature
-from ..index import MANIFEST, CompactIndex, SearchIndex, devices
+from ..index import MANIFEST, CompactIndex, LeftOut, SearchIndex, devices, paired_products
 from ..store import GradientStore, runs
 
 INDEX_FOLDER = "index"
@@ -38,8 +38,8 @@ class Candidates:
     """Finds the rows with the largest inner products with a query's row.
 
     An index proposes rows by a few numbers each; their full rows settle the order, so that scores are the same with
-    and without one. Rows that came after the index are compared in full, and removed ones left out, so that an index
-    is never out of date; only rows that are other ones, because the map has changed, make it useless.
+    and without one, but for rounding. Rows that came after the index are compared in full, and removed ones left out,
+    so that an index is never out of date; only rows that are other ones, because the map has changed, make it useless.
 
     Args:
         store: a complete one.
@@ -75,7 +75,7 @@ class Candidates:
             live = store.id_runs
             covered = self.index.about["ids"] if own else live
             self._new = runs.without(live, covered)
-            self._gone = runs.to_ids(runs.without(covered, live))
+            self._gone = LeftOut(runs.to_ids(runs.without(covered, live)))
 
     @property
     def n_train(self) -> int:
@@ -97,6 +97,8 @@ class Candidates:
         shape, recall = self.index.about["shape"], self.index.about["recall"]
         lists = f", {shape['lists']} lists" if shape["kind"] == "ivf" else ""
         new = f"; {runs.count(self._new):,} newer rows are compared in full" if len(self._new) else ""
+        gone = len(self._gone.ids)
+        new += f"; {gone:,} removed rows are passed over, which a new index need not" if gone else ""
         return (
             f"index {shape['kind']} of {shape['dim']} numbers{lists}, recall@{recall['k']} at least "
             f"{min(recall['proponents_at_least'], recall['opponents_at_least']):.4f} ({recall['against']}){new}"
@@ -151,7 +153,7 @@ class Candidates:
                 scores[number : number + 1], ids[number : number + 1] = self._all_rows(query[number : number + 1], k)
                 most = n
                 continue
-            products = np.concatenate([rows @ row for rows in self._gathered(some)])
+            products = self.products(row, some)
             best = np.lexsort((some, -products))[:k]
             scores[number], ids[number] = products[best], some[best]
             most = max(most, len(some) + self.newer - newer.shape[1])
@@ -189,10 +191,13 @@ class Candidates:
         store = self._store
         return SearchIndex(store.dim, store.n_train, store.blocks, self._gpus).search(query, k)
 
-    def _gathered(self, ids: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
-        """Rows of ascending ids, some at a time."""
+    def products(self, row: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(m,) inner products of a query's row with the rows of ascending ids, each computed alone."""
+        found = [np.empty(0, dtype=np.float32)]
         for some in pieces(ids, _GATHERED_BYTES // (4 * self._store.dim)):
-            yield self._store.rows(some)
+            rows, places = np.ascontiguousarray(self._store.rows(some), dtype=np.float32), np.arange(len(some))
+            found += paired_products(np.zeros_like(places), places, [(np.ascontiguousarray(row[None]), rows)])
+        return np.concatenate(found)
 
     def _best_of_new(self, query: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The best, (n_query, at most k), of the rows that are not in the index, which are all compared."""

@@ -142,7 +142,12 @@ def read_ids(path: Path) -> NDArray[np.int64]:
         if path.suffix == ".npy":
             return runs.as_ids(np.load(path, allow_pickle=False)).ravel()
         return np.array([int(line) for line in path.read_text().split()], dtype=np.int64)
-    except (OSError, ValueError, OverflowError) as error:  # ArgumentError is a ValueError and says what is wrong
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        OverflowError,
+    ) as error:  # ArgumentError is a ValueError and says what is wrong
         raise ArgumentError(
             f"{path} holds no ids ({str(error)[:100]}). Write one whole number a line, or save an array as .npy."
         ) from None

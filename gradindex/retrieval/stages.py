@@ -26,7 +26,7 @@ Rerank = Literal["exact", "rows", "none"]
 _DEFAULT_K, _FAISS_K = 10, 1024
 # Ids whose exact scores stream together where all are scored.
 _STREAMED = 1 << 16
-# How far exact scores may differ that were summed in another order, as a share.
+# How far scores may differ that were summed in another order, as a share.
 _ROUNDING = 1e-4
 # What is searched for a kind: each with the query or with its negation, never as the lowest of what was found.
 _SIGNS: Mapping[Kind, Sequence[Kind]] = {
@@ -65,23 +65,26 @@ class Question:
             raise ArgumentError(f"rerank is {self.rerank!r}, but must be one of: {', '.join(get_args(Rerank))}.")
         if self.at_least is not None and math.isnan(self.at_least):
             raise ArgumentError("at_least is NaN, but must be a number.")
-        if self.candidates is not None and (self.rerank != "exact" or self.candidates < (self.k or 1)):
-            raise ArgumentError(
-                f"candidates is {self.candidates}, but must be at least k, {self.k or 1}, and goes with "
-                "rerank='exact' alone."
-            )
+        if self.candidates is not None and self.rerank != "exact":
+            raise ArgumentError(f"candidates go to exact scores, but rerank is {self.rerank!r}. Leave one of them out.")
+
+    @property
+    def a_little_less(self) -> float | None:
+        """``at_least``, less what scores differ by that were summed in another order."""
+        return None if self.at_least is None else self.at_least - _ROUNDING * abs(self.at_least)
 
     def most(self, n_train: int) -> int | None:
         """How many hits a query of a store of so many rows has at most; ``None`` for all that reach the threshold.
 
         Raises:
-            ArgumentError: ``k`` is below 1 or above ``n_train``.
+            ArgumentError: ``k`` is below 1 or above ``n_train``, or ``candidates`` below it.
         """
         if self.k is not None:
             check_k(self.k, n_train)
-        elif self.at_least is None:
-            return min(_DEFAULT_K, n_train)
-        return self.k
+        most = min(_DEFAULT_K, n_train) if self.k is None and self.at_least is None else self.k
+        if self.candidates is not None and self.candidates < (most or 1):
+            raise ArgumentError(f"candidates is {self.candidates}, but must be at least k, {most or 1}.")
+        return most
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,8 @@ class Search:
             effort = self._effort(self._k)
             if effort is not None:
                 return self._estimated(kinds, self._k, effort)
-        found, stages = self._by_rows(kinds, self._k, question.at_least)
-        return [Answer(found[kind], stages, "rows") for kind in kinds]
+        found, stages = self._by_rows(kinds, self._k, question.a_little_less)
+        return [Answer(self._by_row_alone(kind, found[kind]), stages, "rows") for kind in kinds]
 
     def _effort(self, k: int) -> Effort | None:
         """How far the index goes for this question; ``None`` where all rows, or all that are allowed, are compared."""
@@ -195,6 +198,16 @@ class Search:
             by_sign[sign], most = self._ragged(sign, (scores, ids)), max(most, compared)
         proposed = () if effort is None else (Stage("index", max(k, effort.proposals)),)
         return {kind: self._best_of(kind, by_sign, k) for kind in kinds}, (*proposed, Stage("rows", most))
+
+    def _by_row_alone(self, kind: Kind, found: list[Ranked]) -> list[Ranked]:
+        """The same, each row's product computed alone: equal rows have equal scores, and ids decide.
+
+        In a product of matrices, a row's sum may be rounded otherwise than an equal one's elsewhere.
+        """
+        lists = [np.sort(ids) for ids, _ in found]
+        scores = [self._candidates.products(row, ids) for row, ids in zip(self._queries.rows, lists, strict=True)]
+        least = self._question.at_least
+        return [ranked(kind, *each, self._k, least) for each in zip(lists, scores, strict=True)]
 
     def _signed(self, sign: Kind) -> NDArray[np.float32]:
         rows = self._queries.rows
@@ -303,9 +316,7 @@ class Search:
 
     def _all_exact(self, kinds: Sequence[Kind]) -> list[Answer]:
         """Exact scores, from factors, of all that may answer."""
-        question, allowed = self._question, self._allowed
-        assert question.at_least is not None
-        least = question.at_least - _ROUNDING * abs(question.at_least)
+        allowed, least = self._allowed, self._question.a_little_less
         best = {kind: Best(kind, len(self._queries), self._k, least) for kind in kinds}
         looked_at = np.zeros(len(self._queries), dtype=np.int64)
         for some in self._everyone():
@@ -323,7 +334,7 @@ class Search:
         Scores of all rows come from products of matrices, which round otherwise.
         """
         if self._queries.weights is not None:
-            return found
+            return [ranked(kind, *each, self._k, self._question.at_least) for each in found]
         lists = [np.sort(ids) for ids, _ in found]
         pairs = zip(lists, self._each_its_own(lists), strict=True)
         return [ranked(kind, ids, scores, self._k, self._question.at_least) for ids, scores in pairs]
