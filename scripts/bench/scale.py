@@ -247,8 +247,7 @@ def growth(bench: Bench) -> None:
         store, task = store_of("augmented", n), task_of("augmented", n)
         half = task.n_query // 2
         tuning = gradindex.load(store.folder, _with_queries(task, range(half)), use_index=False)
-        # At 1,000,000 rows the bound stays at 0.989 whatever the effort that is tried.
-        evaluation.index(store.folder, recall=0.98, k=K, n_query=TUNED, retriever=tuning)
+        evaluation.index(store.folder, recall=0.99, k=K, n_query=TUNED, retriever=tuning)
         retriever = gradindex.load(store.folder, _with_queries(task, range(half, 2 * half)))
         singles = [retriever.ask([position]) for position in range(100)]
         medians.append(np.median([timed(partial(retriever.search, asked, K), 1) for asked in singles]))
