@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ _DIMS = (16, 32, 64, 128, 256, 512, 1024)
 _SMALL = 2_000
 # With fewer rows than this, lists cost more recall than they save time.
 _LISTS_FROM = 100_000
-_LISTS = 4  # times the square root of the number of rows, at most
+_LISTS = 4  # times the square root of the number of rows, about
 # Codes of two bits a number are tried up to so many rows, for all are compared, and from so many numbers on.
 _SCANNED, _BITS_FROM = 500_000, 256
 _PROPOSALS = (1, 2, 3, 4, 5, 6, 8, 12, 20, 40)  # times k
@@ -266,7 +267,7 @@ def _shapes(store: GradientStore, kind: Kind | None, dim: int | None) -> list[Sh
     if dim is not None and not 1 <= dim <= store.dim:
         raise ArgumentError(f"dim is {dim}, but must be from 1 to the numbers in a row, {store.dim}.")
     n = store.n_train
-    lists = 1 << (int(_LISTS * n**0.5).bit_length() - 1)
+    lists = 1 << round(math.log2(_LISTS * n**0.5))
     kinds: list[Kind] = [kind] if kind else ["ivf" if n >= _LISTS_FROM else "flat"]
     if kind is None and dim is None and n <= _SCANNED:
         kinds.append("pq")
