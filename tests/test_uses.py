@@ -110,7 +110,7 @@ def test_a_use_that_the_check_did_not_see_stops_the_build(tmp_path):
     ):
         gradindex.exact_scores(task, list(task.query))
     some = gradindex.exact_scores(task, list(task.query), np.array([0, 1, 2, 3, 4]))
-    np.testing.assert_allclose(some, expected[:, :5])
+    np.testing.assert_allclose(some, expected[:, :5], rtol=1e-5, atol=1e-6)  # batches of another size round otherwise
 
 
 class Gated(Moody):
