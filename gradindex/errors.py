@@ -6,6 +6,12 @@ sentence: what, expected, got, and the way out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Characters of another's message that are shown: one line, not a page.
+_LONGEST = 300
+
 
 class GradIndexError(Exception):
     """Base of all errors below; the command line prints it as one line and exits with 1."""
@@ -17,6 +23,10 @@ class ArgumentError(GradIndexError, ValueError):
 
 class TaskError(GradIndexError, ValueError):
     """The task (model, data, layers, columns) cannot be used as it is."""
+
+
+class UserCodeError(TaskError, RuntimeError):
+    """The user's own code (loss, collate, data set, show) raised; ``__cause__`` is what it raised."""
 
 
 class CheckpointError(GradIndexError, ValueError):
@@ -57,6 +67,42 @@ class MismatchError(GradIndexError, ValueError):
 
 class DependencyError(GradIndexError, ImportError):
     """An optional package is missing or installed twice."""
+
+
+@contextmanager
+def user_code(what: str, hint: str = "") -> Iterator[None]:
+    """Whatever the user's own code raises becomes one line that says whose code failed; its traceback stays the cause.
+
+    Our own errors pass, and so does running out of memory, which batches are halved for.
+
+    Args:
+        what: whose code and on what, such as ``"The loss (training examples 0 to 31)"``; the line goes on with
+            "failed".
+        hint: the way out, where one is known.
+
+    Raises:
+        UserCodeError: the block raised.
+    """
+    try:
+        yield
+    except (GradIndexError, MemoryError):
+        raise
+    except Exception as error:  # whatever it is, it is theirs (StopIteration too, which would end a loop of ours)
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())
+        reason = f": {reason if len(reason) <= _LONGEST else reason[: _LONGEST - 3] + '...'}" if reason else ""
+        raise UserCodeError(
+            f"{what} failed: {type(error).__name__}{reason}{'' if reason.endswith(('.', '!', '?')) else '.'}"
+            f"{hint and ' '}{hint}"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that memory ran out."""
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def check_k(k: int, n_train: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import ArgumentError, OutOfMemoryError
+from .errors import ArgumentError, OutOfMemoryError, is_out_of_memory
 from .tree import tensors
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def in_halves(
     try:
         return action(items)
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+        if not is_out_of_memory(error):
             raise
         if len(items) == 1:
             wanted = re.search(r"[Tt]ried to allocate ([\d.]+) ?(\w+)", str(error))

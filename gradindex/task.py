@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .checkpoint import Checkpoint
-from .errors import ArgumentError, GradIndexError, TaskError
+from .errors import ArgumentError, TaskError, user_code
 from .tree import digest, preserved_random_state
 
 Column = Sequence[Any] | NDArray[Any] | Tensor
@@ -282,12 +282,8 @@ def _import_module(name: str) -> Any:
 
 
 def _running(what: str, action: Callable[[], Any]) -> Any:
-    try:
+    with user_code(what):
         return action()
-    except GradIndexError:
-        raise
-    except Exception as error:  # whatever the user's file raises is theirs; it becomes one line
-        raise TaskError(f"{what} failed: {type(error).__name__}: {error}") from error
 
 
 def _check_data_set(role: str, data: object) -> None:

@@ -46,7 +46,7 @@ class _OneLineErrors(click.Group):
         try:
             return super().invoke(ctx)
         except GradIndexError as error:
-            if ctx.params["traceback"]:
+            if ctx.params["debug"]:
                 raise
             raise click.ClickException(" ".join(str(error).split())) from error
         except KeyboardInterrupt:
@@ -58,8 +58,8 @@ class _OneLineErrors(click.Group):
 
 @click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("--traceback", is_flag=True, help="On an error, show where it came from.")
-def main(traceback: bool) -> None:
+@click.option("--debug", "--traceback", is_flag=True, help="On an error, show where it came from.")
+def main(debug: bool) -> None:
     """Which training examples made my model do this? Answered by TracIn, as a search engine."""
 
 
