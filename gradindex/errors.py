@@ -6,9 +6,6 @@ sentence: what, expected, got, and the way out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 # Characters of another's message that are shown: one line, not a page.
 _LONGEST = 300
 
@@ -27,6 +24,10 @@ class TaskError(GradIndexError, ValueError):
 
 class UserCodeError(TaskError, RuntimeError):
     """The user's own code (loss, collate, data set, show) raised; ``__cause__`` is what it raised."""
+
+
+class WorkerError(GradIndexError, RuntimeError):
+    """A process that reads training examples died."""
 
 
 class CheckpointError(GradIndexError, ValueError):
@@ -69,11 +70,11 @@ class DependencyError(GradIndexError, ImportError):
     """An optional package is missing or installed twice."""
 
 
-@contextmanager
-def user_code(what: str, hint: str = "") -> Iterator[None]:
+class user_code:  # noqa: N801 - reads as the verb that it is
     """Whatever the user's own code raises becomes one line that says whose code failed; its traceback stays the cause.
 
-    Our own errors pass, and so does running out of memory, which batches are halved for.
+    Our own errors pass, and so does running out of memory, which batches are halved for. No generator-based context
+    manager: ``contextlib`` takes a ``RuntimeError`` that a ``StopIteration`` caused for that ``StopIteration``.
 
     Args:
         what: whose code and on what, such as ``"The loss (training examples 0 to 31)"``; the line goes on with
@@ -83,18 +84,24 @@ def user_code(what: str, hint: str = "") -> Iterator[None]:
     Raises:
         UserCodeError: the block raised.
     """
-    try:
-        yield
-    except (GradIndexError, MemoryError):
-        raise
-    except Exception as error:  # whatever it is, it is theirs (StopIteration too, which would end a loop of ours)
-        if is_out_of_memory(error):
-            raise
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        self._what, self._hint = what, hint
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Whatever it is, it is theirs: StopIteration too, which would end a loop of ours.
+        if not isinstance(error, Exception) or isinstance(error, (GradIndexError, MemoryError)):
+            return
+        if is_out_of_memory(error) or is_worker_death(error):
+            return
         reason = " ".join(str(error).split())
         reason = f": {reason if len(reason) <= _LONGEST else reason[: _LONGEST - 3] + '...'}" if reason else ""
         raise UserCodeError(
-            f"{what} failed: {type(error).__name__}{reason}{'' if reason.endswith(('.', '!', '?')) else '.'}"
-            f"{hint and ' '}{hint}"
+            f"{self._what} failed: {type(error).__name__}{reason}{'' if reason.endswith(('.', '!', '?')) else '.'}"
+            f"{self._hint and ' '}{self._hint}"
         ) from error
 
 
@@ -103,6 +110,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+def is_worker_death(error: BaseException) -> bool:
+    """Whether torch says that a reading process died, which it raises wherever this process is at that moment."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
 def check_k(k: int, n_train: int) -> None:

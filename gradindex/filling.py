@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 
-from .errors import GradIndexError
 from .gradients import Engine, Precision
 from .index import require
 from .matching import check_losses
 from .progress import note, progress
 from .projection import Bases, Projection
+from .reading import read, reading_processes
 from .rows import RowBatch, RowMaker
 from .store import GradientStore, Job, Part, read_bases, runs
 from .task import Task, example_digest, sampled
@@ -76,7 +75,11 @@ def fill(
     done, total = job.rows_done(part)
     if done:
         note(f"{job.folder}: going on, {done:,} of {total:,} rows are there")
-    with threads(job.after["threads"]), progress("gradients", total, "rows", done) as advance:
+    with (
+        threads(job.after["threads"]),
+        reading_processes(),
+        progress("gradients", total, "rows", done) as advance,
+    ):
         for missing in job.missing(part):
             ids = runs.to_ids(missing["ids"])
             samples: list[tuple[int, str]] = []
@@ -111,30 +114,8 @@ def batches(
     """Ids and rows, batch by batch; each example is read once, and the digests of some are added to ``samples``."""
     wanted = set(sampled(ids).tolist())
     start = 0
-    for items in DataLoader(_Examples(task, ids), manifest["batch_size"], collate_fn=list, num_workers=workers):
-        for item in items:
-            if isinstance(item, GradIndexError):
-                raise item
+    for items in read(task, ids, manifest["batch_size"], workers):
         some = ids[start : start + len(items)]
         start += len(items)
         samples += [(int(i), example_digest(item)) for i, item in zip(some, items, strict=True) if int(i) in wanted]
         yield some, maker.rows(items, [f"Training example {i}" for i in some], "train")
-
-
-class _Examples(Dataset[Any]):
-    """Training examples by their place among ids; an error for people comes in the place of its example.
-
-    For what a worker raises arrives wrapped in its traceback.
-    """
-
-    def __init__(self, task: Task, ids: NDArray[np.int64]) -> None:
-        self._train, self._ids = task.train, ids
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, place: int) -> Any:
-        try:
-            return self._train[int(self._ids[place])]
-        except GradIndexError as error:
-            return error

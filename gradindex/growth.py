@@ -16,6 +16,7 @@ from .filling import batches, fill, planned, row_maker, running, threads
 from .gradients import Engine
 from .matching import check_task
 from .projection import Projection
+from .reading import reading_processes
 from .rows import describe, fit_bases
 from .store import (
     GradientStore,
@@ -171,6 +172,7 @@ def repair(
                 columns = partial(task.column_arrays, "train")
                 with (
                     threads(manifest["threads"]),
+                    reading_processes(),
                     rewritten(store, number, columns, task.sample_digests) as (ids, writer),
                 ):
                     for _, batch in batches(maker, task, ids, manifest, workers, []):

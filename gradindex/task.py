@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .checkpoint import Checkpoint
-from .errors import ArgumentError, TaskError, user_code
+from .errors import ArgumentError, GradIndexError, OutOfMemoryError, TaskError, is_out_of_memory, user_code
 from .tree import digest, preserved_random_state
 
 Column = Sequence[Any] | NDArray[Any] | Tensor
@@ -126,7 +126,7 @@ class Task:
 
     def examples(self, ids: Iterable[Any]) -> list[Any]:
         """Training examples by id."""
-        return [self.train[int(i)] for i in ids]
+        return [read_example(self.train, int(i), "training") for i in ids]
 
     def read_queries(self, path: Path) -> list[Any]:
         """Items from a file, by the task's own ``read_query``.
@@ -183,12 +183,12 @@ class Task:
     def sample_digests(self, ids: NDArray[np.int64]) -> list[tuple[int, str]]:
         """Ids and digests of those training examples among ``ids`` that stand for all (:func:`sampled`)."""
         with preserved_random_state():
-            return [(int(i), example_digest(self.train[int(i)])) for i in sampled(ids)]
+            return [(int(i), example_digest(item)) for i in sampled(ids) for item in self.examples([i])]
 
     def differing(self, samples: Sequence[tuple[int, str]]) -> list[int]:
         """Ids whose training examples are not those that :meth:`sample_digests` saw."""
         with preserved_random_state():
-            return [i for i, then in samples if example_digest(self.train[i]) != then]
+            return [i for i, then in samples if example_digest(*self.examples([i])) != then]
 
     def check_reads_repeat(self) -> None:
         """Read a few training examples twice and refuse them if they differ.
@@ -221,6 +221,35 @@ def example_digest(item: Any) -> str:
     return digest(item).hex()[:32]
 
 
+def read_example(data: Any, position: int, role: str) -> Any:
+    """An example of a data set.
+
+    Args:
+        data: the data set.
+        position: of the example.
+        role: what to call it, such as ``"training"``.
+
+    Raises:
+        UserCodeError: the data set raised.
+        OutOfMemoryError: memory ran out.
+    """
+    try:
+        return data[position]
+    except GradIndexError:
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise OutOfMemoryError(
+                f"Reading {role} example {position} ran out of memory. Use fewer workers, or a data set that reads "
+                "its examples one by one."
+            ) from error
+        hint = f"The data set has a length of {len(data)}, so it must have that example." * isinstance(
+            error, IndexError
+        )
+        with user_code(f"Reading {role} example {position}", hint):
+            raise
+
+
 def load_task(name: str) -> Task:
     """Import a task by name.
 
@@ -251,7 +280,7 @@ def import_by_name(name: str, what: str) -> Any:
     source, colon, attribute = name.rpartition(":")
     if not colon or not source or not attribute:
         raise TaskError(f"{name!r} does not name {what}. Write path/to/file.py:name or package.module:name.")
-    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
+    module = import_file(Path(source)) if source.endswith(".py") else _import_module(source)
     try:
         return getattr(module, attribute)
     except AttributeError:
@@ -260,19 +289,49 @@ def import_by_name(name: str, what: str) -> Any:
         raise TaskError(f"{source} has no {attribute!r}.{hint}") from None
 
 
-def _import_file(path: Path) -> Any:
+# By the name of its module, which no import finds, a file that a task was loaded from.
+_task_files: dict[str, Path] = {}
+
+
+def task_files() -> Mapping[str, Path]:
+    """The files that were imported by their paths, by the names of their modules: another process needs both."""
+    return dict(_task_files)
+
+
+def import_file(path: Path, name: str | None = None) -> Any:
+    """Import a file as a module.
+
+    Args:
+        path: the file.
+        name: of the module, if it may be there already; by default one is chosen, and the file runs again.
+
+    Raises:
+        TaskError: there is no such file, or it failed.
+    """
+    if name is not None and name in sys.modules:
+        return sys.modules[name]
     if not path.is_file():
         raise TaskError(f"Task file {path} does not exist. Check the path.")
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # as `python path/to/file.py` would, so that it can import its neighbours
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    whole = path.resolve()
+    if str(whole.parent) not in sys.path:
+        sys.path.insert(0, str(whole.parent))  # as `python path/to/file.py` would, so that it can import its neighbours
+    name = name or _module_name(whole)
+    spec = importlib.util.spec_from_file_location(name, whole)
     if spec is None or spec.loader is None:
         raise TaskError(f"Task file {path} cannot be imported.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickle look their module up by name
+    sys.modules[name], _task_files[name] = module, whole  # dataclasses and pickle look their module up by name
     _running(f"Importing {path}", functools.partial(spec.loader.exec_module, module))
     return module
+
+
+def _module_name(path: Path) -> str:
+    """The file's own, unless another module has it: what that one defined must still be found by its name."""
+    name, number = path.stem, 1
+    while name in sys.modules and _task_files.get(name) != path:
+        number += 1
+        name = f"{path.stem}_{number}"
+    return name
 
 
 def _import_module(name: str) -> Any:

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import gradindex
 from gradindex import building, files
-from gradindex.errors import ArgumentError, MismatchError, NonFiniteGradientError, StoreError
+from gradindex.errors import ArgumentError, MismatchError, NonFiniteGradientError, StoreError, UserCodeError
 from gradindex.projection import Projection
 
 OPTIONS = {"projection": Projection(dim=8), "batch_size": 2, "shard_rows": 4}
@@ -72,7 +72,7 @@ def test_an_interrupted_build_goes_on_and_ends_as_if_nothing_had_happened(task, 
     monkeypatch.setattr(gradindex.Task, "data_fingerprint", lambda self: "always the same")
     whole = gradindex.build(task, tmp_path / "whole", **OPTIONS)
     data = Counted(task.train, bad=9)
-    with pytest.raises(OSError, match="network drive"):
+    with pytest.raises(UserCodeError, match="Reading training example 9 failed: OSError: the network drive is gone"):
         gradindex.build(replace(task, train=data), tmp_path / "store", **OPTIONS)
     with pytest.raises(StoreError, match=r"has not finished \(2 of 3 shards\)"):
         gradindex.GradientStore(tmp_path / "store")
