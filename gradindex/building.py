@@ -15,7 +15,7 @@ from .errors import ArgumentError, MismatchError
 from .estimating import Estimate, timed
 from .filling import fill, planned, running
 from .gradients import Engine, Precision
-from .matching import check_task
+from .matching import check_task, hint_at_frozen
 from .memory import available_bytes, largest_batch
 from .projection import Projection, SubspaceFit
 from .rows import FITTED_TO, Norms, RowMaker, describe, fit_bases, memory_of_pass, pick_batch_size
@@ -238,6 +238,7 @@ def _described(task: Task, engine: Engine, options: _Options) -> tuple[Projectio
     return projection, {
         "task": task.name,
         "map": describe(engine, projection, options.unit_norm),
+        "tracked": engine.tracked.described,
         "dim": projection.block_dim(engine.layers) * engine.n_checkpoints,
         "row_type": options.row_type,
         "factors": options.factors,
@@ -293,7 +294,7 @@ def _bases_of(other: GradientStore, folder: Path, described: Mapping[str, Any]) 
 
 def _check_built(store: GradientStore, described: Mapping[str, Any], engine: Engine) -> None:
     """A finished build is left as it is, if it is this one."""
-    task, stored = engine.task, store.manifest["next_id"]
+    task, stored, stored_map = engine.task, store.manifest["next_id"], store.manifest["map"]
     differing = differences(store.manifest, described)
     grown = stored < task.n_train and not differing
     if stored != task.n_train:
@@ -304,4 +305,5 @@ def _check_built(store: GradientStore, described: Mapping[str, Any], engine: Eng
     raise MismatchError(
         f"{store.folder} holds a build of another task: {'; '.join(differing)} differ. "
         f"Choose another folder, or delete this one.{' To add training examples: gradindex add.' if grown else ''}"
+        f"{hint_at_frozen(stored_map, engine)}"
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, CheckpointError, DependencyError
 from .files import sha256
-from .recorder import MODEL_KEY, RECORD_KEY, recorded_groups
+from .recorder import MODEL_KEY, RECORD_KEY, recorded_groups, recorded_training
 
 Weighting = Literal["learning_rate", "integrated", "uniform"]
 
@@ -129,6 +129,20 @@ class Checkpoint:
                     f"Leave it out with layers=, or: {way_out}"
                 )
             found[name] = float(matches[0])
+        return found
+
+    def recorded_training(self) -> dict[str, bool | None] | None:
+        """By name, whether a parameter took a step since the previous checkpoint, as ``Recorder`` saved it.
+
+        ``None`` for a file that it did not save, and for a parameter where it is not known: an earlier version tells
+        only what the optimizer held.
+        """
+        record = None if Path(self.path).suffix == ".safetensors" else read_record(Path(self.path))
+        if record is None:
+            return None
+        found = recorded_training(record)
+        for prefix in _USUAL_PREFIXES:
+            found = {name.removeprefix(prefix): took for name, took in found.items()} | found
         return found
 
     def second_moments(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .gradients import Engine, Precision
+from .gradients import Engine, Precision, Tracked
 from .index import require
 from .matching import check_losses
 from .progress import note, progress
@@ -29,11 +29,17 @@ def planned(ids: NDArray[np.int64], shard_rows: int) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def running(task: Task, precision: Precision, device: str | None, channels_last: bool | None) -> Iterator[Engine]:
+def running(
+    task: Task,
+    precision: Precision,
+    device: str | None,
+    channels_last: bool | None,
+    tracked: Tracked | None = None,
+) -> Iterator[Engine]:
     """The engine of a task whose data and routes are checked, and a FAISS that can be used later."""
     require()
     task.check_reads_repeat()
-    with preserved_random_state(), Engine(task, precision, device, channels_last) as engine:
+    with preserved_random_state(), Engine(task, precision, device, channels_last, tracked) as engine:
         engine.check_routes()
         yield engine
 

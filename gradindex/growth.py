@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .errors import MismatchError, StoreError
 from .files import storing
 from .filling import batches, fill, planned, row_maker, running, threads
-from .gradients import Engine
+from .gradients import Engine, continued
 from .matching import check_task
 from .projection import Projection
 from .reading import reading_processes
@@ -103,6 +103,7 @@ def add_checkpoint(
         precision = manifest["map"]["precision"]
         with running(replace(task, checkpoints=task.checkpoints[:n]), precision, device, channels_last) as engine:
             check_task(store, engine)
+            names = engine.parameters
         if len(task.checkpoints) == n:
             return store
         if Job.pending(store.folder) is None:  # hours of work that a damaged shard would end
@@ -110,7 +111,8 @@ def add_checkpoint(
             if problems:
                 raise StoreError(f"{problems[0]}. Repair it first: gradindex build TASK --out {store.folder} --repair.")
         later = replace(task, checkpoints=task.checkpoints[n:])
-        with running(later, precision, device, channels_last) as engine:
+        tracked = continued(task, names, n)
+        with running(later, precision, device, channels_last, tracked) as engine:
             projection = Projection(**manifest["map"]["projection"])
             described = describe(engine, projection, manifest["map"]["unit_norm"])
             if described["layers"] != manifest["map"]["layers"]:

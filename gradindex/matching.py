@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +43,24 @@ def check_task(store: GradientStore, engine: Engine) -> None:
     if differing:
         raise MismatchError(
             f"The task does not match {store.folder}: {'; '.join(differing)} differ. "
-            "Use the task that the store was built from, or build a new store."
+            f"Use the task that the store was built from, or build a new store.{hint_at_frozen(stored, engine)}"
         )
     ids = store.spread_ids(_COMPARED)
     rough = stored["precision"] in HALF
     check_losses(engine, list(zip(ids.tolist(), store.losses(ids), strict=True)), 0, store.folder, rough)
+
+
+def hint_at_frozen(stored: Mapping[str, Any], engine: Engine) -> str:
+    """A sentence more for a store that tracks what a task without ``layers`` leaves out, as all did by default once."""
+    names = [name for layer in stored["layers"] for name in layer["parameters"]]
+    frozen = set(names) - set(engine.parameters)
+    if engine.task.layer_patterns is not None or not frozen or not set(engine.parameters) <= set(names):
+        return ""
+    also = next(name for name in names if name in frozen)
+    return (
+        f" The store also tracks {len(frozen)} parameters that were not trained ({also}, for one), as layers='*' does, "
+        "once the default."
+    )
 
 
 def check_losses(

@@ -46,7 +46,9 @@ class Task:
             come from ``train``.
         query_loss: the function of a query whose change is explained; by default ``loss``.
         layers: which parameters are tracked: names or patterns of modules (all parameters at
-            or below) or of parameters. ``"*"`` is every parameter.
+            or below) or of parameters, frozen or not. ``"*"`` is every parameter. By default
+            those that were trained: that took steps according to :class:`Recorder`, and in checkpoints
+            of others those that have ``requires_grad`` in ``model``.
         preconditioner: ``"adam"`` weighs each parameter by D = 1 / (sqrt(v) + 1e-8), with v the second
             moments that ``Recorder(second_moments=True)`` saved: D^(1/2) on both sides (remark 3.4
             of Pruthi et al. 2020). By default none, as for plain gradient descent.
@@ -69,7 +71,7 @@ class Task:
     checkpoints: Sequence[Checkpoint]
     query: Dataset[Any] | Sequence[Any] | None = None
     query_loss: Loss | None = None
-    layers: str | Sequence[str] = "*"
+    layers: str | Sequence[str] | None = None
     preconditioner: Literal["adam"] | None = None
     columns: Mapping[str, Column] = field(default_factory=dict)
     query_columns: Mapping[str, Column] = field(default_factory=dict)
@@ -148,9 +150,9 @@ class Task:
         return self.query_loss if role == "query" and self.query_loss is not None else self.loss
 
     @property
-    def layer_patterns(self) -> tuple[str, ...]:
-        """``layers`` as a tuple."""
-        return (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
+    def layer_patterns(self) -> tuple[str, ...] | None:
+        """``layers`` as a tuple; ``None`` where what was trained is tracked."""
+        return (self.layers,) if isinstance(self.layers, str) else None if self.layers is None else tuple(self.layers)
 
     def column_arrays(self, role: str, positions: Sequence[int] | NDArray[np.int64] | None = None) -> Arrays:
         """Columns of ``"train"`` or ``"query"`` examples, of all or some, as NumPy arrays (strings as ``str_``)."""

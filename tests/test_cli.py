@@ -264,6 +264,7 @@ def test_info_says_what_a_store_holds(built):
         "projection tensorsketch, 1024 a checkpoint, seed 0; gradients in float32\n"
         "rows in float32; SIZE in 1 shards, made in SECONDS s\n"
         "columns: name; search: exact over all rows\n"
+        "tracked: 4 parameters of 53 numbers (what was trained)\n"
         "health: all files are there; `gradindex verify` reads them\n"
         "\n"
         "checkpoint  step  eta   weighting\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .main import FOLDER, JSON, PATH
 @FOLDER
 @JSON
 def info(folder: Path, as_json: bool) -> None:
-    """Show what a store holds: rows, bytes, layers, checkpoints with their weights, projection, health.
+    """Show what a store holds: rows, bytes, layers and what is left out, checkpoints, weights, projection, health.
 
     Example: gradindex info /tmp/mnist
     """
@@ -57,9 +58,29 @@ def info(folder: Path, as_json: bool) -> None:
         f"rows in {found['row_type']}{factors}; {_bytes(found['bytes'])} in {found['shards']} shards, "
         f"made in {found['seconds']:,.0f} s\n"
         f"columns: {', '.join(found['columns']) or 'none'}; search: {found.get('search', 'when it is complete')}\n"
+        f"{_tracked(found.get('tracked'))}"
         f"health: {'; '.join(found['health'])}\n\n"
         f"{table(checkpoints)}\n\n{table(layers)}"
     )
+
+
+def _tracked(tracked: Mapping[str, Any] | None) -> str:
+    """Lines on what is tracked and what is left out; none of stores that do not say it, which are older."""
+    if tracked is None:
+        return ""
+    by = "what was trained" if tracked["layers"] is None else f"layers={', '.join(map(repr, tracked['layers']))}"
+    lines = [f"tracked: {_counted(tracked)} ({by})"]
+    for said, summaries in (("among them", tracked["noted"]), ("left out", tracked["left_out"])):
+        for summary in summaries:
+            more = summary["parameters"] - len(summary["first"])
+            names = f"{', '.join(summary['first'])}{f' and {more:,} more' if more else ''}"
+            lines.append(f"  {said}: {_counted(summary)} ({summary['why']}): {names}")
+    return "\n".join(lines) + "\n"
+
+
+def _counted(summary: Mapping[str, Any]) -> str:
+    parameters, numbers = summary["parameters"], summary["numbers"]
+    return f"{parameters:,} parameter{'s' * (parameters != 1)} of {numbers:,} number{'s' * (numbers != 1)}"
 
 
 def _bytes(size: float) -> str:

@@ -23,8 +23,9 @@ from . import uses
 from .check import check_routes
 from .functional import LossModule, State, loop_gradients, vmap_gradients
 from .hooks import Consume, Hooks
-from .layers import plan_layers, refuse_what_hides, select_parameters
+from .layers import plan_layers, refuse_what_hides
 from .rules import RULES
+from .tracked import Tracked, choose
 
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -55,10 +56,11 @@ class Engine:
         channels_last: whether pictures and the weights of convolutions are laid out with the
             channels last in memory, which is faster and changes no result but rounding; by
             default where there are two-dimensional convolutions and the model runs with it.
+        tracked: which parameters, with which weights, by default as the task says.
 
     Raises:
         ArgumentError: the precision or device is unknown or cannot be used here.
-        TaskError: a layer pattern matches nothing, or a module cannot be seen through.
+        TaskError: a layer pattern matches nothing, nothing was trained, or a module cannot be seen through.
         CheckpointError: a checkpoint does not load or has no weight.
     """
 
@@ -68,6 +70,7 @@ class Engine:
         precision: Precision = "float32",
         device: str | torch.device | None = None,
         channels_last: bool | None = None,
+        tracked: Tracked | None = None,
     ) -> None:
         if precision not in get_args(Precision):
             raise ArgumentError(f"precision is {precision!r}, but must be one of: {', '.join(get_args(Precision))}.")
@@ -85,9 +88,9 @@ class Engine:
         if channels_last is None:
             self.channels_last = any(isinstance(module, nn.Conv2d) for module in self.model.modules())
         self._layout_is_free = channels_last is None
-        self.parameters = select_parameters(self.model, task.layer_patterns)
+        self.tracked = choose(task) if tracked is None else tracked
+        self.parameters, self.learning_rates = self.tracked.parameters, self.tracked.learning_rates
         self.layers = plan_layers(self.model, self.parameters)
-        self.learning_rates = [checkpoint.learning_rates(self.parameters) for checkpoint in task.checkpoints]
         self._scales = [{name: eta**0.5 for name, eta in rates.items()} for rates in self.learning_rates]
         # All checkpoints stay in memory: each example is read once and runs through all of them.
         # A tensor shared under several names is given once, so that all of its uses follow it.
@@ -111,7 +114,9 @@ class Engine:
 
     def _second_moments(self) -> list[dict[str, Tensor]]:
         found = [checkpoint.second_moments() for checkpoint in self.task.checkpoints]
-        for checkpoint, moments in zip(self.task.checkpoints, found, strict=True):
+        for checkpoint, moments, rates in zip(self.task.checkpoints, found, self.learning_rates, strict=True):
+            untrained = [name for name in self.parameters if name not in moments and rates[name] == 0]
+            moments |= {name: torch.ones_like(self.model.get_parameter(name), device="cpu") for name in untrained}
             missing = [name for name in self.parameters if name not in moments]
             if missing:
                 raise CheckpointError(

@@ -19,10 +19,10 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Names of the parameters that the patterns choose, in the model's order.
 
     A pattern matches a parameter by its name, or a module by its name and then means every
-    parameter at or below it.
+    parameter at or below it. Whether a parameter was trained does not matter.
 
     Raises:
-        TaskError: a pattern matches nothing (close names are listed), or a parameter that has no gradient.
+        TaskError: a pattern matches nothing (close names are listed).
     """
     parameters = [name for name, _ in model.named_parameters()]
     modules = [name for name, _ in model.named_modules() if name]
@@ -38,11 +38,19 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
                 f"The layer pattern {pattern!r} matches nothing in the model. Close names: {', '.join(close)}."
             )
         chosen |= matched
-    for name in sorted(chosen):
+    return [name for name in parameters if name in chosen]
+
+
+def refuse_without_gradient(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse parameters of types that have no gradient.
+
+    Raises:
+        TaskError: names the first one.
+    """
+    for name in names:
         dtype = model.get_parameter(name).dtype
         if not dtype.is_floating_point:
             raise TaskError(f"The parameter {name} is of {dtype}, which has no gradient. Leave it out, with layers=.")
-    return [name for name in parameters if name in chosen]
 
 
 def plan_layers(model: nn.Module, selected: Sequence[str]) -> list[Layer]:
