@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .checkpoint import Checkpoint
+from .columns import Column
 from .errors import ArgumentError, GradIndexError, OutOfMemoryError, TaskError, is_out_of_memory, user_code
 from .tree import digest, preserved_random_state
 
-Column = Sequence[Any] | NDArray[Any] | Tensor
 Arrays = dict[str, NDArray[Any]]
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -52,8 +52,9 @@ class Task:
         preconditioner: ``"adam"`` weighs each parameter by D = 1 / (sqrt(v) + 1e-8), with v the second
             moments that ``Recorder(second_moments=True)`` saved: D^(1/2) on both sides (remark 3.4
             of Pruthi et al. 2020). By default none, as for plain gradient descent.
-        columns: by name, one value for each training example (numbers or strings), such as
-            ``{"label": labels}``; stored with the rows and shown with the answers.
+        columns: by name, one value for each training example (numbers, booleans, texts or dates), such as
+            ``{"label": labels}``; stored with the rows and shown with the answers. Values are taken by their place,
+            whatever holds them; :mod:`gradindex.columns` says how dates and missing values are kept.
         query_columns: the same for ``query``.
         show: ``show(item)`` returns what a person should see of an item: a picture (an array
             (h, w) or (h, w, 3), or PIL), a text, or a mapping (a table row).
@@ -73,8 +74,8 @@ class Task:
     query_loss: Loss | None = None
     layers: str | Sequence[str] | None = None
     preconditioner: Literal["adam"] | None = None
-    columns: Mapping[str, Column] = field(default_factory=dict)
-    query_columns: Mapping[str, Column] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    query_columns: Mapping[str, Any] = field(default_factory=dict)
     show: Callable[[Any], Any] | None = None
     collate: Callable[[list[Any]], Any] = default_collate
     read_query: Callable[[Path], Sequence[Any]] | None = None
@@ -104,8 +105,7 @@ class Task:
             raise TaskError(f"skip holds {wrong[0]}, but positions in train go from 0 to {self.n_train - 1}.")
         if len(self.train_ids) == 0:
             raise TaskError("skip leaves no training example. Leave at least one.")
-        _check_columns("columns", self.columns, "train", self.n_train)
-        _check_columns("query_columns", self.query_columns, "query", self.n_query)
+        self._by_place  # noqa: B018 - made here, where an error is the caller's to see
 
     @property
     def n_train(self) -> int:
@@ -158,14 +158,18 @@ class Task:
         """Columns of ``"train"`` or ``"query"`` examples, of all or some, as NumPy arrays (strings as ``str_``)."""
         n = self.n_train if role == "train" else self.n_query
         chosen = np.arange(n) if positions is None else np.asarray(positions, dtype=np.int64)
-        return {name: _at(values, chosen) for name, values in self._columns_of(role).items()}
+        return {name: column.take(chosen) for name, column in self._by_place[role].items()}
 
     def column_types(self) -> dict[str, str]:
         """Types of the columns of ``train`` in NumPy's notation, little-endian; ``"U"`` for text."""
-        return {name: _column_type(values) for name, values in self.columns.items()}
+        return {name: column.kind for name, column in self._by_place["train"].items()}
 
-    def _columns_of(self, role: str) -> Mapping[str, Column]:
-        return self.columns if role == "train" else self.query_columns
+    @functools.cached_property
+    def _by_place(self) -> dict[str, dict[str, Column]]:
+        return {
+            "train": _columns("columns", self.columns, "train", self.n_train),
+            "query": _columns("query_columns", self.query_columns, "query", self.n_query),
+        }
 
     def data_fingerprint(self, ids: NDArray[np.int64] | None = None) -> str:
         """SHA-256 over up to 64 evenly spaced training examples and their ids, and over all values of columns.
@@ -179,7 +183,7 @@ class Task:
         with preserved_random_state():
             examples = digest(list(zip(sampled.tolist(), self.examples(sampled), strict=True)))
         pieces = (ids[start : start + _PIECE] for start in range(0, len(ids), _PIECE))
-        columns = [digest(self.column_arrays("train", piece)) for piece in pieces] if self.columns else []
+        columns = [digest(self.column_arrays("train", piece)) for piece in pieces] if self._by_place["train"] else []
         return digest([examples, *columns]).hex()
 
     def sample_digests(self, ids: NDArray[np.int64]) -> list[tuple[int, str]]:
@@ -364,47 +368,17 @@ def _check_data_set(role: str, data: object) -> None:
         raise TaskError(f"{role} is empty. Give at least one example.")
 
 
-def _check_columns(role: str, columns: Mapping[str, Column], data: str, n: int) -> None:
-    for name, values in columns.items():
+def _columns(role: str, values: Any, data: str, n: int) -> dict[str, Column]:
+    if not (hasattr(values, "keys") and hasattr(values, "__getitem__")):
+        raise TaskError(
+            f"{role} is a {type(values).__name__}, but must be a mapping from names to values, such as "
+            "{'label': labels}."
+        )
+    made = {}
+    for name in values:
+        if not isinstance(name, str):
+            raise TaskError(f"{role} has a column {name!r}, but a name must be a text. Rename it.")
         if not name or "/" in name or name == ".":
             raise TaskError(f"{role} has a column {name!r}, but a name must not be empty or hold a slash. Rename it.")
-        if len(values) != n:
-            raise TaskError(
-                f"{role}[{name!r}] has {len(values)} values, but {data} has {n} examples. Give one for each."
-            )
-        try:
-            kind = _column_type(values)
-        except UnicodeEncodeError as error:
-            raise TaskError(f"{role}[{name!r}] holds text that is no Unicode ({error.reason}). Replace it.") from None
-        if " " in kind or (kind != "U" and kind[1:2] not in "biuf"):
-            raise TaskError(
-                f"{role}[{name!r}] holds values of type {kind}, but must hold numbers, booleans or strings, "
-                "one for each example."
-            )
-
-
-def _at(values: Column, positions: NDArray[np.int64]) -> NDArray[Any]:
-    """Some values of a column; a list is never turned into an array as a whole, which long texts would make large."""
-    if isinstance(values, torch.Tensor):
-        return np.asarray(values.detach().cpu().numpy()[positions])
-    if isinstance(values, np.ndarray):
-        return np.asarray(values[positions])
-    return np.asarray([values[int(i)] for i in positions])
-
-
-def _column_type(values: Column) -> str:
-    """The type of a column in NumPy's notation, little-endian; ``"U"`` for text.
-
-    Raises:
-        UnicodeEncodeError: a text cannot be encoded.
-    """
-    found: set[np.dtype[Any]] = set()
-    for start in range(0, len(values), _PIECE):
-        piece = _at(values, np.arange(start, min(start + _PIECE, len(values))))
-        if piece.ndim != 1:
-            return f"{piece.dtype} with {piece.ndim} axes"
-        if piece.dtype.kind == "U":
-            np.char.encode(piece, "utf-8")
-        found.add(np.dtype("U1") if piece.dtype.kind == "U" else piece.dtype)
-    joined = np.result_type(*found) if found else np.dtype(float)
-    return "U" if joined.kind == "U" else joined.newbyteorder("<").str
+        made[name] = Column(f"{role}[{name!r}]", values[name], n, data)
+    return made

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 import gradindex
 from gradindex.cli import main
 from gradindex.cli.fill import KINDS, PRECISIONS, ROW_TYPES
+from gradindex.errors import UserCodeError
 from gradindex.gradients import Precision
 from gradindex.projection import Kind
 from gradindex.store import RowType
@@ -559,8 +560,9 @@ def test_the_signal_of_control_c_ends_a_build_cleanly(work):
     assert [path.name for path in (work / "store").rglob("*tmp*")] == []
 
 
-def test_an_error_of_the_users_own_code_is_not_hidden(work):
+def test_an_error_of_the_users_own_code_is_one_line_and_debug_shows_where_it_came_from(work):
     with (work / "mine.py").open("a") as file:
         file.write(FAILS)
-    with pytest.raises(ZeroDivisionError):
-        call("build", "mine.py:fails", "--out", "store")
+    with pytest.raises(UserCodeError, match="Reading training example 0 failed: ZeroDivisionError") as caught:
+        call("--debug", "build", "mine.py:fails", "--out", "store")
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)

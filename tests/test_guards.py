@@ -285,7 +285,7 @@ def test_scattered_removals_stay_quick(tmp_path):
 
 
 COLUMNS = {
-    "two axes": (np.zeros((30, 2), dtype=np.uint8), "must hold numbers, booleans or strings, one for each"),
+    "two axes": (np.zeros((30, 2), dtype=np.uint8), "must hold numbers, booleans, texts or dates, one for each"),
     "no Unicode": (["\udcff"] * 30, "holds text that is no Unicode"),
 }
 

@@ -42,10 +42,10 @@ REFUSED = {
         {"query_columns": {"label": [1]}},
         r"query_columns\['label'\] has 1 values, but query has 4",
     ),
-    "objects": ({"columns": {"label": [object()] * 12}}, r"columns\['label'\] holds values of type .O"),
+    "objects": ({"columns": {"label": [object()] * 12}}, r"columns\['label'\] holds a object \(at place 0\)"),
     "complex": (
         {"columns": {"label": [1j] * 12}},
-        "holds values of type <c16, but must hold numbers, booleans or strings",
+        r"holds a complex \(at place 0\), but a column must hold numbers, booleans, texts or dates",
     ),
 }
 

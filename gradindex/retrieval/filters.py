@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..columns import as_text, is_missing, values_of
 from ..errors import ArgumentError
 from ..store import GradientStore, runs
 
@@ -59,7 +61,10 @@ class Allowed:
         """(n_query, len(ids)): which of these ids, all of them in :attr:`ids`, may answer; ``None`` for all."""
         if self.differs is None:
             return None
-        mask: NDArray[np.bool_] = self.store.column(self.differs, ids)[None] != self.values[:, None]
+        column, values = self.store.column(self.differs, ids)[None], self.values[:, None]
+        mask: NDArray[np.bool_] = column != values
+        if column.dtype.kind == values.dtype.kind == "f":  # what is missing differs from every value, not from itself
+            mask &= ~(np.isnan(column) & np.isnan(values))
         return mask
 
 
@@ -104,7 +109,9 @@ def matching(store: GradientStore, where: Where, ids: NDArray[np.int64] | None =
     found = [np.empty(0, dtype=np.int64)]
     for some in _pieces(store, ids):
         for name, values in wanted.items():
-            some = some[np.isin(store.column(name, some), values)]
+            column = store.column(name, some)
+            right = np.isin(column, values)
+            some = some[right | np.isnan(column) if values.dtype.kind == "f" and np.isnan(values).any() else right]
         found.append(some)
     return np.concatenate(found)
 
@@ -182,19 +189,26 @@ def _kind(store: GradientStore, name: str) -> np.dtype[Any]:
 
 def _of_type(name: str, kind: np.dtype[Any], given: Any) -> NDArray[Any]:
     """Values as an array of the column's type, by which equal means equal: 0.1 is not the nearest float32."""
-    several = isinstance(given, (list, tuple, set, frozenset, range, np.ndarray))
-    fitting = []
-    for value in list(given) if several else [given]:
+    fitting: list[Any] = []
+    for value in values_of(given):
+        if is_missing(value):
+            # A column of other kinds has none that is missing.
+            if kind.kind in "Uf":
+                fitting.append("" if kind.kind == "U" else np.nan)
+            continue
+        if kind.kind == "U" and isinstance(value, (datetime.date, np.datetime64)):
+            value = as_text(value)
         value = value.item() if isinstance(value, np.generic) else value
-        boolean = isinstance(value, (bool, np.bool_))
+        boolean = isinstance(value, bool)
         right = {
             "U": isinstance(value, str),
             "b": boolean,
             "f": isinstance(value, (int, float)) and not boolean,
         }.get(kind.kind, isinstance(value, int) and not boolean)
         if not right:
+            asked = " ".join(repr(value).split())[:80]
             raise ArgumentError(
-                f"The column {name} holds {_WORDS[kind.kind]}, but where asks for {value!r}, "
+                f"The column {name} holds {_WORDS[kind.kind]}, but where asks for {asked}, "
                 f"which is a {type(value).__name__}. Give a value, or a list of values, of the column's type."
             )
         if kind.kind in "iu" and not np.iinfo(kind).min <= value <= np.iinfo(kind).max:

@@ -171,7 +171,7 @@ def as_text(answers: Sequence[Hits]) -> str:
     blocks = []
     first = answers[0]
     for row, query in enumerate(first.queries):
-        about = [f"{name} {values[row]}" for name, values in first.query_columns.items()]
+        about = [f"{name} {values[row]}" for name, values in first.query_columns.items() if _is_there(values[row])]
         about += [f'"{text}"' for text in [_in_words(first.show_query, row)] if text]
         for answer in answers:
             records = [
@@ -222,15 +222,28 @@ def _tile(
     title: str, values: Mapping[str, Any], score: float | None, show: Callable[[int], Any] | None, which: int
 ) -> Tile:
     flags = [name for name, value in values.items() if isinstance(value, np.bool_) and value]
-    lines = [f"{name} {value}" for name, value in values.items() if not isinstance(value, np.bool_)]
+    lines = [
+        f"{name} {value}" for name, value in values.items() if not isinstance(value, np.bool_) and _is_there(value)
+    ]
     return Tile(None if show is None else show(which), title, lines, flags, score)
+
+
+def _is_there(value: Any) -> bool:
+    """Whether a column has a value: neither NaN nor the empty text."""
+    return bool(value == value) and not (isinstance(value, str) and not value)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}" if _is_there(value) else ""
+    return str(value)
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Records of the same keys as an aligned text table: numbers to the right, texts to the left."""
     if not records:
         return "(nothing)"
-    lines = [list(records[0])] + [[f"{v:.5g}" if isinstance(v, float) else str(v) for v in r.values()] for r in records]
+    lines = [list(records[0])] + [[_cell(value) for value in record.values()] for record in records]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     left = [isinstance(value, str) for value in records[0].values()]
 

@@ -1,0 +1,301 @@
+"""Columns: one value for each example, taken by its place, whatever holds the values and whatever labels it has.
+
+A column is stored as numbers or as text. Dates become ISO 8601 text, which sorts as dates do; what is missing becomes
+NaN among numbers and the empty text among texts and dates.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Set, ValuesView
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .errors import TaskError, user_code
+
+# Values that are looked at together: a list of long texts never becomes one array.
+_PIECE = 8192
+# Bytes of a text in UTF-8: a shard gives every text the room of its longest.
+_LONGEST_TEXT = 1 << 16
+# Whole numbers up to here are the same as float64.
+_EXACT = 1 << 53
+
+# Families of values; what is missing ("-") goes with each, whole numbers go with fractions, and nothing else mixes.
+_WORDS = {"b": "true or false", "i": "whole numbers", "f": "fractions", "U": "texts", "D": "dates"}
+_NEEDS = "a column must hold numbers, booleans, texts or dates, one for each example."
+
+
+class Column:
+    """The values of a column by place, all of one type.
+
+    Args:
+        name: what to call it in errors, such as ``"columns['label']"``.
+        values: anything with one value for each place: a list, an array, a tensor, a pandas Series.
+        n: how many there must be.
+        data: what they stand beside, for the error.
+
+    Raises:
+        TaskError: another number of values, or values that cannot be stored; says which.
+    """
+
+    def __init__(self, name: str, values: Any, n: int, data: str) -> None:
+        self._name = name
+        self._values: Any = _by_place(name, values)
+        self._is_array = isinstance(self._values, np.ndarray)
+        if len(self._values) != n:
+            raise TaskError(f"{name} has {len(self._values)} values, but {data} has {n} examples. Give one for each.")
+        # The type in NumPy's notation, little-endian; "U" for text.
+        self.kind = self._kind_of_array() if self._is_array else self._kind_of_objects()
+
+    def take(self, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """The values at positions (m,), as ``str_`` or numbers."""
+        if not self._is_array:
+            return self._converted(self._objects(positions))
+        taken: NDArray[Any] = self._values[positions]
+        if taken.dtype.kind == "M":
+            return date_texts(taken)
+        return taken if self.kind == "U" else taken.astype(self.kind, copy=False)
+
+    def _pieces(self) -> Iterator[NDArray[np.int64]]:
+        for start in range(0, len(self._values), _PIECE):
+            yield np.arange(start, min(start + _PIECE, len(self._values)))
+
+    def _kind_of_array(self) -> str:
+        dtype = self._values.dtype
+        if dtype.kind in "UM":
+            for places in self._pieces():
+                taken = self._values[places]
+                self._check_texts((date_texts(taken) if dtype.kind == "M" else taken).tolist(), places)
+            return "U"
+        if dtype.kind not in "biuf" or dtype.itemsize > 8:
+            raise TaskError(f"{self._name} holds values of type {dtype}, but {_NEEDS}")
+        kind: str = dtype.newbyteorder("<").str
+        return kind
+
+    def _objects(self, positions: NDArray[np.int64]) -> list[Any]:
+        """Values of a sequence, with ``None`` for all that is missing."""
+        with user_code(f"Reading {self._name}"):
+            found = [self._values[int(i)] for i in positions]
+        kinds = set(map(type, found))
+        if kinds <= {str} or kinds <= {int} or kinds <= {bool}:
+            return found
+        if any(issubclass(kind, (Tensor, np.ndarray)) for kind in kinds):
+            found = [
+                value.item() if isinstance(value, (Tensor, np.ndarray)) and not value.ndim else value for value in found
+            ]
+        return [None if is_missing(value) else value for value in found]
+
+    def _kind_of_objects(self) -> str:
+        """Looks at all values: which families there are, and the type that holds them."""
+        first: dict[str, int] = {}  # of a family, a place
+        dtypes, zones, gaps, largest = set[np.dtype[Any]](), set[bool](), False, 0
+        for places in self._pieces():
+            objects = self._objects(places)
+            kinds = {kind: _family(kind) for kind in set(map(type, objects))}
+            for kind, family in kinds.items():
+                place = int(places[[type(value) is kind for value in objects].index(True)])
+                if family == "?":
+                    raise TaskError(
+                        f"{self._name} holds a {kind.__name__} (at place {place}), but {_NEEDS}{_hint(kind)}"
+                    )
+                first[family] = min(place, first.get(family, place))
+            gaps = gaps or type(None) in kinds
+            self._check_one_family(first)
+            present = [(place, value) for place, value in zip(places, objects, strict=True) if value is not None]
+            if {"U", "D"} & set(kinds.values()):
+                zones |= {value.tzinfo is not None for _, value in present if isinstance(value, datetime.datetime)}
+                self._check_texts([as_text(value) for _, value in present], [place for place, _ in present])
+            elif present:
+                array = np.asarray([value for _, value in present])
+                if array.dtype.kind == "O":
+                    raise TaskError(f"{self._name} holds whole numbers beyond 64 bits. Give them as text.")
+                dtypes.add(array.dtype)
+                whole = (
+                    [int(value) for _, value in present if kinds[type(value)] == "i"] if "i" in kinds.values() else []
+                )
+                largest = max(largest, *map(abs, whole)) if whole else largest
+        return self._joined(first, dtypes, zones, gaps, largest)
+
+    def _check_one_family(self, first: Mapping[str, int]) -> None:
+        families = set(first) - {"-"}
+        if len(families) > 1 and families != {"i", "f"}:
+            told = " and ".join(
+                f"{_WORDS[name]} (at place {first[name]})" for name in sorted(families, key=first.__getitem__)
+            )
+            raise TaskError(f"{self._name} mixes {told}, but a column holds values of one kind. Convert them to one.")
+
+    def _joined(
+        self, first: Mapping[str, int], dtypes: set[np.dtype[Any]], zones: set[bool], gaps: bool, largest: int
+    ) -> str:
+        if "U" in first or "D" in first:
+            if len(zones) > 1:
+                raise TaskError(
+                    f"{self._name} mixes dates with and without a time zone. Give all of them one, or none."
+                )
+            return "U"
+        if "b" in first:
+            return "<f8" if gaps else "|b1"
+        joined = np.result_type(*dtypes) if dtypes else np.dtype(float)
+        if joined.kind != "f" and gaps:
+            joined = np.dtype(float)
+        if joined.kind == "f" and largest > _EXACT:
+            why = "values that are missing" if gaps else "other numbers"
+            raise TaskError(
+                f"{self._name} holds the whole number {largest} beside {why}, which no float64 can hold to the digit. "
+                "Give the numbers as text."
+            )
+        return joined.newbyteorder("<").str
+
+    def _converted(self, objects: list[Any]) -> NDArray[Any]:
+        if self.kind == "U":
+            return np.asarray([as_text(value) for value in objects], dtype=np.str_)
+        return np.asarray([np.nan if value is None else value for value in objects], dtype=self.kind)
+
+    def _check_texts(self, texts: list[str], places: Iterable[Any]) -> None:
+        for place, text in zip(places, texts, strict=True):
+            try:
+                size = len(text) if text.isascii() else len(text.encode())
+            except UnicodeEncodeError as error:
+                raise TaskError(
+                    f"{self._name} holds text that is no Unicode ({error.reason}; at place {place}). Replace it."
+                ) from None
+            if size > _LONGEST_TEXT:
+                raise TaskError(
+                    f"{self._name} holds a text of {size:,} bytes (at place {place}), but at most {_LONGEST_TEXT:,} "
+                    "are stored. Shorten it: Task(show=...) shows whole examples without storing them."
+                )
+            if text.endswith("\0"):
+                raise TaskError(
+                    f"{self._name} holds a text that ends in a zero character (at place {place}), which pads texts in "
+                    "the store. Strip it."
+                )
+
+
+def _by_place(name: str, values: Any) -> Any:
+    """Values as an array of numbers, texts or dates, or something to be asked for places; labels are left behind.
+
+    Raises:
+        TaskError: they have no places.
+    """
+    what = f"{name} is a {type(values).__name__}"
+    if isinstance(values, (str, bytes)):
+        raise TaskError(f"{what}, one text, but needs one value for each example. Give a list.")
+    if isinstance(values, (Set, Mapping)) and not isinstance(values, (KeysView, ItemsView)):
+        raise TaskError(f"{what}, which has no order of places. Give a list, one value for each example.")
+    if isinstance(values, (KeysView, ItemsView, ValuesView)):
+        values = list(values)
+    if isinstance(values, Sequence):
+        return values
+    with user_code(f"Reading {name}"):
+        if isinstance(values, Tensor):
+            values = values.detach().cpu()
+            wide = values.dtype in (torch.float16, torch.float32, torch.float64)
+            values = (values.float() if values.is_floating_point() and not wide else values).numpy()
+        elif isinstance(values, np.ma.MaskedArray):
+            values = values.tolist()  # with None where it is masked
+        elif hasattr(values, "__array__"):
+            values = np.asarray(values)
+        elif hasattr(values, "to_numpy"):
+            values = np.asarray(values.to_numpy())
+    if isinstance(values, np.ndarray):
+        if values.ndim != 1:
+            raise TaskError(f"{name} has {values.ndim} axes (its shape is {values.shape}), but {_NEEDS}")
+        return values if values.dtype.kind != "O" else values.tolist()
+    if not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
+        way = "list(...)" if hasattr(values, "__next__") else "a list"
+        raise TaskError(f"{what} without places, but needs one value for each example. Give {way}.")
+    return values
+
+
+def _family(kind: type) -> str:
+    """What values of a type are to a column: a key of ``_WORDS``."""
+    if kind is type(None):
+        return "-"
+    if issubclass(kind, (bool, np.bool_)):
+        return "b"
+    if issubclass(kind, str):
+        return "U"
+    if issubclass(kind, (datetime.date, np.datetime64)):
+        return "D"
+    if issubclass(kind, np.timedelta64):  # which NumPy counts among integers
+        return "?"
+    if issubclass(kind, (int, np.integer)):
+        return "i"
+    narrow = issubclass(kind, float) or (issubclass(kind, np.floating) and np.dtype(kind).itemsize <= 8)
+    return "f" if narrow else "?"
+
+
+def _hint(kind: type) -> str:
+    if issubclass(kind, bytes):
+        return " Decode them, with .decode() or, of h5py, with dataset.asstr()[:]."
+    if issubclass(kind, (datetime.timedelta, np.timedelta64)):
+        return " Give durations as numbers, such as seconds."
+    if issubclass(kind, (Tensor, np.ndarray, list, tuple, dict)):
+        return " Split it into several columns."
+    return " Convert it, for example with str or float."
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value says that there is none: ``None``, NaN, pandas' ``NA`` and ``NaT``, NumPy's ``NaT``."""
+    if value is None or type(value).__name__ == "NAType":
+        return True
+    return isinstance(value, (float, np.floating, np.datetime64, datetime.date)) and bool(value != value)
+
+
+def values_of(given: Any) -> list[Any]:
+    """One value or several, in whatever holds them, as a list of Python's and NumPy's scalars."""
+    if isinstance(given, Tensor):
+        return list(np.ravel(given.detach().cpu().numpy())) if given.ndim < 2 else [given]
+    if isinstance(given, (str, bytes, np.generic)):
+        return [given]
+    if hasattr(given, "__array__"):
+        array = np.asarray(given)
+        return list(np.ravel(array)) if array.ndim < 2 else [given]
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, Mapping) else [given]
+
+
+def as_text(value: Any) -> str:
+    """A text, a date (see :func:`date_texts`) or ``None`` as a column of texts has it.
+
+    Of a date with a time zone the moment is kept, in UTC: ``"2024-01-31T12:00:00+00:00"``.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, np.datetime64):
+        text: str = date_texts(np.asarray([value]))[0].item()
+        return text
+    if not isinstance(value, datetime.datetime):
+        return str(value.isoformat())
+    if value.tzinfo is None:
+        return _without_fraction(value.isoformat()).removesuffix("T00:00:00")
+    moment = value.astimezone(datetime.timezone.utc).replace(tzinfo=None)
+    return f"{_without_fraction(moment.isoformat())}+00:00"
+
+
+def date_texts(dates: NDArray[np.datetime64]) -> NDArray[np.str_]:
+    """Dates in ISO 8601, as short as they can be: ``"2024-01-31"``, ``"2024-01-31T12:00:00.5"``; sorts as they do.
+
+    Args:
+        dates: (m,) ``datetime64`` of any unit.
+
+    Returns:
+        (m,) text; empty where a date is missing.
+    """
+    unit = np.datetime_data(dates.dtype)[0]
+    if unit in ("Y", "M", "W"):
+        dates = dates.astype("<M8[D]")
+    elif unit in ("h", "m"):
+        dates = dates.astype("<M8[s]")
+    texts = [_without_fraction(text).removesuffix("T00:00:00") for text in np.datetime_as_string(dates).tolist()]
+    return np.asarray(["" if text == "NaT" else text for text in texts], dtype=np.str_)
+
+
+def _without_fraction(text: str) -> str:
+    """Without zeros at the end of its fraction of a second."""
+    return text.rstrip("0").rstrip(".") if "." in text else text
