@@ -139,7 +139,7 @@ def estimate(task: Task, out: str | os.PathLike[str], *, part: Part | None = Non
     """
     check_part(part)
     chosen, folder = _Options(**{**(build.__kwdefaults__ or {}), **options}), Path(out)
-    with running(task, chosen.precision, chosen.device, chosen.channels_last) as engine:
+    with running(task, chosen.precision, chosen.device, chosen.channels_last, chosen.batch_size) as engine:
         projection, described = _described(task, engine, chosen)
         columns, norms = partial(task.column_arrays, "train"), chosen.self_influence
         fixed, each = memory_of_pass(engine, projection, norms)
@@ -214,7 +214,7 @@ class _Options:
 
 
 def _build(task: Task, folder: Path, part: Part | None, options: _Options) -> None:
-    with running(task, options.precision, options.device, options.channels_last) as engine:
+    with running(task, options.precision, options.device, options.channels_last, options.batch_size) as engine:
         projection, described = _described(task, engine, options)
         if GradientStore.complete(folder):
             _check_built(GradientStore(folder), described, engine)
@@ -261,6 +261,12 @@ def _begin_build(
     columns = partial(task.column_arrays, "train")
     if Job.pending(folder) is not None:
         job = Job.begin(folder, "build", described, [])  # its own plan holds
+        begun = job.after["batch_size"]
+        if options.batch_size not in (None, begun):
+            raise MismatchError(
+                f"{folder} holds a build that was begun with batch_size {begun}, but {options.batch_size} is asked "
+                "for. Go on without batch_size, choose another folder, or delete this one."
+            )
         check_room(folder, job.bytes_missing(columns))
         return job
     check_room(folder, shard_bytes(described, planned(task.train_ids, _rows_a_shard(options, task, 1)), columns))

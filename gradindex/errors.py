@@ -6,8 +6,13 @@ sentence: what, expected, got, and the way out.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 # Characters of another's message that are shown: one line, not a page.
 _LONGEST = 300
+# Examples that an error names.
+_SHOWN = 8
+_TRAINING = "Training example "
 
 
 class GradIndexError(Exception):
@@ -23,7 +28,14 @@ class TaskError(GradIndexError, ValueError):
 
 
 class UserCodeError(TaskError, RuntimeError):
-    """The user's own code (loss, collate, data set, show) raised; ``__cause__`` is what it raised."""
+    """The user's own code (loss, collate, data set, show) raised; ``__cause__`` is what it raised.
+
+    Attributes:
+        what: whose code it is.
+        hint: the way out, where one is known.
+    """
+
+    what = hint = ""
 
 
 class WorkerError(GradIndexError, RuntimeError):
@@ -97,12 +109,17 @@ class user_code:  # noqa: N801 - reads as the verb that it is
             return
         if is_out_of_memory(error) or is_worker_death(error):
             return
-        reason = " ".join(str(error).split())
-        reason = f": {reason if len(reason) <= _LONGEST else reason[: _LONGEST - 3] + '...'}" if reason else ""
-        raise UserCodeError(
-            f"{self._what} failed: {type(error).__name__}{reason}{'' if reason.endswith(('.', '!', '?')) else '.'}"
-            f"{self._hint and ' '}{self._hint}"
-        ) from error
+        raise failed(self._what, error, self._hint) from error
+
+
+def failed(what: str, error: BaseException, hint: str = "") -> UserCodeError:
+    """An error that says that the user's code raised ``error``; arguments as for :func:`user_code`."""
+    reason = " ".join(str(error).split())
+    reason = f": {reason if len(reason) <= _LONGEST else reason[: _LONGEST - 3] + '...'}" if reason else ""
+    end = "" if reason.endswith((".", "!", "?")) else "."
+    made = UserCodeError(f"{what} failed: {type(error).__name__}{reason}{end}{hint and ' '}{hint}")
+    made.what, made.hint = what, hint
+    return made
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -115,6 +132,30 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_worker_death(error: BaseException) -> bool:
     """Whether torch says that a reading process died, which it raises wherever this process is at that moment."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
+def training_names(ids: Iterable[int]) -> list[str]:
+    """What training examples are called in errors."""
+    return [f"{_TRAINING}{i}" for i in ids]
+
+
+def joined_names(names: Sequence[str]) -> str:
+    """``"Training examples 3, 5 and 9"``, of many the first few."""
+    of_training = all(name.startswith(_TRAINING) for name in names)
+    shown = [name.removeprefix(_TRAINING) if of_training else name for name in names[:_SHOWN]]
+    if len(names) > _SHOWN:
+        shown.append(f"{len(names) - _SHOWN} more")
+    text = shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+    return f"{_TRAINING.strip()}{'s' if len(names) > 1 else ''} {text}" if of_training else text
+
+
+def left_out(names: Sequence[str]) -> str:
+    """How to leave examples out, as a sentence: training examples by ``skip``, others by not asking about them."""
+    if not all(name.startswith(_TRAINING) for name in names):
+        return f"Mend {'it' if len(names) == 1 else 'them'}, or ask without {'it' if len(names) == 1 else 'them'}."
+    ids = ", ".join(name.removeprefix(_TRAINING) for name in names[:_SHOWN])
+    more = ", ..." if len(names) > _SHOWN else ""
+    return f"Mend {'it' if len(names) == 1 else 'them'}, or leave out with Task(skip=[{ids}{more}])."
 
 
 def check_k(k: int, n_train: int) -> None:

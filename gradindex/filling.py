@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .errors import training_names
 from .gradients import Engine, Precision, Tracked
 from .index import require
 from .matching import check_losses
@@ -17,6 +18,7 @@ from .progress import note, progress
 from .projection import Bases, Projection
 from .reading import read, reading_processes
 from .rows import RowBatch, RowMaker
+from .spotcheck import SpotCheck
 from .store import GradientStore, Job, Part, read_bases, runs
 from .task import Task, example_digest, sampled
 from .tree import preserved_random_state
@@ -34,12 +36,14 @@ def running(
     precision: Precision,
     device: str | None,
     channels_last: bool | None,
+    batch_size: int | None,
     tracked: Tracked | None = None,
 ) -> Iterator[Engine]:
     """The engine of a task whose data and routes are checked, and a FAISS that can be used later."""
     require()
     task.check_reads_repeat()
-    with preserved_random_state(), Engine(task, precision, device, channels_last, tracked) as engine:
+    alone = batch_size == 1
+    with preserved_random_state(), Engine(task, precision, device, channels_last, tracked, alone) as engine:
         engine.check_routes()
         yield engine
 
@@ -119,9 +123,13 @@ def batches(
 ) -> Iterator[tuple[NDArray[np.int64], RowBatch]]:
     """Ids and rows, batch by batch; each example is read once, and the digests of some are added to ``samples``."""
     wanted = set(sampled(ids).tolist())
+    spot_check = SpotCheck(maker, task, ids)
     start = 0
     for items in read(task, ids, manifest["batch_size"], workers):
         some = ids[start : start + len(items)]
         start += len(items)
         samples += [(int(i), example_digest(item)) for i, item in zip(some, items, strict=True) if int(i) in wanted]
-        yield some, maker.rows(items, [f"Training example {i}" for i in some], "train")
+        names = training_names(some)
+        batch = maker.rows(items, names, "train")
+        spot_check.check(some, items, names, batch)
+        yield some, batch

@@ -60,7 +60,7 @@ def add(
     """
     with changing(folder, "add") as store:
         manifest = store.manifest
-        with running(task, manifest["map"]["precision"], device, channels_last) as engine:
+        with running(task, manifest["map"]["precision"], device, channels_last, manifest["batch_size"]) as engine:
             check_task(store, engine)
             _check_columns(store, task)
             first = manifest["next_id"]
@@ -100,8 +100,9 @@ def add_checkpoint(
     """
     with changing(folder, "add-checkpoint") as store:
         manifest, n = store.manifest, store.n_checkpoints
-        precision = manifest["map"]["precision"]
-        with running(replace(task, checkpoints=task.checkpoints[:n]), precision, device, channels_last) as engine:
+        precision, batch_size = manifest["map"]["precision"], manifest["batch_size"]
+        earlier = replace(task, checkpoints=task.checkpoints[:n])
+        with running(earlier, precision, device, channels_last, batch_size) as engine:
             check_task(store, engine)
             names = engine.parameters
         if len(task.checkpoints) == n:
@@ -112,7 +113,7 @@ def add_checkpoint(
                 raise StoreError(f"{problems[0]}. Repair it first: gradindex build TASK --out {store.folder} --repair.")
         later = replace(task, checkpoints=task.checkpoints[n:])
         tracked = continued(task, names, n)
-        with running(later, precision, device, channels_last, tracked) as engine:
+        with running(later, precision, device, channels_last, batch_size, tracked) as engine:
             projection = Projection(**manifest["map"]["projection"])
             described = describe(engine, projection, manifest["map"]["unit_norm"])
             if described["layers"] != manifest["map"]["layers"]:
@@ -162,7 +163,7 @@ def repair(
         damaged, basis = list(store.damaged()), _damaged_bases(store)
         if not damaged and basis is None:
             return []
-        with running(task, manifest["map"]["precision"], device, channels_last) as engine:
+        with running(task, manifest["map"]["precision"], device, channels_last, manifest["batch_size"]) as engine:
             intact = store.without([number for number, _ in damaged])
             check_task(intact, engine)
             _check_columns(intact, task)

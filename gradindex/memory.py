@@ -24,7 +24,11 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def in_halves(
-    action: Callable[[list[Any]], list[T]], items: list[Any], names: Sequence[str], at: Callable[[], str]
+    action: Callable[[list[Any]], list[T]],
+    items: list[Any],
+    names: Sequence[str],
+    at: Callable[[], str],
+    alone: bool = False,
 ) -> list[T]:
     """``action(items)``, or the results of both halves where memory runs out.
 
@@ -33,10 +37,15 @@ def in_halves(
         items: at least one.
         names: of the items, for the error.
         at: says what was being computed when memory ran out.
+        alone: whether each item goes by itself from the start.
 
     Raises:
         OutOfMemoryError: one item alone does not fit; says where, and how much was asked for.
     """
+    if alone and len(items) > 1:
+        return [
+            result for item, name in zip(items, names, strict=True) for result in in_halves(action, [item], [name], at)
+        ]
     try:
         return action(items)
     except (torch.OutOfMemoryError, RuntimeError) as error:

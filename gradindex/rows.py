@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .errors import NonFiniteGradientError, TaskError
+from .errors import TaskError, training_names
 from .factors import Factors, Gradients, Layer
-from .gradients import Engine
+from .gradients import Engine, blamed, non_finite
 from .memory import LARGEST_TRIED, available_bytes, batch_size_for, in_halves, pass_bytes
 from .progress import progress
 from .projection import Bases, Projection, Share, SubspaceFit, hash64, key
@@ -89,7 +89,7 @@ class RowMaker:
     ) -> None:
         self._exact_norms = norms == "exact"
         self._unit_norm, self._factors, self._first = unit_norm, factors, first
-        self._engine = engine
+        self.engine = engine
         like = torch.zeros((), dtype=engine.dtype, device=engine.device)
         numbers = range(first, first + engine.n_checkpoints)
         self._maps = [projection.for_checkpoint(c, engine.layers, like, bases) for c in numbers]
@@ -110,21 +110,24 @@ class RowMaker:
             OutOfMemoryError: one example alone does not fit.
             TaskError: factors were asked for, and a layer's gradient is not one outer product.
         """
-        named = list(zip(items, names, strict=True))
-        return RowBatch.joined(in_halves(lambda some: [self._rows(some, role)], named, names, lambda: self._engine.at))
+        named, engine = list(zip(items, names, strict=True)), self.engine
+        with blamed(engine, items, names, role):
+            parts = in_halves(lambda some: [self._rows(some, role)], named, names, lambda: engine.at, engine.alone)
+        return RowBatch.joined(parts)
 
     def _rows(self, named: list[tuple[Any, str]], role: str) -> RowBatch:
         items = [item for item, _ in named]
         blocks, norms, losses = [], [], []
         factors: dict[tuple[int, int], Sides] = {}
         for checkpoint in range(len(self._maps)):
-            for loss_scale in self._engine.loss_scales:
+            for loss_scale in self.engine.loss_scales:
                 block, squared, loss, sides = self._at_checkpoint(checkpoint, items, role, loss_scale)
-                bad = ~(squared.isfinite() & block.isfinite().all(1))
+                bad = ~(loss.isfinite() & squared.isfinite() & block.isfinite().all(1))
                 if not bool(bad.any()):
                     break
             else:
-                raise _non_finite(self._engine, checkpoint, named[int(bad.nonzero()[0])][1])
+                names = [name for (_, name), wrong in zip(named, bad.tolist(), strict=True) if wrong]
+                raise non_finite(self.engine, checkpoint, names, bool(loss.isfinite().all()))
             blocks.append(block)
             norms.append(squared)
             losses.append(loss.double())
@@ -140,7 +143,7 @@ class RowMaker:
         self, checkpoint: int, items: list[Any], role: str, loss_scale: float
     ) -> tuple[Tensor, Tensor, Tensor, dict[int, Sides]]:
         """Blocks (batch, block_dim), squared norms (batch,), losses (batch,) and factors by layer."""
-        engine, block_map = self._engine, self._maps[checkpoint]
+        engine, block_map = self.engine, self._maps[checkpoint]
         block = torch.zeros(len(items), self._block_dim, dtype=engine.dtype, device=engine.device)
         squared = torch.zeros(len(items), dtype=torch.float64, device=engine.device)
         sides = {number: _no_sides(layer, len(items)) for number, layer in enumerate(engine.layers) if self._factors}
@@ -208,10 +211,15 @@ def fit_bases(engine: Engine, projection: Projection, batch_size: int, n: int, f
         for _ in range(SubspaceFit.PASSES):
             for start in range(0, len(ids), batch_size):
                 chosen = ids[start : start + batch_size]
-                names = _names(chosen)
-                named = list(zip(task.examples(chosen), names, strict=True))
+                names = training_names(chosen)
+                items = task.examples(chosen)
+                named = list(zip(items, names, strict=True))
                 for c, fit in enumerate(fits):
-                    fit.add(in_halves(partial(_shares, engine, c, fit), named, names, lambda: engine.at))
+                    with blamed(engine, items, names, "train"):
+                        shares = in_halves(
+                            partial(_shares, engine, c, fit), named, names, lambda: engine.at, engine.alone
+                        )
+                    fit.add(shares)
                 advance(len(chosen))
             for fit in fits:
                 fit.end_pass()
@@ -230,19 +238,8 @@ def _shares(engine: Engine, checkpoint: int, fit: SubspaceFit, named: list[tuple
         if all(bool(side.isfinite().all()) for _, sides in found for side in sides):
             return found
     if len(named) == 1:
-        raise _non_finite(engine, checkpoint, named[0][1])
+        raise non_finite(engine, checkpoint, [named[0][1]])
     return [share for one in named for share in _shares(engine, checkpoint, fit, [one])]
-
-
-def _names(ids: Iterable[int]) -> list[str]:
-    return [f"Training example {i}" for i in ids]
-
-
-def _non_finite(engine: Engine, checkpoint: int, name: str) -> NonFiniteGradientError:
-    return NonFiniteGradientError(
-        f"{name} has a NaN or infinite gradient at checkpoint {checkpoint} "
-        f"({engine.task.checkpoints[checkpoint].path}). Check the example, or leave that checkpoint out."
-    )
 
 
 def pick_batch_size(engine: Engine, projection: Projection, norms: Norms, budget: int | None) -> int:
@@ -274,13 +271,13 @@ def _hungriest(engine: Engine, projection: Projection, norms: Norms) -> Callable
         shares = partial(_shares, engine, 0, SubspaceFit(engine.layers, projection.dim, 0, like))
 
         def action(items: list[Any]) -> None:
-            names = _names(range(len(items)))
-            in_halves(shares, list(zip(items, names, strict=True)), names, lambda: engine.at)
+            names = training_names(range(len(items)))
+            in_halves(shares, list(zip(items, names, strict=True)), names, lambda: engine.at, engine.alone)
     else:
         maker = RowMaker(engine, projection, norms=norms)
 
         def action(items: list[Any]) -> None:
-            maker.rows(items, _names(range(len(items))), "train")
+            maker.rows(items, training_names(range(len(items))), "train")
 
     return action
 

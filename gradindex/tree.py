@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# How deep items are looked into for shapes, and up to which length lists of numbers and texts are looked through.
+_DEEPEST, _SHORT = 6, 8
+
 
 def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
     """Apply ``function`` to every tensor of ``tree``, keeping its structure.
@@ -94,3 +97,32 @@ def preserved_random_state() -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def shapes(item: Any) -> tuple[Any, ...]:
+    """The shapes and lengths of what an item holds, nested as it is: two items that need padding to stack differ."""
+    return _shapes(item, _DEEPEST)
+
+
+def extent(shape: tuple[Any, ...]) -> int:
+    """How large an item is, from its :func:`shapes`: the sum of all axes, so that longer texts and sequences come out
+    larger.
+    """
+    return sum(extent(part) if isinstance(part, tuple) else int(part) for part in shape)
+
+
+def _shapes(tree: Any, deeper: int) -> tuple[Any, ...]:
+    if tree is None or isinstance(tree, (bool, int, float, complex)) or deeper == 0:
+        return ()
+    if isinstance(tree, (str, bytes, range)):
+        return (len(tree),)
+    if isinstance(tree, Mapping):
+        return tuple(_shapes(value, deeper - 1) for value in tree.values())
+    if isinstance(tree, (list, tuple)):
+        numbers = not tree or isinstance(tree[0], (bool, int, float, str))
+        return (len(tree),) if numbers and len(tree) > _SHORT else tuple(_shapes(value, deeper - 1) for value in tree)
+    for name in ("shape", "size"):  # tensors and arrays; pictures of PIL
+        axes = getattr(tree, name, None)
+        if isinstance(axes, tuple):
+            return tuple(int(axis) for axis in axes if isinstance(axis, (int, np.integer)))
+    return _shapes(vars(tree), deeper - 1) if hasattr(tree, "__dict__") else ()

@@ -265,7 +265,7 @@ def test_a_non_finite_gradient_names_its_example_and_checkpoint(tmp_path, bad):
     with pytest.raises(NonFiniteGradientError, match="Training example 7 "):
         gradindex.exact_scores(task, list(task.query))
     with pytest.raises(NonFiniteGradientError, match="Query 0 of 1"):
-        gradindex.exact_scores(task, [task.train[7]])
+        gradindex.exact_scores(task, [task.train[7]], np.array([0, 1]))
 
 
 def test_a_pattern_that_matches_nothing_lists_close_names(tmp_path):

@@ -3,6 +3,10 @@
 from .engine import HALF as HALF
 from .engine import Engine as Engine
 from .engine import Precision as Precision
+from .examples import ALONE as ALONE
+from .examples import blamed as blamed
+from .examples import mixed as mixed
+from .examples import non_finite as non_finite
 from .products import Products as Products
 from .tracked import Tracked as Tracked
 from .tracked import continued as continued

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import LossError
+from ..errors import training_names
 from ..factors import Gradients, Layer
-from ..tree import preserved_random_state
+from ..tree import extent, preserved_random_state, shapes
 from . import uses
-from .functional import LossModule, State, loop_gradients, vmap_gradients
+from .examples import blamed, check_examples, refuse_non_finite
+from .functional import LossModule, loop_gradients, vmap_gradients
 from .layers import general_layer
 
 if TYPE_CHECKING:
@@ -24,83 +25,137 @@ if TYPE_CHECKING:
 # How far a fast route may be from autograd on one example alone, relative to the norms.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-8}
 
+# Examples that are looked at for differences in shape and length, and that are compared.
+_LOOKED_AT, _COMPARED = 64, 8
 # Examples that are looked through for gradients of every parameter.
 _TRIED = 32
 
+Read = Callable[[NDArray[np.int64]], list[Any]]
 
-def check_routes(engine: Engine) -> None:
-    """Compare every route with autograd; move layers that disagree to the next slower one.
+
+def check_routes(engine: Engine, ids: NDArray[np.int64] | None = None) -> None:
+    """Check that examples have losses of their own, and compare every route with autograd on each alone.
 
     Catches layers whose first axis is not the example, weights used in ways that no rule knows,
-    and whatever else hooks cannot see. Runs in full precision, whatever the engine's. Takes the
-    first and the last example; where these give a parameter no gradient (a margin that is kept, an
-    expert that is not asked), more of them, up to 32.
+    and whatever else hooks cannot see: such layers move to the next slower route. Runs in full precision,
+    whatever the engine's. Takes examples that differ in shape and length: where these give a parameter no gradient (a
+    margin that is kept, an expert that is not asked), more of them, up to 32.
 
     Args:
         engine: entered.
+        ids: (m,) the training examples to choose from, by default all that the task does not skip.
 
     Raises:
-        LossError: the loss is not one number per example, or an example's loss depends on
+        LossError: the loss is not one number per example, is random, or an example's loss depends on
             the others of its batch.
+        NonFiniteGradientError: an example has a NaN or infinite loss or gradient.
+        UserCodeError: the loss or collate failed.
     """
     task = engine.task
-    _check(engine, task.examples, task.train_ids, "train")
+    ids = task.train_ids if ids is None else ids
+    _check(engine, task.examples, ids, training_names, "train")
     if task.query_loss is not None:
         query = task.query
         if query is None:
-            _check(engine, task.examples, task.train_ids, "query")
+            _check(engine, task.examples, ids, training_names, "query")
         else:
-            _check(engine, lambda chosen: [query[int(i)] for i in chosen], np.arange(task.n_query), "query")
+            _check(
+                engine,
+                lambda chosen: [query[int(i)] for i in chosen],
+                np.arange(task.n_query),
+                lambda chosen: [f"Query {i}" for i in chosen],
+                "query",
+            )
 
 
-def _check(engine: Engine, read: Callable[[NDArray[np.int64]], list[Any]], ids: NDArray[np.int64], role: str) -> None:
-    wrapper, state = LossModule(engine.model, engine.task.loss_for(role)), engine.states[-1]
+def check_queries(engine: Engine, items: Sequence[Any], names: Sequence[str], role: str) -> None:
+    """Check that queries have losses of their own, where they would go through the model together.
+
+    Raises:
+        GradIndexError: as for :func:`check_routes`.
+    """
+    if len(items) < 2 or engine.alone:
+        return
+    places, _ = _chosen(lambda chosen: [items[int(i)] for i in chosen], np.arange(len(items)))
+    chosen, names = [items[int(i)] for i in places], [names[int(i)] for i in places]
+    with blamed(engine, chosen, names, role):
+        check_examples(engine, chosen, names, role)
+
+
+def _check(
+    engine: Engine, read: Read, ids: NDArray[np.int64], names_of: Callable[[Sequence[int]], list[str]], role: str
+) -> None:
+    wrapper = LossModule(engine.model, engine.task.loss_for(role))
     unseen = list(engine.parameters)
     with preserved_random_state():
-        for pair in _pairs(len(ids)):
-            items = read(ids[list(pair)])
-            singles = engine.singles(items)
-            gradients = loop_gradients(wrapper, state, unseen, singles)
-            seen = {x for x, g in zip(unseen, gradients, strict=True) if bool(g.isfinite().all()) and bool(g.any())}
-            if seen or pair[0] == 0:
-                _check_pair(engine, wrapper, items, singles)
-            unseen = [name for name in unseen if name not in seen]
+        chosen, alike = _chosen(read, ids)
+        items, names = read(chosen), names_of(chosen.tolist())
+        with blamed(engine, items, names, role):
+            check_examples(engine, items, names, role)
+            must = 2 if alike else len(items)  # where all are of one shape, one pair tells of all
+            for first in range(0, len(items), 2):
+                if first >= must and not unseen:
+                    return
+                pair = slice(first, first + 2)
+                unseen = _check_some(engine, wrapper, items[pair], names[pair], unseen, role, first < must)
+        others = np.setdiff1d(_spread(ids, _TRIED), chosen)
+        for first in range(0, len(others), 2):
             if not unseen:
-                break
+                return
+            two = others[first : first + 2]
+            items, names = read(two), names_of(two.tolist())
+            with blamed(engine, items, names, role):
+                unseen = _check_some(engine, wrapper, items, names, unseen, role, False)
 
 
-def _pairs(n: int) -> list[tuple[int, int]]:
-    """The first and the last position, then evenly spaced ones."""
-    others = np.unique(np.linspace(0, n - 1, min(_TRIED, n)).astype(np.int64))[1:-1].tolist()
-    return [(0, n - 1), *zip(others[::2], [*others[1::2], n - 1], strict=False)]
+def _chosen(read: Read, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], bool]:
+    """Up to 8 examples that stand for all, the smallest and the largest first; and whether all are of one shape."""
+    looked_at = _spread(ids, _LOOKED_AT)
+    found = [shapes(read(looked_at[place : place + 1])[0]) for place in range(len(looked_at))]
+    by_size = sorted(range(len(found)), key=lambda place: extent(found[place]))
+    firsts = list({shape: place for place, shape in reversed(list(enumerate(found)))}.values())  # one of each shape
+    order = [by_size[0], by_size[-1], 0, len(found) - 1] if len(firsts) > 1 else [0, len(found) - 1]
+    order += [*firsts[: _COMPARED // 2], *_spread(np.arange(len(found)), _COMPARED).tolist()]
+    return looked_at[list(dict.fromkeys(order))[:_COMPARED]], len(firsts) == 1
 
 
-def _check_pair(engine: Engine, wrapper: LossModule, items: list[Any], singles: list[Any]) -> None:
-    state, batch = engine.states[-1], engine.cast(engine.task.collate(items))
-    truth = dict(zip(engine.parameters, loop_gradients(wrapper, state, engine.parameters, singles), strict=True))
-    _check_that_examples_do_not_mix(wrapper, state, batch, singles, TOLERANCE[engine.dtype])
+def _spread(ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Up to ``count`` evenly spaced ones, the first and the last among them."""
+    spread: NDArray[np.int64] = ids[np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(np.int64))]
+    return spread
+
+
+def _check_some(
+    engine: Engine, wrapper: LossModule, items: list[Any], names: list[str], unseen: list[str], role: str, must: bool
+) -> list[str]:
+    """Compare the routes on some examples, if they must be or give gradients to unseen parameters.
+
+    Returns:
+        The parameters that are still unseen.
+    """
+    gradients = loop_gradients(wrapper, engine.states[-1], unseen, engine.singles(items)) if unseen else []
+    seen = {name for name, gradient in zip(unseen, gradients, strict=True) if bool(gradient.any())}
+    if must or seen:
+        groups = [slice(place, place + 1) for place in range(len(items))] if engine.alone else [slice(None)]
+        for group in groups:
+            _check_group(engine, wrapper, items[group], names[group], role)
+    return [name for name in unseen if name not in seen]
+
+
+def _check_group(engine: Engine, wrapper: LossModule, items: list[Any], names: list[str], role: str) -> None:
+    parameters = engine.parameters
+    gradients = loop_gradients(wrapper, engine.states[-1], parameters, engine.singles(items))
+    finite = torch.stack([gradient.flatten(1).isfinite().all(1) for gradient in gradients]).all(0)
+    refuse_non_finite(engine, finite.tolist(), items, names, role)
+    truth = dict(zip(parameters, gradients, strict=True))
     while True:
-        planned, shares = _pick_general_route(engine, wrapper, state, batch, len(items)), engine.hooks.shares
+        planned, shares = _pick_general_route(engine, wrapper, items), engine.hooks.shares
         if planned != engine.layers:
             engine.replan(planned, shares)
         planned, shares = _replanned(engine, wrapper, items, truth)
         if planned == engine.layers and shares == engine.hooks.shares:
             return
         engine.replan(planned, shares)
-
-
-def _check_that_examples_do_not_mix(
-    wrapper: LossModule, state: State, batch: Any, singles: list[Any], tolerance: float
-) -> None:
-    with torch.no_grad():
-        alone = torch.cat([wrapper.losses(state, single, 1) for single in singles])
-        together = wrapper.losses(state, batch, len(singles))
-    if not torch.allclose(alone, together, rtol=tolerance, atol=tolerance * float(alone.abs().max()), equal_nan=True):
-        raise LossError(
-            f"The loss of an example depends on the others of its batch ({float(alone[0]):.6g} alone, "
-            f"{float(together[0]):.6g} in a batch of {len(singles)}), so it has no gradient of its own. "
-            "Use a per-example loss, normalisation with running statistics, and a mask where padding is seen."
-        )
 
 
 def _replanned(
@@ -142,11 +197,11 @@ def _slower(engine: Engine, layer: Layer) -> list[Layer]:
     return [uses.used_layer(engine.model, name) for name in layer.parameters]
 
 
-def _pick_general_route(engine: Engine, wrapper: LossModule, state: State, batch: Any, n: int) -> list[Layer]:
+def _pick_general_route(engine: Engine, wrapper: LossModule, items: list[Any]) -> list[Layer]:
     names = [layer.parameters[0] for layer in engine.layers if layer.route == "vmap"]
     if names:
         try:
-            vmap_gradients(wrapper, state, names, batch, n)
+            vmap_gradients(wrapper, engine.states[-1], names, engine.batch(items), len(items))
         except Exception:  # vmap refuses in many types; the loop then raises whatever is really wrong
             return [replace(layer, route="loop") if layer.route == "vmap" else layer for layer in engine.layers]
     return engine.layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, CheckpointError, TaskError
+from ..errors import ArgumentError, CheckpointError, TaskError, user_code
 from ..factors import Formed, Gradients, Layer
 from ..task import Task
 from ..tree import map_tensors
 from . import uses
-from .check import check_routes
-from .functional import LossModule, State, loop_gradients, vmap_gradients
+from .check import check_queries, check_routes
+from .functional import COLLATE, LossModule, State, loop_gradients, vmap_gradients
 from .hooks import Consume, Hooks
 from .layers import plan_layers, refuse_what_hides
 from .rules import RULES
@@ -57,6 +57,8 @@ class Engine:
             channels last in memory, which is faster and changes no result but rounding; by
             default where there are two-dimensional convolutions and the model runs with it.
         tracked: which parameters, with which weights, by default as the task says.
+        alone: whether each example is a batch of its own, for losses that mix the examples of a batch (padding
+            without a mask); whoever calls :meth:`run` then gives it one at a time.
 
     Raises:
         ArgumentError: the precision or device is unknown or cannot be used here.
@@ -71,10 +73,11 @@ class Engine:
         device: str | torch.device | None = None,
         channels_last: bool | None = None,
         tracked: Tracked | None = None,
+        alone: bool = False,
     ) -> None:
         if precision not in get_args(Precision):
             raise ArgumentError(f"precision is {precision!r}, but must be one of: {', '.join(get_args(Precision))}.")
-        self.task = task
+        self.task, self.alone = task, alone
         self.precision = precision
         self.dtype = torch.float64 if precision == "float64" else torch.float32
         self.model = task.model
@@ -226,7 +229,7 @@ class Engine:
 
         ``lenient`` leaves out a layer whose rule fails.
         """
-        state, batch = self.states[checkpoint], self.cast(self.task.collate(items))
+        state, batch = self.states[checkpoint], self.batch(items)
 
         def losses() -> Tensor:
             return wrapper.losses(state, batch, len(items))
@@ -251,8 +254,7 @@ class Engine:
             names = [layer.parameters[0] for layer in chosen.values()]
             self.hooks.at = f"the gradients of {', '.join(names)} ({route})"
             if route == "vmap":
-                batch = self.cast(self.task.collate(items))
-                gradients = vmap_gradients(wrapper, state, names, batch, len(items), loss_scale)
+                gradients = vmap_gradients(wrapper, state, names, self.batch(items), len(items), loss_scale)
             else:
                 gradients = loop_gradients(wrapper, state, names, self.singles(items), loss_scale)
             for (number, layer), gradient in zip(chosen.items(), gradients, strict=True):
@@ -263,29 +265,44 @@ class Engine:
         """Hand on D^(1/2) g: every element has a weight of its own, so the gradient must be formed."""
         consume(number, Formed(gradients.gradient * self.root_weights(checkpoint, number)))
 
-    def check_routes(self) -> None:
-        """Compare every route with autograd on pairs of examples, each alone; move layers that disagree.
+    def check_routes(self, ids: NDArray[np.int64] | None = None) -> None:
+        """Compare every route with autograd on examples, each alone; move layers that disagree.
+
+        Args:
+            ids: (m,) the training examples to choose from, by default all that the task does not skip.
 
         Raises:
             ArgumentError: the model does not run with ``channels_last``.
-            LossError: the loss is not one number per example, or an example's loss depends on
+            LossError: the loss is not one number per example, is random, or an example's loss depends on
                 the others of its batch.
+            NonFiniteGradientError: one of the examples tried has a NaN or infinite loss or gradient.
+            UserCodeError: the loss or collate failed.
         """
         self._settle_layout()
-        check_routes(self)
+        check_routes(self, ids)
+
+    def check_queries(self, items: Sequence[Any], names: Sequence[str], role: str = "query") -> None:
+        """Check some of several queries, as :meth:`check_routes` does with training examples; ``names`` for errors."""
+        check_queries(self, items, names, role)
 
     def _settle_layout(self) -> None:
         """Give up channels last, unless asked for, where the model cannot have it: a view that flattens, for one."""
         if not self.channels_last:
             return
         try:
-            self.losses(-1, self.task.first_and_last())
+            self._try_layout()
         except RuntimeError as error:
-            if not self._layout_is_free:
-                reason = str(error).splitlines()[0]
-                raise ArgumentError(f"The model does not run with channels_last ({reason}). Leave it out.") from error
             self.channels_last = False
             self.states = [self.cast(state) for state in self.states]
+            if self._layout_is_free:
+                return
+            self._try_layout()  # which raises what is wrong, where that is not the layout
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise ArgumentError(f"The model does not run with channels_last ({reason}). Leave it out.") from error
+
+    def _try_layout(self) -> None:
+        for item in self.task.first_and_last():
+            self.losses(-1, [item])
 
     def root_weights(self, checkpoint: int, number: int) -> Tensor:
         """D^(1/2) of a layer, (1, rows, columns); ones without a preconditioner."""
@@ -308,8 +325,31 @@ class Engine:
         """(batch,) the losses of a batch at a checkpoint, by a forward pass alone."""
         wrapper = LossModule(self.model, self.task.loss_for(role))
         with torch.no_grad():
-            losses = wrapper.losses(self.states[checkpoint], self.cast(self.task.collate(items)), len(items))
-        return losses.double().cpu().numpy()
+            groups = [[item] for item in items] if self.alone else [items]
+            parts = [wrapper.losses(self.states[checkpoint], self.batch(group), len(group)) for group in groups]
+        return torch.cat(parts).double().cpu().numpy()
+
+    def norms(self, checkpoint: int, items: list[Any], role: str = "train") -> tuple[Tensor, Tensor]:
+        """(batch,) float64: the losses of a batch, and the norms of its gradients times sqrt(eta)."""
+        squared = torch.zeros(len(items), dtype=torch.float64, device=self.device)
+
+        def consume(number: int, gradients: Gradients) -> None:
+            for part, some in gradients.parts():
+                squared[part] += some.squared_norms()
+
+        return self.run(checkpoint, items, consume, role).double(), squared.sqrt()
+
+    @contextlib.contextmanager
+    def doubled(self, checkpoint: int) -> Iterator[None]:
+        """Compute at a checkpoint in float64 for the time of the block: what is left of a difference is no rounding."""
+        kept = self.precision, self.dtype, self.states[checkpoint], self._weights
+        self.precision, self.dtype, self._weights = "float64", torch.float64, {}
+        try:
+            self.states[checkpoint], self.hooks.dtype = self.cast(kept[2]), self.dtype
+            yield
+        finally:
+            self.precision, self.dtype, self.states[checkpoint], self._weights = kept
+            self.hooks.dtype = self.dtype
 
     def wrapper(self, role: str) -> LossModule:
         """The loss as a function of weights, in the engine's precision."""
@@ -330,19 +370,29 @@ class Engine:
 
     def singles(self, items: list[Any]) -> list[Any]:
         """Each example as a batch of its own."""
-        return [self.cast(self.task.collate([item])) for item in items]
+        return [self.batch([item]) for item in items]
+
+    def batch(self, items: list[Any]) -> Any:
+        """Examples collated and cast, a fresh batch that the loss may take apart and change in place."""
+        with user_code(COLLATE):
+            collated = self.task.collate(items)
+
+        def owned(tensor: Tensor) -> Tensor:
+            cast = self._cast(tensor)
+            return cast.clone() if cast is tensor else cast  # what collate hands on may be the data set's own
+
+        return map_tensors(collated, owned)
 
     def cast(self, tree: Any) -> Any:
         """Every tensor on the device, and in the engine's floating-point type and layout."""
+        return map_tensors(tree, self._cast)
 
-        def cast(tensor: Tensor) -> Tensor:
-            cast = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
-            if not cast.is_floating_point() or cast.ndim not in (4, 5):
-                return cast
-            last = torch.channels_last if cast.ndim == 4 else torch.channels_last_3d
-            return cast.contiguous(memory_format=last if self.channels_last else torch.contiguous_format)
-
-        return map_tensors(tree, cast)
+    def _cast(self, tensor: Tensor) -> Tensor:
+        cast = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+        if not cast.is_floating_point() or cast.ndim not in (4, 5):
+            return cast
+        last = torch.channels_last if cast.ndim == 4 else torch.channels_last_3d
+        return cast.contiguous(memory_format=last if self.channels_last else torch.contiguous_format)
 
 
 def _check_half(precision: str, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from ..errors import LossError
+from ..errors import LossError, user_code
 from ..task import Loss
 from ..tree import map_tensors, tensors
+
+# What the user's code is called when it fails.
+LOSS, BACKWARD, COLLATE = "The loss", "The backward pass of the loss", "collate"
 
 # Tensors by name, each name with "model." in front.
 State = Mapping[str, Tensor]
@@ -35,10 +39,9 @@ class LossModule(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         """(batch,) the losses with the weights that are in the model now."""
-        if self._half is None:
-            return self.loss(self.model, batch)
         device = next(self.model.parameters()).device.type
-        with torch.autocast(device, self._half):
+        half = contextlib.nullcontext() if self._half is None else torch.autocast(device, self._half)
+        with half, user_code(LOSS):
             return self.loss(self.model, batch)
 
     def losses(self, state: State, batch: Any, n: int) -> Tensor:
@@ -99,7 +102,8 @@ def loop_gradients(
             losses = wrapper.losses({**state, **tracked}, single, 1)
             if losses.requires_grad:
                 leaves = list(tracked.values())
-                found = torch.autograd.grad(losses.sum() * loss_scale, leaves, materialize_grads=True)
+                with user_code(BACKWARD):
+                    found = torch.autograd.grad(losses.sum() * loss_scale, leaves, materialize_grads=True)
                 rows.append([gradient.to_dense() / loss_scale for gradient in found])  # embeddings may be sparse
             else:
                 rows.append([torch.zeros_like(value) for value in tracked.values()])

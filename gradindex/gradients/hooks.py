@@ -34,7 +34,7 @@ class Hooks:
     def __init__(self, model: nn.Module, layers: Sequence[Layer], dtype: torch.dtype) -> None:
         self._layers = {number: layer for number, layer in enumerate(layers) if layer.hooked}
         self._used = {n: layer for n, layer in self._layers.items() if layer.route in uses.ROUTES}
-        self._model, self._dtype = model, dtype
+        self._model, self.dtype = model, dtype
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # By layer, a call each: what makes its gradients from that of its output, and that, once it is there.
         self._calls: dict[int, list[tuple[uses.Make, Tensor | None]]] = {}
@@ -102,7 +102,7 @@ class Hooks:
                     "row of its own when the routes were checked. Leave it out, with layers=."
                 )
             if loss_scale != 1:
-                delta = delta.to(self._dtype) / loss_scale
+                delta = delta.to(self.dtype) / loss_scale
             calls = self._calls[number]
             calls[position] = (calls[position][0], delta)
             if all(gradient is not None for _, gradient in calls):
@@ -193,4 +193,4 @@ class Hooks:
             self._receive(number, position, delta)
 
     def _widen(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor

@@ -17,6 +17,7 @@ from ..memory import LARGEST_TRIED, available_bytes, batch_size_for, in_halves
 from ..tree import preserved_random_state
 from .check import TOLERANCE
 from .engine import Engine
+from .examples import blamed
 from .functional import LossModule, State, loop_gradients
 
 # With more queries than this, the per-example gradients of the layers on general routes cost less than
@@ -63,7 +64,9 @@ class Products:
             names = [f"Query {i} of {len(items)}" for i in numbers]
             some = [(items[i], 1.0 if weights is None else float(weights[i])) for i in numbers]
             action = partial(self._gradients_of if weights is None else self._sum_of, role)
-            for count, found in in_halves(action, some, names, lambda: engine.at):
+            with blamed(engine, [item for item, _ in some], names, role):
+                parts = in_halves(action, some, names, lambda: engine.at, engine.alone)
+            for count, found in parts:
                 if weights is None:
                     self._parts.append((slice(start, start + count), found))
                 else:
@@ -156,7 +159,7 @@ class Products:
         names = [f"Training example {i}" for i in range(len(items))]
 
         def action(some: list[Any]) -> None:
-            in_halves(self.of, some, names, lambda: engine.at)
+            in_halves(self.of, some, names, lambda: engine.at, engine.alone)
 
         return batch_size_for(action, items, available_bytes(engine.device), engine.device)
 
@@ -180,10 +183,7 @@ class Products:
     def _along(self, checkpoint: int, items: list[Any], numbers: Sequence[int]) -> Iterator[Tensor]:
         """The share of some of the general layers, query by query."""
         engine, state = self._engine, self._engine.states[checkpoint]
-        batch, wrapper = (
-            engine.cast(engine.task.collate(items)),
-            LossModule(engine.model, engine.task.loss_for("train")),
-        )
+        wrapper = LossModule(engine.model, engine.task.loss_for("train"))
         general = {number: engine.layers[number].parameters[0] for number in numbers}
         engine.hooks.at = f"the {self.route} of {', '.join(general.values())}"
         for rows, queries in self._parts:
@@ -194,7 +194,8 @@ class Products:
                     directions[f"model.{name}"] = gradients.gradient[query].reshape(value.shape) * engine.scale(
                         checkpoint, name
                     )
-                yield _ROUTES[self.route](wrapper, state, directions, batch, len(items)).to(engine.dtype)
+                along = _ROUTES[self.route](wrapper, state, directions, engine.batch(items), len(items))
+                yield along.to(engine.dtype)
 
     def _pick_route(self) -> str:
         """The first that agrees with autograd on two examples, along the gradient of the first."""
@@ -207,10 +208,10 @@ class Products:
             rows = torch.cat([gradient.flatten(1) for gradient in truth], 1).double()
             expected, norms = rows @ rows[0], rows.square().sum(1)
             allowed = TOLERANCE[engine.dtype] * (norms * norms[0]).sqrt()
-            batch = engine.cast(engine.task.collate(items))
+            groups = [[item] for item in items] if engine.alone else [items]
             for route, along in _ROUTES.items():
                 try:
-                    found = along(wrapper, state, directions, batch, len(items))
+                    found = torch.cat([along(wrapper, state, directions, engine.batch(g), len(g)) for g in groups])
                 except Exception:  # an operation without the derivative; torch raises many types
                     continue
                 if bool(((found - expected).abs() <= allowed).all()):

@@ -13,6 +13,7 @@ from ..errors import ArgumentError
 from ..gradients import Engine, Products
 from ..progress import progress
 from ..rows import RowBatch, RowMaker, Sides
+from ..spotcheck import check_alone, smallest_of_uneven
 from ..store import GradientStore
 from ..task import Task
 
@@ -189,6 +190,8 @@ def _batches(examples: Examples, maker: RowMaker, store: GradientStore) -> Itera
     step = store.manifest["batch_size"]
     with progress("gradients of queries", len(examples.names), "queries") as advance:
         for start in range(0, len(examples.names), step):
-            names = examples.names[start : start + step]
-            yield maker.rows(list(examples.items[start : start + step]), names, "query")
+            items, names = list(examples.items[start : start + step]), examples.names[start : start + step]
+            batch = maker.rows(items, names, "query")
+            check_alone(maker, items, names, batch, [smallest_of_uneven(items) or 0], "query")
+            yield batch
             advance(len(names))

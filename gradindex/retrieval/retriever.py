@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, StoreError
-from ..gradients import HALF, Engine
+from ..gradients import HALF, Engine, Precision
 from ..index import require
 from ..matching import check_task
 from ..projection import Projection
@@ -55,9 +55,10 @@ class Retriever:
         self._projection = Projection(**stored["projection"])
         self._unit_norm: bool = stored["unit_norm"]
         # Queries and exact scores take full precision, even where rows were made in half precision.
-        self._engine = Engine(task, "float32" if stored["precision"] in HALF else stored["precision"], device)
+        precision: Precision = "float32" if stored["precision"] in HALF else stored["precision"]
+        self._engine = Engine(task, precision, device, alone=store.manifest["batch_size"] == 1)
         with self._computing() as engine:
-            engine.check_routes()
+            engine.check_routes(task.train_ids[task.train_ids < store.manifest["next_id"]])
             check_task(store, engine)
         self._bases = store.bases()
         self._search_options: dict[str, Any] = {"use_index": use_index, "device": device}

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError, NonFiniteGradientError
-from ..gradients import HALF, Engine, Precision, Products
+from ..errors import ArgumentError, NonFiniteGradientError, joined_names, left_out, training_names
+from ..gradients import HALF, Engine, Precision, Products, blamed
 from ..index import paired_products
 from ..memory import in_halves
 from ..progress import progress
@@ -54,7 +54,8 @@ def exact_scores(
         role: whether queries are scored with the ``"query"`` or the ``"train"`` loss.
         precision: of the gradients and scores; those of half precision are not exact.
         device: where to compute, by default where the model is.
-        batch_size: training examples per pass, by default as many, up to 256, as the free memory holds.
+        batch_size: training examples per pass, by default as many, up to 256, as the free memory holds; with 1, queries
+            go one by one as well.
 
     Returns:
         (n_query, m) in ``precision``, signed; positive = proponent.
@@ -70,8 +71,9 @@ def exact_scores(
     wrong = ids[(ids < 0) | (ids >= task.n_train)]
     if len(wrong):
         raise ArgumentError(f"There is no training id {wrong[0]}; ids go from 0 to {task.n_train - 1}.")
-    with Engine(task, precision, device) as engine, preserved_random_state():
-        engine.check_routes()
+    with Engine(task, precision, device, alone=batch_size == 1) as engine, preserved_random_state():
+        engine.check_routes(ids)
+        engine.check_queries(items, [f"Query {i} of {len(items)}" for i in range(len(items))], role)
         at_once = _at_once(engine)
         turns = (
             (slice(start, min(start + at_once, len(items))), Products(engine, items[start : start + at_once], role))
@@ -122,7 +124,9 @@ def _compared(
         for queries, products in turns:
             size = batch_size or products.pick_batch_size(len(ids))
             for chosen, batch, names in _read(engine.task, ids, size):
-                found = torch.cat(in_halves(products.of, batch, names, lambda: engine.at), 1).cpu().numpy()
+                with blamed(engine, batch, names, "train"):
+                    parts = in_halves(products.of, batch, names, lambda: engine.at, engine.alone)
+                found = torch.cat(parts, 1).cpu().numpy()
                 _refuse_non_finite(found, queries, n_query, chosen, products)
                 yield queries, chosen, found
                 advance(found.size)
@@ -130,7 +134,7 @@ def _compared(
 
 def _read(task: Task, ids: NDArray[np.int64], size: int) -> Iterator[tuple[NDArray[np.int64], list[Any], list[str]]]:
     for chosen in pieces(ids, size):
-        yield chosen, task.examples(chosen), [f"Training example {i}" for i in chosen]
+        yield chosen, task.examples(chosen), training_names(chosen)
 
 
 def _refuse_non_finite(
@@ -140,8 +144,8 @@ def _refuse_non_finite(
     if bad.any():
         query, column = np.argwhere(bad)[0]
         whole = not products.finite(int(query))
-        who = f"Query {queries.start + query} of {n_query}" if whole else f"Training example {ids[column]}"
-        raise NonFiniteGradientError(f"{who} has a NaN or infinite gradient. Check the example.")
+        names = [f"Query {queries.start + query} of {n_query}"] if whole else training_names(ids[column : column + 1])
+        raise NonFiniteGradientError(f"{joined_names(names)} has a NaN or infinite gradient. {left_out(names)}")
 
 
 def shown(label: str, scores: Scores, total: int) -> Scores:
@@ -249,8 +253,9 @@ def shares(
         start = 0
         size = store.manifest["batch_size"]
         for chosen, batch, names in _read(engine.task, ids, size):
-            found = torch.cat(in_halves(products.split, batch, names, lambda: engine.at)).cpu().numpy()
-            found = found.swapaxes(0, 1)
+            with blamed(engine, batch, names, "train"):
+                parts = in_halves(products.split, batch, names, lambda: engine.at, engine.alone)
+            found = torch.cat(parts).cpu().numpy().swapaxes(0, 1)
             _refuse_non_finite(found.sum((2, 3)), which, len(queries), chosen, products)
             split[which, start : start + len(chosen)] = found
             start += len(chosen)
