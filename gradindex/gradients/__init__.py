@@ -3,7 +3,6 @@
 from .engine import HALF as HALF
 from .engine import Engine as Engine
 from .engine import Precision as Precision
-from .examples import ALONE as ALONE
 from .examples import blamed as blamed
 from .examples import mixed as mixed
 from .examples import non_finite as non_finite

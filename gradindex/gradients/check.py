@@ -85,7 +85,7 @@ def check_queries(engine: Engine, items: Sequence[Any], names: Sequence[str], ro
 def _check(
     engine: Engine, read: Read, ids: NDArray[np.int64], names_of: Callable[[Sequence[int]], list[str]], role: str
 ) -> None:
-    wrapper = LossModule(engine.model, engine.task.loss_for(role))
+    wrapper = engine.wrapper(role, exact=True)
     unseen = list(engine.parameters)
     with preserved_random_state():
         chosen, alike = _chosen(read, ids)

@@ -21,7 +21,7 @@ from ..task import Task
 from ..tree import map_tensors
 from . import uses
 from .check import check_queries, check_routes
-from .functional import COLLATE, LossModule, State, loop_gradients, vmap_gradients
+from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, State, loop_gradients, vmap_gradients
 from .hooks import Consume, Hooks
 from .layers import plan_layers, refuse_what_hides
 from .rules import RULES
@@ -323,7 +323,7 @@ class Engine:
 
     def losses(self, checkpoint: int, items: list[Any], role: str = "train") -> NDArray[np.float64]:
         """(batch,) the losses of a batch at a checkpoint, by a forward pass alone."""
-        wrapper = LossModule(self.model, self.task.loss_for(role))
+        wrapper = self.wrapper(role, exact=True)
         with torch.no_grad():
             groups = [[item] for item in items] if self.alone else [items]
             parts = [wrapper.losses(self.states[checkpoint], self.batch(group), len(group)) for group in groups]
@@ -351,9 +351,10 @@ class Engine:
             self.precision, self.dtype, self.states[checkpoint], self._weights = kept
             self.hooks.dtype = self.dtype
 
-    def wrapper(self, role: str) -> LossModule:
-        """The loss as a function of weights, in the engine's precision."""
-        return LossModule(self.model, self.task.loss_for(role), HALF.get(self.precision))
+    def wrapper(self, role: str, exact: bool = False) -> LossModule:
+        """The loss as a function of weights, in the engine's precision, or if ``exact`` never in half of it."""
+        name = LOSS if role == "train" or self.task.query_loss is None else QUERY_LOSS
+        return LossModule(self.model, self.task.loss_for(role), None if exact else HALF.get(self.precision), name)
 
     def as_matrix(self, layer: Layer, gradients: Mapping[str, Tensor], batched: bool = True) -> Tensor:
         """Gradients by parameter, (batch, *shape) each, as the layer's matrix (batch, rows, columns)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 # How far the loss of an example in a batch may be from its loss alone, relative to either; and two calls on it alone.
 MIXED, _REPEATED = {torch.float32: 2e-3, torch.float64: 1e-8}, 1e-5
-ALONE = "Give each example a batch of its own with batch_size=1, which is slower and always right"
+# What torch says where a norm has no running statistics.
+_OVER_BATCH = "more than 1 value per channel"
 
 
 def check_examples(engine: Engine, items: list[Any], names: Sequence[str], role: str) -> None:
@@ -34,7 +36,7 @@ def check_examples(engine: Engine, items: list[Any], names: Sequence[str], role:
         LossError: the loss is random, or depends on the other examples of a batch.
         NonFiniteGradientError: a loss is NaN or infinite.
     """
-    wrapper = LossModule(engine.model, engine.task.loss_for(role))
+    wrapper = engine.wrapper(role, exact=True)
     with preserved_random_state():
         alone, again = ([_losses(engine, wrapper, [item]) for item in items] for _ in range(2))
         first, second = torch.cat(alone), torch.cat(again)
@@ -53,7 +55,7 @@ def check_examples(engine: Engine, items: list[Any], names: Sequence[str], role:
         if bool(differ.any()):
             place = int(differ.nonzero()[0])
             values = float(first[place]), float(together[place])
-            raise LossError(_mixed(engine, wrapper, items[place], names[place], values, len(items)))
+            raise LossError(_mixed(engine, wrapper, items[place], names[place], values, len(items), role))
 
 
 def _losses(engine: Engine, wrapper: LossModule, items: list[Any], checkpoint: int = -1) -> Tensor:
@@ -89,25 +91,35 @@ def _random(engine: Engine, item: Any, name: str, first: float, second: float) -
     )
 
 
-def _mixed(engine: Engine, wrapper: LossModule, item: Any, name: str, values: tuple[float, float], n: int) -> str:
+def _mixed(
+    engine: Engine, wrapper: LossModule, item: Any, name: str, values: tuple[float, float], n: int, role: str
+) -> str:
     alone, together = values
     figures = f"{alone:.6g} alone, {together:.6g} in a batch of {n}"
-    copies = _losses(engine, wrapper, [item] * n)
-    if not bool(_agree(copies, copies[:1].expand_as(copies), MIXED[engine.dtype]).all()):
-        return (
-            f"The loss of {_lower(name)} depends on its place in the batch ({figures}), as when noise is drawn from a "
-            f"generator that is seeded in the loss. Make what is drawn part of each example. {ALONE}."
-        )
-    return mixed(name, figures)
+    with contextlib.suppress(UserCodeError):
+        copies = _losses(engine, wrapper, [item] * n)
+        if not bool(_agree(copies, copies[:1].expand_as(copies), MIXED[engine.dtype]).all()):
+            return (
+                f"The loss of {_lower(name)} depends on its place in the batch ({figures}), as when noise is drawn "
+                "from a generator that is seeded in the loss. Make what is drawn part of each example."
+            )
+    return mixed(name, figures, role)
 
 
-def mixed(name: str, figures: str) -> str:
-    """What to say of an example that is another one in a batch."""
+def mixed(name: str, figures: str, role: str, what: str = "loss") -> str:
+    """What to say of an example whose loss, or ``what`` else, is another one in a batch."""
     return (
-        f"The loss of {_lower(name)} depends on the others of its batch ({figures}), so it has no gradient of its own. "
-        "Use a per-example loss, normalisation with running statistics, and a mask where padding is seen. "
-        f"{ALONE}."
+        f"The {what} of {_lower(name)} depends on the others of its batch ({figures}), so it has no gradient of its "
+        "own. Use a per-example loss, normalisation with running statistics, and a mask where padding is seen. "
+        f"{_alone(role)}."
     )
+
+
+def _alone(role: str) -> str:
+    """The way out that always works."""
+    if role == "query":
+        return "Or ask about one at a time"
+    return "Or give each example a batch of its own, with batch_size=1, which is slower and always right"
 
 
 def _lower(name: str) -> str:
@@ -125,7 +137,7 @@ def refuse_non_finite(
     bad = [place for place, good in enumerate(finite) if not good]
     if not bad:
         return
-    wrapper, item = LossModule(engine.model, engine.task.loss_for(role)), items[bad[0]]
+    wrapper, item = engine.wrapper(role, exact=True), items[bad[0]]
     for checkpoint, state in enumerate(engine.states):
         finite_loss = bool(_losses(engine, wrapper, [item], checkpoint).isfinite().all())
         gradients = loop_gradients(wrapper, state, engine.parameters, engine.singles([item])) if finite_loss else []
@@ -164,20 +176,22 @@ def _located(
     cause = error.__cause__
     if not error.what or " on " in error.what or cause is None:
         return error
-    wrapper = LossModule(engine.model, engine.task.loss_for(role))
+    wrapper = engine.wrapper(role, exact=True)
     for item, name in zip(items, names, strict=True):
         try:
             _losses(engine, wrapper, [item])
         except UserCodeError as own:
             cause = own.__cause__ or own
-            return failed(f"{own.what} on {_lower(name)}", cause, _hint(own.what, [item]))
-    hint = _hint(error.what, items)
+            return failed(f"{own.what} on {_lower(name)}", cause, _hint(own.what, [item], cause))
+    hint = _hint(error.what, items, cause)
     if len(items) > 1:
-        hint = f"{hint or 'Each of them works alone.'} {ALONE}."
+        hint = f"{hint or 'Each of them works alone.'} {_alone(role)}."
     return failed(f"{error.what} on {_lower(joined_names(names))}", cause, hint)
 
 
-def _hint(what: str, items: Sequence[Any]) -> str:
+def _hint(what: str, items: Sequence[Any], cause: BaseException) -> str:
+    if _OVER_BATCH in str(cause):
+        return "It normalises over the batch, so that no example has a gradient of its own: use running statistics."
     if what != COLLATE:
         return ""
     found = [shapes(item) for item in items]

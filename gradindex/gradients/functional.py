@@ -15,7 +15,7 @@ from ..task import Loss
 from ..tree import map_tensors, tensors
 
 # What the user's code is called when it fails.
-LOSS, BACKWARD, COLLATE = "The loss", "The backward pass of the loss", "collate"
+LOSS, QUERY_LOSS, BACKWARD, COLLATE = "The loss", "The query loss", "The backward pass of the loss", "collate"
 
 # Tensors by name, each name with "model." in front.
 State = Mapping[str, Tensor]
@@ -29,19 +29,20 @@ class LossModule(nn.Module):
         loss: one number per example.
         half: run both under autocast to this type. Autocast ends with the forward pass: what
             becomes of the gradients chooses its precision itself.
+        name: what to call the loss when it fails.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, half: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, half: torch.dtype | None = None, name: str = LOSS) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
-        self._half = half
+        self._half, self._name = half, name
 
     def forward(self, batch: Any) -> Tensor:
         """(batch,) the losses with the weights that are in the model now."""
         device = next(self.model.parameters()).device.type
         half = contextlib.nullcontext() if self._half is None else torch.autocast(device, self._half)
-        with half, user_code(LOSS):
+        with half, user_code(self._name):
             return self.loss(self.model, batch)
 
     def losses(self, state: State, batch: Any, n: int) -> Tensor:

@@ -183,7 +183,7 @@ class Products:
     def _along(self, checkpoint: int, items: list[Any], numbers: Sequence[int]) -> Iterator[Tensor]:
         """The share of some of the general layers, query by query."""
         engine, state = self._engine, self._engine.states[checkpoint]
-        wrapper = LossModule(engine.model, engine.task.loss_for("train"))
+        wrapper = engine.wrapper("train", exact=True)
         general = {number: engine.layers[number].parameters[0] for number in numbers}
         engine.hooks.at = f"the {self.route} of {', '.join(general.values())}"
         for rows, queries in self._parts:
@@ -200,7 +200,7 @@ class Products:
     def _pick_route(self) -> str:
         """The first that agrees with autograd on two examples, along the gradient of the first."""
         engine, items = self._engine, self._engine.task.first_and_last()
-        wrapper, state = LossModule(engine.model, engine.task.loss_for("train")), engine.states[-1]
+        wrapper, state = engine.wrapper("train", exact=True), engine.states[-1]
         names = [layer.parameters[0] for layer in engine.layers if not layer.hooked]
         with preserved_random_state():
             truth = loop_gradients(wrapper, state, names, engine.singles(items))
