@@ -75,7 +75,7 @@ def test_exact_scores_and_fits_in_float16_are_scaled_as_well(tmp_path, half_on_c
 
 def test_what_overflows_in_float16_at_any_scale_is_named(tmp_path, half_on_cpu):
     task = toys.make_task(tmp_path, loss=faint(1e9))
-    with pytest.raises(NonFiniteGradientError, match="has a NaN or infinite gradient at checkpoint 0"):
+    with pytest.raises(NonFiniteGradientError, match="a NaN or infinite gradient at checkpoint 0"):
         gradindex.build(task, tmp_path / "store", precision="float16")
 
 

@@ -210,7 +210,8 @@ def test_only_the_new_checkpoint_is_computed(task, tmp_path, monkeypatch):
 
     monkeypatch.setattr(gradindex.gradients.Engine, "run", counted)
     gradindex.growth.add_checkpoint(task, tmp_path / "store")
-    assert passes == [2] * 30
+    assert set(passes) == {2}
+    assert 30 <= len(passes) <= 30 + 3 * 8  # each example, and spot checks of three in each of eight shards
 
 
 CHANGES = {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import training_names
 from ..factors import Gradients, Layer
+from ..memory import in_halves
 from ..tree import extent, preserved_random_state, shapes
 from . import uses
 from .examples import blamed, check_examples, refuse_non_finite
@@ -133,19 +134,24 @@ def _check_some(
     Returns:
         The parameters that are still unseen.
     """
-    gradients = loop_gradients(wrapper, engine.states[-1], unseen, engine.singles(items)) if unseen else []
-    seen = {name for name, gradient in zip(unseen, gradients, strict=True) if bool(gradient.any())}
-    if must or seen:
-        groups = [slice(place, place + 1) for place in range(len(items))] if engine.alone else [slice(None)]
-        for group in groups:
-            _check_group(engine, wrapper, items[group], names[group], role)
+
+    def check(named: list[tuple[Any, str]]) -> list[str]:
+        group, their_names = [item for item, _ in named], [name for _, name in named]
+        gradients = loop_gradients(wrapper, engine.states[-1], unseen, engine.singles(group)) if unseen else []
+        seen = [name for name, gradient in zip(unseen, gradients, strict=True) if bool(gradient.any())]
+        if must or seen:
+            _check_group(engine, wrapper, group, their_names, role)
+        return seen
+
+    named = list(zip(items, names, strict=True))
+    seen = in_halves(check, named, names, lambda: engine.at, engine.alone)
     return [name for name in unseen if name not in seen]
 
 
 def _check_group(engine: Engine, wrapper: LossModule, items: list[Any], names: list[str], role: str) -> None:
     parameters = engine.parameters
     gradients = loop_gradients(wrapper, engine.states[-1], parameters, engine.singles(items))
-    finite = torch.stack([gradient.flatten(1).isfinite().all(1) for gradient in gradients]).all(0)
+    finite = torch.stack([gradient.reshape(len(gradient), -1).isfinite().all(1) for gradient in gradients]).all(0)
     refuse_non_finite(engine, finite.tolist(), items, names, role)
     truth = dict(zip(parameters, gradients, strict=True))
     while True:

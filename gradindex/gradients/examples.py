@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LossError, NonFiniteGradientError, UserCodeError, failed, joined_names, left_out
+from ..memory import in_halves
 from ..tree import digest, preserved_random_state, shapes
 from .functional import COLLATE, LossModule, loop_gradients
 
@@ -38,8 +39,7 @@ def check_examples(engine: Engine, items: list[Any], names: Sequence[str], role:
     """
     wrapper = engine.wrapper(role, exact=True)
     with preserved_random_state():
-        alone, again = ([_losses(engine, wrapper, [item]) for item in items] for _ in range(2))
-        first, second = torch.cat(alone), torch.cat(again)
+        first, second = (_losses(engine, wrapper, items, names, alone=True) for _ in range(2))
         refuse_non_finite(engine, first.isfinite().tolist(), items, names, role)
         differ = ~_agree(first, second, _REPEATED)
         if bool(differ.any()):
@@ -47,10 +47,10 @@ def check_examples(engine: Engine, items: list[Any], names: Sequence[str], role:
             raise LossError(_random(engine, items[place], names[place], float(first[place]), float(second[place])))
         if engine.alone or len(items) == 1:
             return
-        together = _losses(engine, wrapper, items)
+        together = _losses(engine, wrapper, items, names)
         differ = ~_agree(first, together, MIXED[engine.dtype])
         if bool(differ.any()):  # float32 rounds; a loss near zero of large logits is all rounding
-            exact = _doubled_losses(engine, wrapper, items)
+            exact = _doubled_losses(engine, wrapper, items, names)
             differ = differ if exact is None else ~_agree(*exact, MIXED[engine.dtype])
         if bool(differ.any()):
             place = int(differ.nonzero()[0])
@@ -58,17 +58,31 @@ def check_examples(engine: Engine, items: list[Any], names: Sequence[str], role:
             raise LossError(_mixed(engine, wrapper, items[place], names[place], values, len(items), role))
 
 
-def _losses(engine: Engine, wrapper: LossModule, items: list[Any], checkpoint: int = -1) -> Tensor:
-    with torch.no_grad():
-        return wrapper.losses(engine.states[checkpoint], engine.batch(items), len(items))
+def _losses(
+    engine: Engine,
+    wrapper: LossModule,
+    items: list[Any],
+    names: Sequence[str],
+    alone: bool = False,
+    checkpoint: int = -1,
+) -> Tensor:
+    """(n,) the losses of a batch, halved where memory runs out, or of each example alone."""
+
+    def losses(group: list[Any]) -> list[Tensor]:
+        with torch.no_grad():
+            return [wrapper.losses(engine.states[checkpoint], engine.batch(group), len(group))]
+
+    return torch.cat(in_halves(losses, items, names, lambda: engine.at, alone))
 
 
-def _doubled_losses(engine: Engine, wrapper: LossModule, items: list[Any]) -> tuple[Tensor, Tensor] | None:
+def _doubled_losses(
+    engine: Engine, wrapper: LossModule, items: list[Any], names: Sequence[str]
+) -> tuple[Tensor, Tensor] | None:
     """Alone and together in float64; ``None`` where the model does not run so."""
     try:
         with engine.doubled(-1):
-            alone = torch.cat([_losses(engine, wrapper, [item]) for item in items])
-            return alone, _losses(engine, wrapper, items)
+            alone = _losses(engine, wrapper, items, names, alone=True)
+            return alone, _losses(engine, wrapper, items, names)
     except (UserCodeError, RuntimeError, TypeError):
         return None
 
@@ -97,7 +111,7 @@ def _mixed(
     alone, together = values
     figures = f"{alone:.6g} alone, {together:.6g} in a batch of {n}"
     with contextlib.suppress(UserCodeError):
-        copies = _losses(engine, wrapper, [item] * n)
+        copies = _losses(engine, wrapper, [item] * n, [name] * n)
         if not bool(_agree(copies, copies[:1].expand_as(copies), MIXED[engine.dtype]).all()):
             return (
                 f"The loss of {_lower(name)} depends on its place in the batch ({figures}), as when noise is drawn "
@@ -137,9 +151,9 @@ def refuse_non_finite(
     bad = [place for place, good in enumerate(finite) if not good]
     if not bad:
         return
-    wrapper, item = engine.wrapper(role, exact=True), items[bad[0]]
+    wrapper, item, name = engine.wrapper(role, exact=True), items[bad[0]], names[bad[0]]
     for checkpoint, state in enumerate(engine.states):
-        finite_loss = bool(_losses(engine, wrapper, [item], checkpoint).isfinite().all())
+        finite_loss = bool(_losses(engine, wrapper, [item], [name], checkpoint=checkpoint).isfinite().all())
         gradients = loop_gradients(wrapper, state, engine.parameters, engine.singles([item])) if finite_loss else []
         if not (finite_loss and all(bool(gradient.isfinite().all()) for gradient in gradients)):
             break
@@ -179,7 +193,7 @@ def _located(
     wrapper = engine.wrapper(role, exact=True)
     for item, name in zip(items, names, strict=True):
         try:
-            _losses(engine, wrapper, [item])
+            _losses(engine, wrapper, [item], [name])
         except UserCodeError as own:
             cause = own.__cause__ or own
             return failed(f"{own.what} on {_lower(name)}", cause, _hint(own.what, [item], cause))
