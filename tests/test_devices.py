@@ -198,13 +198,13 @@ def test_modules_that_hide_what_they_do_are_refused_with_a_way_out(tmp_path, cas
 def test_parameters_that_are_no_floating_point_numbers_are_refused(tmp_path):
     model = toys.mlp()
     model.packed = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
-    task = toys.make_task(tmp_path, model)
+    task = toys.make_task(tmp_path, model, layers="*")
     with pytest.raises(TaskError, match=r"packed is of torch\.int8.*Leave it out, with layers="):
         gradindex.build(task, tmp_path / "store")
 
 
 def test_frozen_parameters_are_tracked_when_asked_for(tmp_path):
-    task = toys.make_task(tmp_path)
+    task = toys.make_task(tmp_path, layers="*")
     expected = gradindex.exact_scores(task, list(task.query))
     task.model.requires_grad_(False)
     np.testing.assert_array_equal(gradindex.exact_scores(task, list(task.query)), expected)
