@@ -36,6 +36,7 @@ from .store import (
     runs,
     shard_bytes,
     share,
+    take_ended_plan,
     write_bases,
 )
 from .task import Task
@@ -218,6 +219,7 @@ def _build(task: Task, folder: Path, part: Part | None, options: _Options) -> No
         projection, described = _described(task, engine, options)
         if GradientStore.complete(folder):
             _check_built(GradientStore(folder), described, engine)
+            take_ended_plan(folder)
             return
         if options.factors is not None:  # before hours of other work
             RowMaker(engine, Projection("none"), factors=True).rows(task.first_and_last(), ["first", "last"], "train")

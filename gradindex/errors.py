@@ -62,6 +62,10 @@ class StoreError(GradIndexError, RuntimeError):
     """A store is missing, incomplete, damaged, or not a store."""
 
 
+class StoreChangedError(StoreError):
+    """A store went on while it was open, without the files that were asked for: open it again and ask again."""
+
+
 class IndexFileError(GradIndexError, RuntimeError):
     """A search index is missing, damaged, or belongs to other rows."""
 

@@ -174,7 +174,7 @@ def indexed(built):
     task, folder = built
     store = GradientStore(folder)
     made = CompactIndex.build(Shape("ivf", 6, 4), store.rows(store.ids), store.blocks)
-    about = {"map": store.manifest["fingerprint"], "ids": store.id_runs.tolist()}
+    about = {"map": store.manifest["fingerprint"], "ids": store.id_runs.tolist(), "covers": store.origins}
     recall = {"k": 5, "proponents_at_least": 1, "opponents_at_least": 1, "against": ""}
     made.save(folder / "index", about | {"effort": {"probes": 2, "proposals": 9}, "recall": recall})
     return task, folder
@@ -372,7 +372,7 @@ def test_names_with_spaces_and_other_letters_work(built, tmp_path):
     task, folder = built
     strange = tmp_path / "mein Speicher, 日本 [x]*"
     folder.rename(strange)
-    (strange / "shards" / "0001-00000.h5.tmp-host-1-aa").write_bytes(b"left by a killed process")
+    (strange / "shards" / "0001-00000.h5.tmp-host-1-00aa11bb").write_bytes(b"left by a killed process")
     assert gradindex.store.compact(strange).verify() == []
     assert gradindex.load(strange, task).proponents(0, k=3).ids.shape == (1, 3)
     assert [path for path in strange.rglob("*") if "tmp" in path.name] == []

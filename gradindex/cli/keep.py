@@ -23,12 +23,12 @@ def info(folder: Path, as_json: bool) -> None:
     from ..errors import IndexFileError
     from ..retrieval.candidates import Candidates
     from ..retrieval.hits import table
-    from ..store import GradientStore, overview
+    from ..store import GradientStore, asked_again, overview
 
     found = overview(folder)
     if found["state"] == "complete":
         try:
-            found["search"] = Candidates(GradientStore(folder)).how
+            found["search"] = asked_again(lambda: Candidates(GradientStore(folder)).how)
         except IndexFileError as error:
             found["search"] = f"damaged index: {error}"
     if as_json:
@@ -101,10 +101,10 @@ def verify(folder: Path) -> None:
     from ..errors import IndexFileError, StoreError
     from ..index import checked
     from ..retrieval.candidates import INDEX_FOLDER
-    from ..store import GradientStore
+    from ..store import GradientStore, asked_again
 
     store = GradientStore(folder)
-    problems = store.verify()
+    problems = asked_again(store.verify)
     index = folder / INDEX_FOLDER
     if index.is_dir():
         try:
@@ -195,8 +195,13 @@ def export(folder: Path, out: Path) -> None:
 
     Example: gradindex export /tmp/mnist /tmp/rows.parquet
     """
-    from ..store import GradientStore
+    from ..store import GradientStore, asked_again
     from ..store import export as run
 
-    store = GradientStore(folder)
-    click.echo(f"{run(store, out)}: {store.n_train:,} rows of {store.dim:,} numbers")
+    def exported() -> GradientStore:
+        store = GradientStore(folder)
+        run(store, out)
+        return store
+
+    store = asked_again(exported)
+    click.echo(f"{out}: {store.n_train:,} rows of {store.dim:,} numbers")

@@ -149,6 +149,7 @@ def _about(
     return {
         "map": store.manifest["fingerprint"],
         "ids": store.id_runs.tolist(),
+        "covers": store.origins,
         "effort": asdict(chosen.effort),
         "recall": against | asdict(measured),
         "milliseconds": {"index": chosen.milliseconds, "all_rows": all_rows},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import shutil
+import re
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import IndexFileError
-from ..files import discard, flush, put_in_place, read_checked, sha256, signature, storing, temporary_for, write_checked
+from ..files import (
+    discard,
+    flush,
+    put_in_place,
+    read_checked,
+    sha256,
+    signature,
+    storing,
+    temporary_for,
+    temporary_of,
+    write_checked,
+)
+from ..schema import LARGEST, Check, list_of, number, one_of, record, runs, text, tuple_of, whole
 from . import gpu
 from .flat import Blocks, checked_query, ranked
 from .library import load_faiss
@@ -22,6 +36,29 @@ from .shapes import Rows, Shape, made
 FORMAT, VERSION = "gradindex-index", 1
 MANIFEST = "manifest.json"
 _WRITTEN_BYTES = 1 << 20
+_IN_PROGRESS = "index.faiss"
+_NAME = re.compile(r"index-([0-9a-f]{16})\.faiss")
+_DIGEST = text("[0-9a-f]{64}", "a SHA-256 in hexadecimal")
+_share: Check = number(0, 1)
+
+# What a manifest must be to be trusted, and what it may hold besides.
+_form = record(
+    {
+        "shape": record({"kind": one_of("flat", "ivf", "pq"), "dim": whole(1, 1 << 31), "lists": whole(0, 1 << 31)}),
+        "dim": whole(1, 1 << 40),
+        "rows": whole(1),
+        "file": record({"name": text(_NAME.pattern, "the name of an index"), "bytes": whole(), "sha256": _DIGEST}),
+    },
+    {
+        "map": text(),
+        "ids": runs,
+        "covers": list_of(tuple_of(_DIGEST, whole(), whole(0, LARGEST - 1))),
+        "effort": record({"probes": whole(1, 1 << 31), "proposals": whole(1, 1 << 40)}),
+        "recall": record(
+            {"k": whole(1), "against": text(), "proponents_at_least": _share, "opponents_at_least": _share}
+        ),
+    },
+)
 
 
 class LeftOut:
@@ -141,7 +178,8 @@ class CompactIndex:
         faiss = load_faiss()
         with storing(folder):
             folder.mkdir(exist_ok=True)
-            temporary = temporary_for(folder / "index.faiss")
+            before = _own_files(folder)
+            temporary = temporary_for(folder / _IN_PROGRESS)
             try:
                 file = _written(faiss, self._index, temporary)
                 # Another content has another name: nothing is ever overwritten.
@@ -152,7 +190,7 @@ class CompactIndex:
                 discard(temporary)
             self.about |= {**about, "format": FORMAT, "version": VERSION, "file": {"name": name, **file}}
             write_checked(folder / MANIFEST, self.about)
-        discard(*(path for path in folder.iterdir() if path.name not in (name, MANIFEST)))
+        discard(*(path for path in before if path.name not in (name, MANIFEST)))
 
     @classmethod
     def load(cls, folder: Path, gpus: Sequence[int] = ()) -> CompactIndex | None:
@@ -174,8 +212,14 @@ class CompactIndex:
             mapped = about["shape"]["kind"] == "ivf" and not gpus
             try:
                 index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if mapped else 0)
-            except RuntimeError as error:
+                stored = index.metric_type, index.d, index.ntotal, isinstance(index, faiss.IndexPreTransform)
+                if mapped:  # starting threads that read ahead takes six times as long as searching what is in memory
+                    lists = faiss.extract_index_ivf(index).invlists
+                    faiss.downcast_InvertedLists(lists).prefetch_nthread = 0
+            except (RuntimeError, AttributeError) as error:
                 raise IndexFileError(f"{path} cannot be read by FAISS ({str(error)[:100]})") from None
+            if stored != (faiss.METRIC_INNER_PRODUCT, about["dim"], about["rows"], True):
+                raise IndexFileError(f"{path} is not the index that its manifest tells of")
         except IndexFileError as error:
             if seen != signature(folder / MANIFEST):  # another has taken its place, or it was taken away
                 return cls.load(folder, gpus)
@@ -183,17 +227,34 @@ class CompactIndex:
                 f"{error}. Make the index again: gradindex index {folder.parent}; or search all rows: the same with "
                 "--drop."
             ) from None
-        if mapped:  # starting threads that read ahead takes six times as long as searching what is in memory
-            faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists).prefetch_nthread = 0
-        if index.metric_type != faiss.METRIC_INNER_PRODUCT or index.d != about["dim"]:
-            raise IndexFileError(f"{path} is not the index that its manifest tells of. Make it again: gradindex index.")
         return cls(index, about, gpus)
 
     @staticmethod
     def remove(folder: Path) -> None:
-        """Take an index away, if there is one: first what makes it the store's."""
-        discard(folder / MANIFEST)
-        shutil.rmtree(folder, ignore_errors=True)
+        """Take an index away, if there is one: first what makes it the store's. What else lies there stays."""
+        with contextlib.suppress(OSError):
+            if stat.S_ISDIR(folder.lstat().st_mode):
+                discard(*sorted(_own_files(folder), key=lambda path: path.name != MANIFEST))
+                folder.rmdir()
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """Files of an index, also of one that was not finished, and none of another's.
+
+    What the manifest names is the index's own; so is a file whose name is the digest of its content.
+    """
+    named = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        named = read_checked(folder / MANIFEST)["file"]["name"]
+    own = []
+    for path in folder.iterdir():
+        found = _NAME.fullmatch(path.name)
+        mine = path.name == MANIFEST or temporary_of(path.name) in (MANIFEST, _IN_PROGRESS)
+        if not mine and found:
+            with contextlib.suppress(OSError):
+                mine = path.name == named or sha256(path).startswith(found[1])
+        own += [path] if mine and stat.S_ISREG(path.lstat().st_mode) else []
+    return own
 
 
 def _written(faiss: Any, index: Any, path: Path) -> dict[str, Any]:
@@ -222,8 +283,10 @@ def checked(folder: Path) -> dict[str, Any]:
         about: dict[str, Any] = read_checked(path)
         if about["format"] != FORMAT:
             raise ValueError("another format")
+        whole()(about["version"])
         if about["version"] > VERSION:
             raise IndexFileError(f"{path} has version {about['version']}, but this gradindex reads up to {VERSION}")
+        _form(about)
         path = folder / about["file"]["name"]
         if path.stat().st_size != about["file"]["bytes"] or sha256(path) != about["file"]["sha256"]:
             raise ValueError("it has another size or checksum than when it was written")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import IndexFileError
 from ..files import signature
 from ..index import MANIFEST, CompactIndex, LeftOut, SearchIndex, devices, paired_products
 from ..store import GradientStore, runs
 
 INDEX_FOLDER = "index"
 
+# What the manifest of a store's own index says besides what every index says.
+_SAID = {"map", "ids", "effort", "recall"}
 # What is gathered, and how many scores are made, at once.
 _GATHERED_BYTES, _SCORES = 64 << 20, 4 << 20
 # Where fewer than this share of the rows are wanted, they are gathered; else all rows stream by.
@@ -39,7 +43,8 @@ class Candidates:
 
     An index proposes rows by a few numbers each; their full rows settle the order, so that scores are the same with
     and without one, but for rounding. Rows that came after the index are compared in full, and removed ones left out,
-    so that an index is never out of date; only rows that are other ones, because the map has changed, make it useless.
+    so that an index is never out of date; it is useless where rows that it holds are other ones now, because the map
+    has changed, or because the store was built anew or put back to an older state and then went another way.
 
     Args:
         store: a complete one.
@@ -69,7 +74,9 @@ class Candidates:
         load = index is None and use_index
         found = CompactIndex.load(store.folder / INDEX_FOLDER, self._gpus) if load else index
         own = index is None and found is not None
-        self.stale = own and found is not None and found.about["map"] != store.manifest["fingerprint"]
+        if own and found is not None:
+            _check_said(store, found.about)
+        self.stale = own and found is not None and _of_other_rows(store, found.about)
         self.index = None if self.stale else found
         if self.index is not None:
             live = store.id_runs
@@ -91,7 +98,7 @@ class Candidates:
     def how(self) -> str:
         """How rows are searched, for people."""
         if self.stale:
-            return "exact over all rows; the index is of other rows, `gradindex index` makes it anew"
+            return "exact over all rows; stale: the index is of other rows, `gradindex index` makes it anew"
         if self.index is None:
             return "exact over all rows"
         shape, recall = self.index.about["shape"], self.index.about["recall"]
@@ -206,6 +213,34 @@ class Candidates:
             return np.empty((len(query), 0), dtype=np.float32), np.empty((len(query), 0), dtype=np.int64)
         new = SearchIndex(self._store.dim, count, partial(self._store.blocks, self._new), self._gpus)
         return new.search(query, min(k, count))
+
+
+def _check_said(store: GradientStore, about: Mapping[str, Any]) -> None:
+    """Refuse an index that does not say what a store must know of it."""
+    missing = sorted(_SAID - about.keys())
+    if missing or runs.count(about["ids"]) != about["rows"]:
+        wrong = f"does not tell its {', '.join(missing)}" if missing else "tells of other ids than it has rows"
+        raise IndexFileError(
+            f"{store.folder / INDEX_FOLDER / MANIFEST} {wrong}. Make the index again: gradindex index {store.folder}; "
+            "or search all rows: the same with --drop."
+        )
+
+
+def _of_other_rows(store: GradientStore, about: Mapping[str, Any]) -> bool:
+    """Whether an index holds a row of an id whose row in the store is another one."""
+    if about["map"] != store.manifest["fingerprint"] or "covers" not in about:
+        return True
+    places: dict[str, list[tuple[int, int]]] = {}
+    for digest, first, last in store.origins:
+        places.setdefault(digest, []).append((first, last))
+    same = [
+        (max(first, begin), min(last, end) + 1)
+        for digest, first, last in about["covers"]
+        for begin, end in places.get(digest, ())
+    ]
+    known = runs.as_runs(sorted((start, stop) for start, stop in same if start < stop))
+    both = runs.without(about["ids"], runs.without(about["ids"], store.id_runs))
+    return bool(len(runs.without(both, known)))
 
 
 def scan(

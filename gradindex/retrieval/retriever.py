@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError, StoreError
+from ..errors import ArgumentError, StoreChangedError, StoreError
 from ..gradients import HALF, Engine, Precision
 from ..index import require
 from ..matching import check_task
 from ..projection import Projection
 from ..rows import RowMaker
-from ..store import GradientStore, runs
+from ..store import GradientStore, asked_again, followed, runs
 from ..task import Task
 from ..tree import preserved_random_state
 from .asking import Aggregate, Queries, Source, find, prepare
@@ -78,9 +79,10 @@ class Retriever:
         Raises:
             StoreError: its rows are other ones now, or it is gone.
         """
-        return self._now()[0]
+        return asked_again(self._now)[0]
 
     def _now(self) -> tuple[GradientStore, Candidates]:
+        """The store as it is now, and its search; what asks both is asked again (:func:`asked_again`) as a whole."""
         store, candidates = self._opened
         if not candidates.current:
             now = GradientStore(store.folder)
@@ -97,7 +99,7 @@ class Retriever:
     @property
     def search_note(self) -> str:
         """How rows are searched: with which index and recall, or all of them."""
-        return self._now()[1].how
+        return asked_again(self._now)[1].how
 
     def ask(
         self, queries: int | Sequence[Any], source: Source = "query", aggregate: Aggregate | None = None
@@ -223,13 +225,18 @@ class Retriever:
         aggregate: Aggregate | None = None,
     ) -> list[Hits]:
         question = Question(kinds, k, rerank, candidates, at_least)
-        store, searched = self._now()
-        question.most(store.n_train)  # refused before the gradients are computed
+        question.most(self.store.n_train)  # refused before the gradients are computed
         limits = Filter(ids, where, differs)
-        asked = self._asked(store, queries, source, aggregate)
-        allowed = allow(store, limits, asked.examples.columns, len(asked)) if limits else None
-        search = Search(store, searched, self._computing, asked, question, allowed, self._unit_norm)
-        return [self._hits(store, asked, kind, answer) for kind, answer in zip(kinds, search.answers(), strict=True)]
+        asked = self._asked(self.store, queries, source, aggregate)
+
+        def answers() -> list[Hits]:
+            store, searched = self._now()
+            question.most(store.n_train)
+            allowed = allow(store, limits, asked.examples.columns, len(asked)) if limits else None
+            found = Search(store, searched, self._computing, asked, question, allowed, self._unit_norm).answers()
+            return [self._hits(store, asked, kind, answer) for kind, answer in zip(kinds, found, strict=True)]
+
+        return asked_again(answers)
 
     def _hits(self, store: GradientStore, asked: Queries, kind: Kind, answer: Answer) -> Hits:
         show, group = self.task.show, asked.weights is not None
@@ -284,17 +291,21 @@ class Retriever:
         chosen = np.atleast_1d(runs.as_ids(ids))
         if chosen.ndim != 1 or not len(chosen):
             raise ArgumentError(f"ids have shape {chosen.shape}, but must be a list of at least one training id.")
-        store.check_ids(chosen)
+        asked_again(lambda: self._now()[0].check_ids(chosen))
         asked = self._asked(store, queries, source, aggregate)
-        if store.manifest["factors"] is not None:
-            scores = shares(store, asked, chosen, None)
-        else:
-            with self._computing() as engine:
-                scores = shares(store, asked, chosen, engine)
-        if self._unit_norm:
-            scores = scores / cosine_norms(store, asked.norms, chosen)[:, :, None, None]
+
+        def scores() -> NDArray[np.float64]:
+            store = self._now()[0]
+            store.check_ids(chosen)
+            if store.manifest["factors"] is not None:
+                found = shares(store, asked, chosen, None)
+            else:
+                with self._computing() as engine:
+                    found = shares(store, asked, chosen, engine)
+            return found / cosine_norms(store, asked.norms, chosen)[:, :, None, None] if self._unit_norm else found
+
         return Split(
-            scores,
+            asked_again(scores),
             asked.names,
             chosen,
             tuple(f"{number} {Path(checkpoint.path).name}" for number, checkpoint in enumerate(self.task.checkpoints)),
@@ -314,25 +325,59 @@ class Retriever:
         """
         asked = self._asked(self.store, queries, source, None)
         dtype = np.float64 if self._engine.dtype == torch.float64 else np.float32
-        return joined(self.exact_pieces(asked), len(asked), self.store.n_train, dtype)
+
+        def scores() -> NDArray[Any]:
+            store = self._now()[0]
+            return joined(self._pieces(store, asked), len(asked), store.n_train, dtype)
+
+        return asked_again(scores)
 
     def exact_pieces(self, queries: Queries) -> Scores:
         """As :meth:`exact_scores`, piece by piece: queries (a slice), ids (m,) and their scores.
 
         From the store's factors where these are exact, else through the model, which is locked until the last piece.
+
+        Raises:
+            StoreChangedError: meanwhile rows were removed, or became other ones, so that the pieces to come would not
+                fit those that came; that shards were compacted does not matter.
         """
-        store = self.store
+        yield from self._pieces(self.store, queries)
+
+    def _pieces(self, store: GradientStore, queries: Queries) -> Scores:
+        """As :meth:`exact_pieces`, of the ids that a store has."""
         if queries.factors is not None and scored_as(store) == "exact":
-            found = by_factors(store, queries.factors, len(queries), store.ids)
-            yield from self._measured(store, queries, shown("exact scores", found, len(queries) * store.n_train))
+            found = self._from_factors(store, queries)
+            yield from shown("exact scores", found, len(queries) * store.n_train)
         else:
             with self._computing() as engine:
-                found = through_model(engine, queries, store.ids, store.manifest["batch_size"])
-                yield from self._measured(store, queries, found)
+                for which, ids, scores in through_model(engine, queries, store.ids, store.manifest["batch_size"]):
+                    if self._unit_norm:
+                        try:
+                            norms = cosine_norms(store, queries.norms[which], ids)
+                        except StoreChangedError:
+                            norms = asked_again(partial(self._later_norms, store, queries.norms[which], ids))
+                        scores = scores / norms
+                    yield which, ids, scores
 
-    def _measured(self, store: GradientStore, queries: Queries, found: Scores) -> Scores:
-        for which, ids, scores in found:
-            yield which, ids, scores / cosine_norms(store, queries.norms[which], ids) if self._unit_norm else scores
+    def _from_factors(self, store: GradientStore, queries: Queries) -> Scores:
+        """Goes on with the shards that a compaction made, where it takes those away that are read."""
+        assert queries.factors is not None
+        left, fresh = store.ids, True
+        while len(left):
+            try:
+                for which, ids, scores in by_factors(store, queries.factors, len(queries), left):
+                    measured = cosine_norms(store, queries.norms[which], ids) if self._unit_norm else 1
+                    yield which, ids, scores / measured
+                    left, fresh = left[len(ids) :], True
+            except StoreChangedError:
+                if not fresh:
+                    raise
+                store, fresh = asked_again(partial(followed, store, left)), False
+
+    def _later_norms(
+        self, store: GradientStore, norms: NDArray[np.float64], ids: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        return cosine_norms(followed(store, ids), norms, ids)
 
 
 def load(folder: str | os.PathLike[str], task: Task, *, device: str | None = None, use_index: bool = True) -> Retriever:
@@ -348,7 +393,7 @@ def load(folder: str | os.PathLike[str], task: Task, *, device: str | None = Non
         StoreError: missing, damaged or not complete.
         MismatchError: the task is not the store's; says what differs.
     """
-    return Retriever(GradientStore(folder), task, device, use_index)
+    return asked_again(lambda: Retriever(GradientStore(folder), task, device, use_index))
 
 
 def _rectangular(found: Sequence[Ranked]) -> tuple[NDArray[np.int64], NDArray[Any]]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..errors import StoreError
 from ..files import read_checked
 from .container import Container, writing
+from .forms import check_container
 
 # By (checkpoint, layer): what was fitted to the output gradients (rows, a) and to the activations (columns, b).
 Bases = dict[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -47,17 +48,23 @@ def read_bases(folder: Path, digest: str) -> Bases:
     """
     path = _path(folder, digest)
     try:
-        container = Container(path, read_checked(path.with_suffix(".json")))
+        seal = read_checked(path.with_suffix(".json"))
+        check_container(seal)
+        container = Container(path, seal)
+        if any(container.spec(name)[1] != "<f4" or len(container.spec(name)[0]) != 2 for name in container.names()):
+            raise ValueError("it holds other arrays than bases")
         arrays = {name: np.array(container.view(name)) for name in container.names()}
         if _digest(arrays) != digest:
             raise ValueError("they are not those that the rows were made with")
-    except (OSError, ValueError, StoreError) as error:
+        bases: Bases = {}
+        for c, layer in sorted({(int(name.split("/")[0]), int(name.split("/")[1])) for name in arrays}):
+            bases[c, layer] = arrays[f"{c}/{layer}/{_SIDES[0]}"], arrays[f"{c}/{layer}/{_SIDES[1]}"]
+    except (OSError, ValueError, LookupError, StoreError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
         raise StoreError(
             f"{path} {reason}, and rows mean nothing without it. Restore it from a copy, or build again."
         ) from None
-    keys = sorted({tuple(map(int, name.split("/")[:2])) for name in arrays})
-    return {(c, layer): (arrays[f"{c}/{layer}/{_SIDES[0]}"], arrays[f"{c}/{layer}/{_SIDES[1]}"]) for c, layer in keys}
+    return bases
 
 
 def base_files(digest: str) -> set[str]:

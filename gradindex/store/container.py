@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, StoreError
-from ..files import discard, flush, flushing, put_in_place, storing, temporary_for, with_checksum
+from ..files import discard, flush, flushing, put_in_place, regular, storing, temporary_for, with_checksum
 
 # 16 KiB: a row read at random costs little more than its own bytes, and checksums add 0.1% to a file.
 BLOCK_BYTES = 1 << 14
@@ -33,28 +33,46 @@ Spec = tuple[tuple[int, ...], str]
 
 
 class Writer:
-    """Writes into the arrays of a file that :func:`writing` laid out."""
+    """Writes into the arrays of a file that :func:`writing` laid out, each from its first position to its last."""
 
     def __init__(self, path: Path, temporary: Path, places: Mapping[str, dict[str, Any]]) -> None:
-        self._path, self._places = path, places
+        self._path, self._places, self._written = path, places, dict.fromkeys(places, 0)
         self._file = temporary.open("r+b", buffering=0)
 
     def put(self, name: str, start: int, values: NDArray[Any]) -> None:
-        """Write ``values`` at positions from ``start`` on of the first axis.
+        """Write ``values`` at positions from ``start`` on of the first axis, where those before them ended.
 
         Raises:
-            StoreError: they cannot be written; the disk is full, for one.
+            StoreError: they do not fit, or cannot be written; the disk is full, for one.
         """
         place = self._places[name]
         content = np.ascontiguousarray(values, dtype=place["dtype"])
-        if content.shape[1:] != tuple(place["shape"][1:]) or start + len(content) > place["shape"][0]:
-            raise ValueError(f"{name} is {place['shape']}, but {content.shape} came for {start}")
+        end, (count, *shape) = start + len(content), place["shape"]
+        if list(content.shape[1:]) != shape or start != self._written[name] or end > count:
+            raise StoreError(
+                f"{self._path} has {name} of shape {place['shape']}, but {list(content.shape)} came for position "
+                f"{start} after {self._written[name]}. Nothing of it is kept; please report this."
+            )
+        self._written[name] = end
         with storing(self._path):
             write_at(self._file, place["offset"] + start * _item_bytes(place), content.reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
         """End writing."""
         self._file.close()
+
+    def check_whole(self) -> None:
+        """Refuse to end before every position of every array was written: what was not would read as zeros.
+
+        Raises:
+            StoreError: says of which array.
+        """
+        for name, written in self._written.items():
+            if written != self._places[name]["shape"][0]:
+                raise StoreError(
+                    f"{self._path} has got {written} of {self._places[name]['shape'][0]} {name}, so it is not kept: "
+                    "the data ended early. Check that the data set hands out as many examples as its length says."
+                )
 
 
 @contextmanager
@@ -82,6 +100,7 @@ def writing(
             yield writer
         finally:
             writer.close()
+        writer.check_whole()
         with storing(path):
             with flushing(temporary):
                 seal = {"bytes": temporary.stat().st_size, "block_bytes": BLOCK_BYTES, "arrays": places}
@@ -208,7 +227,7 @@ class Container:
 
     Args:
         path: the HDF5 file.
-        seal: what :func:`writing` put beside it, already checked.
+        seal: what :func:`writing` put beside it, already checked, also in its form (``forms``).
         sound: which blocks were found sound before, where the file was open before; shared with this one.
 
     Raises:
@@ -221,7 +240,7 @@ class Container:
         self._arrays: dict[str, tuple[NDArray[Any], int, int]] = {}
         self._block_bytes: int = seal["block_bytes"]
         self._digests = bytes.fromhex(seal["blocks"])
-        with path.open("rb") as file:
+        with regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size != seal["bytes"]:
                 raise StoreError(f"{path} has {size} bytes instead of {seal['bytes']}")
@@ -299,7 +318,7 @@ class Container:
             OSError: the disk does not give them.
         """
         found, block = [], bytearray(self._block_bytes)
-        with self.path.open("rb") as file:
+        with regular(self.path) as unbuffered, io.BufferedReader(unbuffered) as file:
             for number in range(self.blocks):
                 count = file.readinto(block)
                 if _digest(memoryview(block)[:count]) != self._expected(number):

@@ -8,13 +8,15 @@ store's at once. Until then a store answers as before. Whoever gives the same co
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
-import re
+import os
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,84 +24,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, MismatchError, StoreError
-from ..files import digest_of, discard, is_there, leftovers, locked, read_checked, storing, write_checked
+from ..files import discard, is_there, leftovers, locked, own_file, read_checked, read_text, storing, write_checked
 from . import runs
-from .bases import base_files
-from .container import Spec, Writer, writing
-from .encoding import encode
-from .layout import as_stored, row_specs, shard_bytes
-from .manifest import FORMAT, INDEX, LOCK, MANIFEST, PENDING, SHARDS, VERSION, differences, read_manifest, read_pending
-from .shards import FACTOR_SIDES, Shard, factor_name
-
-# The i-th of n parts of a job's shards, from 1 on.
-Part = tuple[int, int]
-_LOG = "log.jsonl"
-_OUR_SHARDS = re.compile(r"\d{4,}-\d{5,}\.(h5|json)(\.tmp-.*)?")
-
-
-def check_part(part: Part | None) -> None:
-    """Refuse a part that there cannot be.
-
-    Raises:
-        ArgumentError: it is not from 1 to the number of parts.
-    """
-    if part is not None and not 1 <= part[0] <= part[1]:
-        raise ArgumentError(f"part is {part[0]}/{part[1]}, but must be from 1/{part[1]} to {part[1]}/{part[1]}.")
+from .claiming import Part, begin_unfinished, check_part, clean, end_unfinished, unused_number
+from .container import Spec
+from .forms import Expected, check_manifest, check_pending, check_seal
+from .layout import shard_bytes
+from .manifest import (
+    FORMAT,
+    LOCK,
+    LOG,
+    MANIFEST,
+    PENDING,
+    SHARDS,
+    UNFINISHED,
+    VERSION,
+    differences,
+    read_manifest,
+    read_pending,
+)
+from .sealing import ShardWriter, entry_of, shard_writer
+from .shards import Shard, expected_of
 
 
 def share(plan: list[dict[str, Any]], part: Part | None) -> list[dict[str, Any]]:
     """The shards of a plan that a part makes: every n-th, or all."""
     return plan if part is None else plan[part[0] - 1 :: part[1]]
-
-
-@contextmanager
-def claimed(folder: Path, part: Part | None = None, *, new: bool = False) -> Iterator[None]:
-    """Be the only process that changes a store, or that makes this part of it.
-
-    Args:
-        folder: the store's.
-        part: let those in who make another part of as many.
-        new: make the folder, unless something else is in it.
-
-    Raises:
-        StoreError: another process has it, it cannot be written, or it holds something else.
-    """
-    if new:
-        _check_free(folder)
-    with contextlib.ExitStack() as stack:
-        with storing(folder):
-            if new:
-                (folder / SHARDS).mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(folder / LOCK, shared=part is not None))
-            if part is not None:
-                stack.enter_context(locked(folder / f"{LOCK}-{part[0]}-of-{part[1]}"))
-                for other in folder.glob(f"{LOCK}-*-of-*"):
-                    if not other.name.endswith(f"-of-{part[1]}"):  # other parts would be of the same shards
-                        with locked(other):
-                            pass
-        yield
-
-
-def _check_free(folder: Path) -> None:
-    """Refuse to make a store where something else is, or what is left of one."""
-    shards = folder / SHARDS
-    with storing(folder):
-        if not folder.exists():
-            return
-        here = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
-        inside = [path.name for path in shards.iterdir()] if shards.is_dir() else []
-    if any(not _ours(name) for name in here) or any(not _OUR_SHARDS.fullmatch(name) for name in inside):
-        raise StoreError(f"{folder} is not empty and holds no gradindex store. Choose another folder.")
-    if inside and not is_there(folder / MANIFEST) and not is_there(folder / PENDING):
-        raise StoreError(
-            f"{folder} holds shards, but neither {MANIFEST} nor {PENDING}, which say what they are. "
-            "Restore it from a copy, or delete the folder."
-        )
-
-
-def _ours(name: str) -> bool:
-    own = name in (MANIFEST, PENDING, SHARDS, INDEX, _LOG, LOCK)
-    return own or name.startswith((f"{LOCK}-", "bases-", f"{MANIFEST}.tmp-", f"{PENDING}.tmp-"))
 
 
 class Job:
@@ -148,15 +98,29 @@ class Job:
             MismatchError: another job is under way.
             StoreError: the plan cannot be written.
         """
-        generation = generation_of(folder) + 1
+        before = read_manifest(folder) if is_there(folder / MANIFEST) else None
+        generation = 1 if before is None else before["generation"] + 1
+        staying = {entry["name"] for entry in keep}
+        superseded: dict[str, Any] = {"shards": [], "bases": None}
+        if before is not None:
+            superseded["shards"] = [entry["name"] for entry in before["shards"] if entry["name"] not in staying]
+            superseded["bases"] = before["map"]["bases"]
         with storing(folder / PENDING), locked(folder / f"{LOCK}-plan", wait=True):
             job = cls.pending(folder)
             if job is not None:
                 job.check_same(after)
                 return job
-            named = [{"name": f"{generation:04d}-{number:05d}", **planned} for number, planned in enumerate(plan)]
+            first = unused_number(folder, generation)
+            named = [{"name": f"{first:04d}-{number:05d}", **planned} for number, planned in enumerate(plan)]
             header = {"format": FORMAT, "version": VERSION, "needs": [], "job": kind}
             pending = {**header, "after": {**after, "generation": generation}, "plan": named, "keep": list(keep)}
+            pending["supersedes"] = superseded
+            try:
+                check_pending(json.loads(json.dumps(pending)))  # what could not be read is never written
+            except ValueError as error:
+                raise ArgumentError(f"{folder} cannot hold this: {error}. Change the task.") from None
+            if before is not None:  # what is left of a build is refused as it is
+                begin_unfinished(folder, [planned["name"] for planned in named], after["map"]["bases"])
             write_checked(folder / PENDING, pending)
         return cls(folder, pending)
 
@@ -197,8 +161,8 @@ class Job:
 
     def tidy(self, part: Part | None = None) -> None:
         """Delete what killed processes left of the shards that are still to be made."""
-        for planned in self.missing(part):
-            discard(*leftovers(self.folder / SHARDS, planned["name"]))
+        names = [f"{planned['name']}{suffix}" for planned in self.missing(part) for suffix in (".h5", ".json")]
+        discard(*leftovers(self.folder / SHARDS, *names))
 
     def rows_done(self, part: Part | None = None) -> tuple[int, int]:
         """How many rows are made, and how many there are to be, in all or in a part."""
@@ -211,11 +175,18 @@ class Job:
         path = self.folder / SHARDS / f"{planned['name']}.h5"
         try:
             seal = read_checked(path.with_suffix(".json"))
-            if (seal["map"], seal["ids"]) != (self.after["fingerprint"], planned["ids"]):
+            check_seal(seal)
+            entry = entry_of(planned["name"], seal)
+            self._expected.check(entry, seal)
+            if seal["ids"] != planned["ids"] or path.stat().st_size != seal["bytes"]:
                 return None
-            return entry_of(planned["name"], seal) if path.stat().st_size == seal["bytes"] else None
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError):
             return None
+        return entry | ({"origins": planned["origins"]} if "origins" in planned else {})
+
+    @cached_property
+    def _expected(self) -> Expected:
+        return expected_of(self.after)
 
     def finish(self) -> None:
         """Make the planned shards the store's, and take away what it no longer needs.
@@ -233,9 +204,14 @@ class Job:
         made = [entry for entry in entries if entry is not None]
         shards = sorted([*self._keep, *made], key=lambda entry: int(entry["first"]))
         after = {name: value for name, value in self.after.items() if name != "data"}
+        end_unfinished(self.folder)
         write_manifest(self.folder, {**after, "shards": shards})
-        discard(self.folder / PENDING)
-        sweep(self.folder)
+        clean(self.folder)
+
+    def give_up(self) -> None:
+        """Take the plan away, and the shards that were made for it."""
+        discard(*(self.folder / SHARDS / f"{shard['name']}{end}" for shard in self.plan for end in (".json", ".h5")))
+        discard(self.folder / PENDING, self.folder / UNFINISHED)
 
     def made(self, limit: int) -> list[tuple[int, NDArray[np.float64]]]:
         """The first id of up to ``limit`` shards that are made, and its losses (C,).
@@ -246,9 +222,9 @@ class Job:
         found = []
         for entry in entries[:: max(1, len(entries) // limit)]:
             try:
-                shard = Shard(self.folder, entry)
+                shard = Shard(self.folder, entry, self._expected)
                 found.append((int(shard.ids[0]), shard.arrays.view("losses", 0, 1)[0]))
-            except StoreError:
+            except (OSError, StoreError):
                 discard(self.folder / SHARDS / f"{entry['name']}.json")
         return found
 
@@ -277,87 +253,16 @@ class Job:
         note = {"job": self.kind, "shard": planned["name"], "rows": runs.count(planned["ids"])}
         note |= {"seconds": round(time.perf_counter() - started, 3), "host": socket.gethostname()}
         # Beside the manifest, which is the same whenever a store is made; and nothing depends on it.
-        with contextlib.suppress(OSError), (self.folder / _LOG).open("a") as log:
-            log.write(json.dumps(note) + "\n")
-
-
-class ShardWriter:
-    """Appends rows to a shard.
-
-    Args:
-        raw: writes its arrays.
-        after: the manifest.
-        ids: (m,) of the shard.
-    """
-
-    def __init__(self, raw: Writer, after: Mapping[str, Any], ids: NDArray[np.int64]) -> None:
-        self.raw, self._after, self._ids, self._place = raw, after, ids, 0
-
-    def append(
-        self,
-        rows: NDArray[np.float32],
-        self_influence: NDArray[np.float64],
-        losses: NDArray[np.float64],
-        factors: Mapping[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]],
-    ) -> None:
-        """The next rows (b, dim), their self-influence and losses (b, C), and factors by (checkpoint, layer).
-
-        Raises:
-            ArgumentError: a number is too large for the type in which it is stored.
-            StoreError: they cannot be written.
-        """
-        place, kind = self._place, self._after["factors"]
-        name = lambda row: f"Training example {self._ids[place + row]}"  # noqa: E731  # short, used twice
-        arrays = encode(rows, self._after["row_type"], self_influence.shape[1], name)
-        arrays |= {"self_influence": self_influence, "losses": losses}
-        for (checkpoint, layer), sides in factors.items():
-            for side, values in zip(FACTOR_SIDES, sides, strict=True):
-                (stored,) = encode(values, kind, 1, name, "factors").values()
-                arrays[factor_name(checkpoint, layer, side)] = stored
-        for array, values in arrays.items():
-            self.raw.put(array, place, values)
-        self._place += len(rows)
-
-
-@contextmanager
-def shard_writer(
-    folder: Path,
-    after: Mapping[str, Any],
-    planned: Mapping[str, Any],
-    columns: Mapping[str, NDArray[Any]],
-    samples: Sequence[tuple[int, str]],
-    specs: Mapping[str, Spec] | None = None,
-) -> Iterator[ShardWriter]:
-    """See :meth:`Job.shard`."""
-    ids = runs.to_ids(planned["ids"])
-    values = {f"columns/{name}": as_stored(column, after["columns"][name]) for name, column in columns.items()}
-    all_specs = row_specs(after, len(ids)) if specs is None else {"ids": ((len(ids),), "<i8"), **specs}
-    all_specs |= {name: (column.shape, column.dtype.str) for name, column in values.items()}
-    attributes = {"format": FORMAT, "version": VERSION, "map": after["fingerprint"], "rows@row_type": after["row_type"]}
-    about = {"name": planned["name"], "map": after["fingerprint"], "ids": planned["ids"]}
-    about |= {"row_type": after["row_type"], "samples": samples}
-    with writing(folder / SHARDS / f"{planned['name']}.h5", all_specs, attributes, about) as raw:
-        for name, column in {"ids": ids, **values}.items():
-            raw.put(name, 0, column)
-        yield ShardWriter(raw, after, ids)
-
-
-def entry_of(name: str, seal: Mapping[str, Any]) -> dict[str, Any]:
-    """What the manifest says of a sealed shard."""
-    ids = seal["ids"]
-    return {
-        "name": name,
-        "first": ids[0][0],
-        "last": ids[-1][1] - 1,
-        "rows": runs.count(ids),
-        "data": digest_of({"ids": ids, "samples": seal["samples"]}),
-        "seal": seal["sha256"],
-    }
+        with (
+            contextlib.suppress(OSError),
+            io.FileIO(own_file(self.folder / LOG, os.O_WRONLY | os.O_APPEND), "a") as log,
+        ):
+            log.write(f"{json.dumps(note)}\n".encode())
 
 
 def generation_of(folder: Path) -> int:
     """How often the store has changed; 0 before it is complete."""
-    generation: int = read_manifest(folder)["generation"] if (folder / MANIFEST).exists() else 0
+    generation: int = read_manifest(folder)["generation"] if is_there(folder / MANIFEST) else 0
     return generation
 
 
@@ -371,19 +276,13 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     for before, after in itertools.pairwise(shards):
         if before["last"] >= after["first"]:
             raise StoreError(f"{folder}: the ids of {before['name']} and {after['name']} overlap.")
+    whole = {"format": FORMAT, "version": VERSION, "needs": [], **manifest}
+    try:
+        check_manifest(whole)  # what could not be read is never written
+    except ValueError as error:
+        raise StoreError(f"{folder} cannot become what this change makes of it: {error}. It stays as it was.") from None
     with storing(folder / MANIFEST):
-        write_checked(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "needs": [], **manifest})
-
-
-def sweep(folder: Path) -> None:
-    """Delete files of the store that its manifest does not name."""
-    manifest = read_manifest(folder)
-    named = {f"{entry['name']}{suffix}" for entry in manifest["shards"] for suffix in (".h5", ".json")}
-    digest = manifest["map"]["bases"]
-    bases = set() if digest is None else base_files(digest)
-    shards = [path for path in (folder / SHARDS).glob("*") if _OUR_SHARDS.fullmatch(path.name)]
-    discard(*(path for path in shards if path.name not in named))
-    discard(*(path for path in folder.glob("bases-*") if path.name not in bases), *leftovers(folder))
+        write_checked(folder / MANIFEST, whole)
 
 
 def progress_of(folder: Path) -> tuple[int, int]:
@@ -395,8 +294,8 @@ def progress_of(folder: Path) -> tuple[int, int]:
 def seconds_spent(folder: Path, names: Collection[str]) -> float:
     """How long it took to make these shards, by the log."""
     seconds: dict[str, float] = {}
-    with contextlib.suppress(OSError):
-        for line in (folder / _LOG).read_text(errors="replace").splitlines():
+    with contextlib.suppress(OSError, ValueError):
+        for line in read_text(folder / LOG).decode(errors="replace").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a killed process did not end
                 note = json.loads(line)
                 seconds[note["shard"]] = float(note["seconds"])

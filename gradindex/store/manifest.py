@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
-from ..files import checked, digest_of, is_there
+from ..files import checked, digest_of, is_there, read_checked, read_text
+from .forms import check_manifest, check_pending, check_unfinished
 
 FORMAT, VERSION = "gradindex-store", 1
-MANIFEST, PENDING, LOCK = "manifest.json", "pending.json", "lock"
+MANIFEST, PENDING, LOCK, LOG = "manifest.json", "pending.json", "lock", "log.jsonl"
 SHARDS, INDEX = "shards", "index"
+# Beside a plan: names of the shards that are of no manifest yet, for when the plan is taken away.
+UNFINISHED = "unfinished.json"
 # What a manifest may list under "needs": parts of the format that came after version 1 and cannot be ignored.
 FEATURES: tuple[str, ...] = ()
 
@@ -36,7 +39,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise StoreError(
             f"{folder} is not a gradindex store (no {MANIFEST}). Build one: gradindex build TASK --out DIR."
         )
-    manifest = _read(path)
+    manifest = _read(path, check_manifest)
     if manifest["fingerprint"] != fingerprint(manifest["map"]):
         raise StoreError(f"{path} is damaged (its map does not match its fingerprint). Restore it from a copy.")
     return manifest
@@ -49,12 +52,31 @@ def read_pending(folder: Path) -> dict[str, Any] | None:
         StoreError: it is damaged, or of another version.
     """
     path = folder / PENDING
-    return _read(path) if is_there(path) else None
+    return _read(path, check_pending) if is_there(path) else None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_unfinished(folder: Path) -> dict[str, Any] | None:
+    """The shards and bases of a change that has not ended: ``shards``, names, and ``bases``, a digest or null.
+
+    Raises:
+        StoreError: it is damaged, or another's file.
+    """
+    path = folder / UNFINISHED
+    if not is_there(path):
+        return None
     try:
-        content = path.read_bytes()
+        value = read_checked(path)
+        check_unfinished(value)
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{path} is damaged ({error}). Delete it; shards of a change that was given up then stay."
+        ) from None
+    return value
+
+
+def _read(path: Path, check: Callable[[Any], None]) -> dict[str, Any]:
+    try:
+        content = read_text(path)
         version = _version(content)
         if version == 0:
             raise StoreError(f"{path.parent} has format version 0, of a trial version. Build it again.")
@@ -64,6 +86,9 @@ def _read(path: Path) -> dict[str, Any]:
                 "Upgrade gradindex."
             )
         value = checked(content)
+        unknown = [feature for feature in value["needs"] if feature not in FEATURES]
+        if not unknown:  # else its form may be another one as well
+            check(value)
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}. Check the folder.") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -71,15 +96,15 @@ def _read(path: Path) -> dict[str, Any]:
         if path.name == PENDING and (path.parent / MANIFEST).exists():
             way_out = "Delete it to give up the change that it plans, and give the command again."
         raise StoreError(f"{path} is damaged ({error}). {way_out}") from None
-    unknown = [feature for feature in value["needs"] if feature not in FEATURES]
     if unknown:
-        raise StoreError(f"{path.parent} uses {', '.join(unknown)}, which this gradindex does not know. Upgrade it.")
+        named = ", ".join(map(str, unknown)).encode("ascii", "backslashreplace").decode()[:100]
+        raise StoreError(f"{path.parent} uses {named}, which this gradindex does not know. Upgrade it.")
     return value
 
 
 def _version(content: bytes) -> int:
     """Found before the checksum is looked at, whose rule may change with it; no number but in its place is taken."""
-    found = re.match(rb'\s*{\s*"format": "([^"]*)",\s*"version": (\d+),', content)
+    found = re.match(rb'\s*{\s*"format": "([^"]*)",\s*"version": (\d{1,9}),', content)
     if found is None:
         raise ValueError("it does not begin as a manifest does")
     if found[1].decode(errors="replace") != FORMAT:

@@ -11,9 +11,12 @@ from ..errors import StoreError
 from ..files import is_there
 from . import runs
 from .bases import base_files
+from .claiming import left_over
+from .following import asked_again
 from .job import Job, seconds_spent
 from .manifest import MANIFEST, SHARDS
 from .reader import GradientStore
+from .shards import check_unchanged
 
 
 def overview(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -29,9 +32,9 @@ def overview(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder)
     try:
-        return _overview(path)
+        return asked_again(lambda: _overview(path))
     except StoreError:
-        return _overview(path)  # it may have become complete, or gone on, between two looks
+        return _overview(path)  # it may have become complete between two looks
 
 
 def _overview(path: Path) -> dict[str, Any]:
@@ -49,9 +52,16 @@ def _overview(path: Path) -> dict[str, Any]:
     files = [Path(SHARDS) / f"{entry['name']}{suffix}" for entry in entries for suffix in (".h5", ".json")]
     digest = store.manifest["map"]["bases"]
     files += [] if digest is None else [Path(name) for name in sorted(base_files(digest))]
-    missing = [file for file in files if not is_there(path / file)]
+    missing = [file for file in files if not _is_file(path / file)]
     if missing:
+        check_unchanged(path, store.manifest)
         health.append(f"{len(missing)} files are missing, the first is {missing[0]}; `build --repair` makes them")
+    unnamed = left_over(path)
+    if unnamed:
+        health.append(
+            f"{len(unnamed)} shards belong to no rows, the first is {SHARDS}/{unnamed[0]}: of a change that was given "
+            "up, or of a newer manifest in whose place this one was put back; else they can be deleted"
+        )
     return {
         **{name: value for name, value in store.manifest.items() if name not in ("shards", "removed")},
         "n_train": store.n_train,
@@ -78,6 +88,13 @@ def _unfinished(path: Path, job: Job) -> dict[str, Any]:
         "state": f"unfinished, {len(names)} shards done",
         "health": [f"{done:,} of {total:,} rows are made; give the same `gradindex build` again to go on"],
     }
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _size(path: Path) -> int:

@@ -11,14 +11,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError, StoreError, check_k
+from ..errors import ArgumentError, StoreChangedError, StoreError, check_k
 from ..files import is_there, signature
 from ..progress import progress
 from . import runs
 from .bases import Bases, read_bases
 from .job import progress_of
 from .manifest import MANIFEST, PENDING, read_manifest
-from .shards import FACTOR_SIDES, OpenShards, Shard, factor_name, problem_of
+from .shards import (
+    FACTOR_SIDES,
+    OpenShards,
+    Shard,
+    check_unchanged,
+    expected_of,
+    factor_name,
+    origins_of,
+    problem_of,
+)
 
 # Places in a list of ids, their positions in the arrays, and by (checkpoint, layer) activations and output gradients.
 FactorsInPlace = tuple[NDArray[np.int64], NDArray[np.int64], dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]]
@@ -59,7 +68,7 @@ class GradientStore:
     def _serve(self, entries: list[dict[str, Any]]) -> None:
         self._entries = entries
         self._firsts = np.array([entry["first"] for entry in entries], dtype=np.int64)
-        self._shards = OpenShards(self.folder, entries, self.manifest["generation"])
+        self._shards = OpenShards(self.folder, entries, self.manifest)
         self._live_runs: NDArray[np.int64] | None = None
 
     @staticmethod
@@ -91,6 +100,19 @@ class GradientStore:
             joined = np.concatenate(every) if every else np.empty((0, 2), dtype=np.int64)
             self._live_runs = runs.without(joined, self._removed)
         return self._live_runs
+
+    @property
+    def origins(self) -> list[list[Any]]:
+        """Where rows were computed, in the order of ids: ``[digest, first id, last id]``.
+
+        Compacting and repairing keep them, and other rows have others: an index knows its rows again by them.
+        """
+        return [origin for entry in self._entries for origin in origins_of(entry)]
+
+    def shard(self, name: str) -> Shard | None:
+        """The shard of this name, open; ``None`` where there is none."""
+        numbers = [number for number, entry in enumerate(self._entries) if entry["name"] == name]
+        return self._shards[numbers[0]] if numbers else None
 
     def shard_runs(self, number: int) -> runs.Runs:
         """The ids of a shard, removed ones as well."""
@@ -265,7 +287,11 @@ class GradientStore:
             StoreError: missing or damaged.
         """
         digest = self.manifest["map"]["bases"]
-        return None if digest is None else read_bases(self.folder, digest)
+        try:
+            return None if digest is None else read_bases(self.folder, digest)
+        except StoreError:
+            check_unchanged(self.folder, self.manifest)
+            raise
 
     def samples(self, limit: int = 64) -> list[tuple[int, str]]:
         """Ids and digests of up to ``limit`` training examples, to tell whether data are still the same."""
@@ -290,9 +316,10 @@ class GradientStore:
 
     def damaged(self) -> Iterator[tuple[int, str]]:
         """Read every shard: numbers of the damaged ones, and a sentence that names the file and the ids in it."""
+        expected = expected_of(self.manifest)
         with progress("verifying", sum(entry["rows"] for entry in self._entries), "rows") as advance:
             for number, entry in enumerate(self._entries):
-                problem = problem_of(self.folder, entry)
+                problem = problem_of(self.folder, entry, expected)
                 if problem:
                     yield number, problem
                 advance(entry["rows"])
@@ -305,13 +332,18 @@ class GradientStore:
 
         Raises:
             StoreError: the manifest is damaged.
+            StoreChangedError: the store went on meanwhile; verify it again.
         """
         store = GradientStore(self.folder)
         problems = [problem for _, problem in store.damaged()]
         try:
             store.bases()
+        except StoreChangedError:
+            raise
         except StoreError as error:
             problems.append(str(error))
+        if problems:
+            check_unchanged(self.folder, store.manifest)
         return problems
 
     def without(self, numbers: Collection[int]) -> GradientStore:

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import StoreError
+from ..errors import StoreChangedError, StoreError
 from ..files import read_checked
 from . import runs
 from .container import Container
 from .encoding import decode
+from .forms import Expected, check_seal
 from .manifest import MANIFEST, SHARDS
 
 T = TypeVar("T")
@@ -35,12 +36,26 @@ def factor_name(checkpoint: int, layer: int, side: str) -> str:
     return f"factors/{checkpoint}/{layer}/{side}"
 
 
+def origins_of(entry: Mapping[str, Any]) -> list[list[Any]]:
+    """Where the rows of a shard were computed: seals of shards, and the first and last id that came from each.
+
+    Compacting copies rows to new shards, so that their own seals do not tell that they are the same rows.
+    """
+    found: list[list[Any]] = entry.get("origins") or [[entry["seal"], entry["first"], entry["last"]]]
+    return found
+
+
 class TooManyOpenError(StoreError):
     """This process may open no further file."""
 
 
-def read_seal(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The seal of a shard.
+def expected_of(manifest: Mapping[str, Any]) -> Expected:
+    """What the shards of a manifest must hold."""
+    return Expected(manifest, factor_name, FACTOR_SIDES)
+
+
+def read_seal(folder: Path, entry: Mapping[str, Any], expected: Expected | None = None) -> dict[str, Any]:
+    """The seal of a shard, which fits its entry in the manifest and what is ``expected`` of all of them.
 
     Raises:
         StoreError: it is damaged, or not the one that the manifest names.
@@ -49,10 +64,13 @@ def read_seal(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
     path = folder / SHARDS / f"{entry['name']}.json"
     try:
         seal = read_checked(path)
+        if seal["sha256"] != entry["seal"]:
+            raise StoreError(f"{path} is not the one that the manifest names")
+        check_seal(seal)
+        if expected is not None:
+            expected.check(entry, seal)
     except ValueError as error:
         raise StoreError(f"{path} is damaged ({error})") from None
-    if seal["sha256"] != entry["seal"]:
-        raise StoreError(f"{path} is not the one that the manifest names")
     return seal
 
 
@@ -62,6 +80,7 @@ class Shard:
     Args:
         folder: the store's.
         entry: the manifest's.
+        expected: what it must hold.
         seal: where it was read before.
         sound: blocks that were verified before.
 
@@ -74,10 +93,11 @@ class Shard:
         self,
         folder: Path,
         entry: Mapping[str, Any],
+        expected: Expected | None = None,
         seal: dict[str, Any] | None = None,
         sound: NDArray[np.bool_] | None = None,
     ) -> None:
-        self.seal = read_seal(folder, entry) if seal is None else seal
+        self.seal = read_seal(folder, entry, expected) if seal is None else seal
         self.arrays = Container(folder / SHARDS / f"{entry['name']}.h5", self.seal, sound)
         self.row_type: str = self.seal["row_type"]
 
@@ -131,11 +151,11 @@ def opened(folder: Path, entry: Mapping[str, Any], action: Callable[[Path, Mappi
     )
 
 
-def problem_of(folder: Path, entry: Mapping[str, Any]) -> str | None:
+def problem_of(folder: Path, entry: Mapping[str, Any], expected: Expected | None = None) -> str | None:
     """Read a whole shard: a sentence that says what is damaged, and the ids that it holds; ``None`` if it is sound."""
     everything = f"(ids {entry['first']} to {entry['last']})"
     try:
-        shard = Shard(folder, entry)
+        shard = Shard(folder, entry, expected)
         damaged = shard.arrays.damaged()
     except StoreError as error:
         return f"{error} {everything}"
@@ -155,10 +175,15 @@ class OpenShards:
     """Shards by their number in the manifest, opened when asked for; safe to share among threads.
 
     An open shard takes a file descriptor, so not all stay open; what was learned of a shard stays.
+
+    Args:
+        folder: the store's.
+        entries: of its manifest, all or some.
+        manifest: the manifest.
     """
 
-    def __init__(self, folder: Path, entries: Sequence[Mapping[str, Any]], generation: int) -> None:
-        self._folder, self._entries, self._generation = folder, entries, generation
+    def __init__(self, folder: Path, entries: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> None:
+        self._folder, self._entries, self._manifest = folder, entries, manifest
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._seals: dict[int, dict[str, Any]] = {}
         self._sound: dict[int, NDArray[np.bool_]] = {}
@@ -179,12 +204,20 @@ class OpenShards:
     def seal(self, number: int) -> dict[str, Any]:
         """The seal of a shard, which need not be open."""
         if number not in self._seals:
-            self._seals[number] = self._said(number, lambda n: opened(self._folder, self._entries[n], read_seal))
+
+            def read(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+                return read_seal(folder, entry, self._expected)
+
+            self._seals[number] = self._said(number, lambda n: opened(self._folder, self._entries[n], read))
         return self._seals[number]
+
+    @cached_property
+    def _expected(self) -> Expected:
+        return expected_of(self._manifest)
 
     def _opened(self, number: int) -> Shard:
         def shard(folder: Path, entry: Mapping[str, Any]) -> Shard:
-            made = Shard(folder, entry, self._seals.get(number), self._sound.get(number))
+            made = Shard(folder, entry, self._expected, self._seals.get(number), self._sound.get(number))
             self._seals[number], self._sound[number] = made.seal, made.arrays.sound
             return made
 
@@ -201,7 +234,16 @@ class OpenShards:
         try:
             return action(number)
         except StoreError:
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                if read_checked(self._folder / MANIFEST)["generation"] != self._generation:
-                    raise StoreError(f"{self._folder} has changed since it was opened. Open it again.") from None
+            check_unchanged(self._folder, self._manifest)
             raise
+
+
+def check_unchanged(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse to go on with a manifest in whose place another one is now.
+
+    Raises:
+        StoreChangedError: the store has changed.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if read_checked(folder / MANIFEST)["sha256"] != manifest["sha256"]:
+            raise StoreChangedError(f"{folder} has changed since it was opened. Open it again.")

@@ -15,14 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, MismatchError, StoreError
-from ..files import discard, is_there, read_checked
+from ..files import is_there, read_checked, storing
 from ..progress import progress
 from . import runs
+from .claiming import begin_unfinished, claimed, clean, end_unfinished, supersede, unused_number
 from .container import Spec, Writer
-from .job import Job, ShardWriter, claimed, entry_of, shard_writer, sweep, write_manifest
+from .job import Job, write_manifest
 from .manifest import CHANGING, PENDING, SHARDS, differences
 from .reader import GradientStore
-from .shards import Shard, opened, read_seal
+from .sealing import ShardWriter, entry_of, shard_writer
+from .shards import Shard, origins_of, read_seal
 
 # What is copied at once.
 _PIECE_BYTES = 16 << 20
@@ -145,6 +147,8 @@ def seal(folder: str | os.PathLike[str]) -> GradientStore:
             job = Job.pending(path)
             if job is not None:
                 job.finish()
+            elif GradientStore.complete(path):
+                clean(path)
     return GradientStore(path)
 
 
@@ -165,7 +169,7 @@ def changing(folder: str | os.PathLike[str], kind: str = "") -> Iterator[Gradien
                 f"{store.folder / PENDING} to give it up."
             )
         if job is None:
-            sweep(store.folder)
+            clean(store.folder)
         yield store
 
 
@@ -231,15 +235,25 @@ def rewritten(
             f"{store.folder} was built from, so it is not repaired. Give the same data, or restore it from a copy."
         )
     generation = manifest["generation"] + 1
-    planned = {"name": f"{generation:04d}-{number:05d}", "ids": runs.to_runs(ids).tolist()}
+    name = f"{unused_number(store.folder, generation):04d}-{number:05d}"
+    planned = {"name": name, "ids": runs.to_runs(ids).tolist()}
     (store.folder / SHARDS).mkdir(exist_ok=True)
-    with shard_writer(store.folder, manifest, planned, columns(ids), samples) as writer:
-        yield ids, writer
-    made = entry_of(planned["name"], read_checked(store.folder / SHARDS / f"{planned['name']}.json"))
-    shards = [*manifest["shards"][:number], made, *manifest["shards"][number + 1 :]]
-    after = {name: value for name, value in manifest.items() if name not in CHANGING}
-    write_manifest(store.folder, {**after, "generation": generation, "shards": shards})
-    sweep(store.folder)
+    with storing(store.folder):
+        begin_unfinished(store.folder, [name], None)
+    try:
+        with shard_writer(store.folder, manifest, planned, columns(ids), samples) as writer:
+            yield ids, writer
+        made = entry_of(name, read_checked(store.folder / SHARDS / f"{name}.json"))
+        made["origins"] = origins_of(entry)  # the same examples at the same checkpoints
+        shards = [*manifest["shards"][:number], made, *manifest["shards"][number + 1 :]]
+        after = {key: value for key, value in manifest.items() if key not in CHANGING}
+        end_unfinished(store.folder)
+        write_manifest(store.folder, {**after, "generation": generation, "shards": shards})
+    except BaseException:
+        supersede(store.folder, GradientStore(store.folder).manifest, {"shards": [name], "bases": None})
+        end_unfinished(store.folder)
+        raise
+    supersede(store.folder, GradientStore(store.folder).manifest, {"shards": [entry["name"]], "bases": None})
 
 
 def _repacking(store: GradientStore) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -256,8 +270,9 @@ def _repacking(store: GradientStore) -> tuple[list[dict[str, Any]], list[dict[st
             ids = runs.to_ids(np.concatenate([live for _, live in group]))
             for start in range(0, len(ids), shard_rows):
                 some = ids[start : start + shard_rows]
-                names = [e["name"] for e, _ in group if e["first"] <= some[-1] and e["last"] >= some[0]]
-                plan.append({"ids": runs.to_runs(some).tolist(), "sources": [[".", name, 0] for name in names]})
+                mine = [e for e, _ in group if e["first"] <= some[-1] and e["last"] >= some[0]]
+                planned = {"ids": runs.to_runs(some).tolist(), "sources": [[".", e["name"], 0] for e in mine]}
+                plan.append({**planned, "origins": _origins_within(mine, int(some[0]), int(some[-1]))})
         group.clear()
 
     for number, entry in enumerate(store.manifest["shards"]):
@@ -269,6 +284,12 @@ def _repacking(store: GradientStore) -> tuple[list[dict[str, Any]], list[dict[st
             group.append((entry, live))
     end_group()
     return plan, keep
+
+
+def _origins_within(entries: Sequence[Mapping[str, Any]], first: int, last: int) -> list[list[Any]]:
+    """Where ids from ``first`` to ``last`` were computed that are copied from some shards; see :func:`origins_of`."""
+    spans = [(seal, max(begin, first), min(end, last)) for entry in entries for seal, begin, end in origins_of(entry)]
+    return [[seal, begin, end] for seal, begin, end in spans if begin <= end]
 
 
 def _check_mergeable(store: GradientStore, other: GradientStore) -> None:
@@ -301,22 +322,29 @@ def _check_apart(store: GradientStore, plan: Sequence[Mapping[str, Any]]) -> Non
 
 def _copy(job: Job, sources: Mapping[str, GradientStore]) -> None:
     """Make a job's shards from rows that other shards hold."""
-    entries = {(name, e["name"]): e for name, source in sources.items() for e in source.manifest["shards"]}
     done, total = job.rows_done()
     job.tidy()
     try:
         with progress(job.kind, total, "rows", done) as advance:
             for planned in job.missing():
-                parts = [
-                    (opened(sources[name].folder, entries[name, shard], Shard), shift)
-                    for name, shard, shift in planned["sources"]
-                ]
+                parts = [(_source(job, sources, name, shard), shift) for name, shard, shift in planned["sources"]]
                 advance(_copy_shard(job, planned, parts))
     except StoreError:
         if any(source.verify() for source in sources.values()):
-            discard(job.folder / PENDING)  # a repair comes first, and the copies are soon made again
+            job.give_up()  # a repair comes first, and the copies are soon made again
         raise
     job.finish()
+
+
+def _source(job: Job, sources: Mapping[str, GradientStore], name: str, shard: str) -> Shard:
+    """A shard that a plan names."""
+    found = None if name not in sources else sources[name].shard(shard)
+    if found is None:
+        raise StoreError(
+            f"{job.folder} has an unfinished `{job.kind}` of shard {shard} of {name}, which is not there. Restore it, "
+            f"or delete {job.folder / PENDING} to give the change up."
+        )
+    return found
 
 
 def _copy_shard(job: Job, planned: Mapping[str, Any], parts: Sequence[tuple[Shard, int]]) -> int:

@@ -1,0 +1,302 @@
+"""What a store's JSON files must be (docs/format.md): a sound checksum alone does not make them a store's.
+
+Whoever reads one of these files checks it here once, so that what comes after can rely on types, sizes and names: a
+name never leads out of the folder, and a size is never more than the file that it speaks of.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ..schema import (
+    LARGEST,
+    anything,
+    boolean,
+    list_of,
+    map_of,
+    not_as,
+    nullable,
+    number,
+    one_of,
+    record,
+    runs,
+    text,
+    tuple_of,
+    whole,
+)
+from .encoding import ROW_TYPES, STORED
+
+_DIGEST = text("[0-9a-f]{64}", "a SHA-256 in hexadecimal")
+_NAME = text(r"\d{4,9}-\d{5,9}", "the name of a shard, such as 0001-00000")
+# Of NumPy; "U" stands for text in a manifest, which shards keep as bytes.
+_TYPE = text(r"[<>|=]?([biufcS]\d{1,9}|[mM]8(\[\d*\w+\])?)", "a type in NumPy's notation")
+_COLUMN_TYPE = text(r"U|[<>|=]?([biufc]\d{1,2}|[mM]8(\[\d*\w+\])?)", "a type in NumPy's notation, or U")
+_SIZE = whole(0, 1 << 48)
+# Far more than a machine has, and few enough for it to refuse.
+_THREADS, _ROWS = whole(1, 4096), whole(1, 1 << 40)
+_DIGEST_DIGITS = 32
+
+
+_any_text = text()
+
+
+def _column(value: Any) -> None:
+    _any_text(value)
+    if not value or "\0" in value or value.startswith("/") or ".." in value.split("/"):
+        raise not_as(value, "the name of a column, which is no path")
+
+
+_step, _rates = nullable(number()), map_of(_any_text, number())
+_entry = record(
+    {"name": _NAME, "first": whole(), "last": whole(0, LARGEST - 1), "rows": _ROWS, "data": _DIGEST, "seal": _DIGEST},
+    {"origins": list_of(tuple_of(_DIGEST, whole(), whole(0, LARGEST - 1)), 1)},
+)
+_map = record(
+    {
+        "model": list_of(tuple_of(_any_text, list_of(_SIZE))),
+        "loss": _any_text,
+        "layers": list_of(record({"name": _any_text, "shape": tuple_of(_SIZE, _SIZE), "route": _any_text}), 1),
+        "checkpoints": list_of(
+            record(
+                {
+                    "sha256": _DIGEST,
+                    "step": anything,
+                    "weighting": _any_text,
+                    "learning_rates": map_of(_any_text, number()),
+                }
+            ),
+            1,
+        ),
+        "projection": record({"kind": _any_text, "dim": whole(1, 1 << 40), "seed": whole(-LARGEST)}),
+        "precision": _any_text,
+        "unit_norm": boolean,
+        "bases": nullable(_DIGEST),
+        "fitted_to": nullable(whole()),
+    },
+    {"preconditioner": nullable(_any_text)},
+)
+_described = {
+    "task": _any_text,
+    "map": _map,
+    "dim": whole(1, 1 << 40),
+    "row_type": one_of(*ROW_TYPES),
+    "factors": one_of(None, "float32", "float16"),
+    "self_influence": one_of("exact", "projected"),
+    "columns": map_of(_column, _COLUMN_TYPE),
+    "next_id": whole(1),
+    "removed": runs,
+    "fingerprint": _DIGEST,
+    "batch_size": _ROWS,
+    "shard_rows": _ROWS,
+    "threads": _THREADS,
+    "generation": whole(1, 1 << 53),
+}
+_manifest = record(
+    {"needs": list_of(_any_text), **_described, "shards": list_of(_entry, 1)}, {"merged": list_of(_DIGEST)}
+)
+_planned = record(
+    {"name": _NAME, "ids": runs},
+    {
+        "sources": list_of(tuple_of(_any_text, _NAME, whole(0, LARGEST - 1))),
+        "origins": list_of(tuple_of(_DIGEST, whole(), whole(0, LARGEST - 1)), 1),
+    },
+)
+_superseded = record({"shards": list_of(_NAME), "bases": nullable(_DIGEST)})
+_pending = record(
+    {
+        "needs": list_of(_any_text),
+        "job": text("[a-z-]{1,40}", "the name of a command"),
+        "after": record({**_described, "data": anything}, {"merged": list_of(_DIGEST)}),
+        "plan": list_of(_planned),
+        "keep": list_of(_entry),
+    },
+    {"supersedes": _superseded},
+)
+_container = {
+    "bytes": whole(1),
+    "block_bytes": whole(1 << 9, 1 << 26),
+    "arrays": map_of(_any_text, record({"offset": whole(), "dtype": _TYPE, "shape": list_of(_SIZE, 1, 4)})),
+    "blocks": text(f"([0-9a-f]{{{_DIGEST_DIGITS}}})*", "digests in hexadecimal"),
+}
+_sealed = record(_container)
+_seal = record(
+    {
+        **_container,
+        "map": _DIGEST,
+        "ids": runs,
+        "row_type": one_of(*ROW_TYPES),
+        "samples": list_of(tuple_of(whole(0, LARGEST - 1), _any_text)),
+    }
+)
+
+
+def check_manifest(value: Any) -> None:
+    """Refuse what is no manifest.
+
+    Raises:
+        ValueError: says where it is not what it must be.
+    """
+    _manifest(value)
+    _check_described(value)
+    last = -1
+    for place, entry in enumerate(value["shards"]):
+        at = f"shards[{place}]"
+        _check_entry(entry, at)
+        if entry["first"] <= last:
+            raise ValueError(f"{at} begins with id {entry['first']}, but the one before ends with {last}")
+        last = entry["last"]
+    if last >= value["next_id"]:
+        raise ValueError(f"next_id is {value['next_id']}, but there are ids up to {last}")
+    _check_removed(value)
+
+
+def check_pending(value: Any) -> None:
+    """Refuse what is no plan.
+
+    Raises:
+        ValueError: says where it is not what it must be.
+    """
+    _pending(value)
+    _check_described(value["after"], "after.")
+    names = [planned["name"] for planned in value["plan"]] + [entry["name"] for entry in value["keep"]]
+    if len(set(names)) < len(names):
+        raise ValueError("a shard is planned twice")
+    for place, planned in enumerate(value["plan"]):
+        if not planned["ids"] or planned["ids"][-1][1] > value["after"]["next_id"]:
+            raise ValueError(f"plan[{place}].ids has none, or some that are not below next_id")
+    for place, entry in enumerate(value["keep"]):
+        _check_entry(entry, f"keep[{place}]")
+
+
+def check_unfinished(value: Any) -> None:
+    """Refuse what is no list of unfinished shards.
+
+    Raises:
+        ValueError: says where it is not what it must be.
+    """
+    _superseded(value)
+
+
+def check_seal(value: Any) -> None:
+    """Refuse what is no seal of a shard.
+
+    Raises:
+        ValueError: says where it is not what it must be.
+    """
+    _seal(value)
+    if not value["ids"]:
+        raise ValueError("ids has none")
+    check_container(value, checked=True)
+    count = sum(stop - start for start, stop in value["ids"])
+    for name, place in value["arrays"].items():
+        if place["shape"][0] != count:
+            raise ValueError(f"{name} has {place['shape'][0]} rows, but there are {count} ids")
+
+
+def check_container(value: Any, checked: bool = False) -> None:
+    """Refuse what is no seal of a file of arrays; ``checked`` where its types are known.
+
+    Raises:
+        ValueError: says where it is not what it must be.
+    """
+    if not checked:
+        _sealed(value)
+    size, blocks = value["bytes"], -(-value["bytes"] // value["block_bytes"])
+    if len(value["blocks"]) != blocks * _DIGEST_DIGITS:
+        raise ValueError(f"blocks has {len(value['blocks']) // _DIGEST_DIGITS} digests, but the file {blocks} blocks")
+    for name, place in value["arrays"].items():
+        needed = place["offset"] + math.prod(place["shape"]) * _item_bytes(place["dtype"])
+        if needed > size:
+            raise ValueError(f"{name} ends at byte {needed}, but the file has {size}")
+
+
+@lru_cache(256)
+def _item_bytes(kind: str) -> int:
+    try:
+        size = np.dtype(kind).itemsize
+    except TypeError:
+        size = 0
+    if size == 0:
+        raise ValueError(f"there is no type {kind!r}")
+    return size
+
+
+class Expected:
+    """The arrays that shards of a manifest must have, with all but their lengths; made once for many shards."""
+
+    def __init__(self, manifest: Mapping[str, Any], factor_name: Any, sides: Sequence[str]) -> None:
+        checkpoints, self._manifest = len(manifest["map"]["checkpoints"]), manifest
+        per_checkpoint = [checkpoints], "<f8"
+        arrays: dict[str, tuple[list[int], str]] = {"ids": ([], "<i8"), "losses": per_checkpoint}
+        arrays |= {"self_influence": per_checkpoint, "rows": ([manifest["dim"]], STORED[manifest["row_type"]])}
+        if manifest["row_type"] == "int8":
+            arrays["scales"] = [checkpoints], "<f4"
+        if manifest["factors"] is not None:
+            for checkpoint, (number_of, layer) in itertools.product(
+                range(checkpoints), enumerate(manifest["map"]["layers"])
+            ):
+                for side, size in zip(sides, layer["shape"][::-1], strict=True):
+                    arrays[factor_name(checkpoint, number_of, side)] = [size], STORED[manifest["factors"]]
+        self._arrays = arrays
+
+    def check(self, entry: Mapping[str, Any], seal: Mapping[str, Any]) -> None:
+        """Refuse a seal that does not fit the manifest and its entry there.
+
+        Raises:
+            ValueError: says what does not fit.
+        """
+        ids, manifest = seal["ids"], self._manifest
+        count = sum(stop - start for start, stop in ids)
+        if (ids[0][0], ids[-1][1] - 1, count) != (entry["first"], entry["last"], entry["rows"]):
+            raise ValueError("its ids are not those that the manifest names")
+        if seal["map"] != manifest["fingerprint"] or seal["row_type"] != manifest["row_type"]:
+            raise ValueError("its rows are of another kind than the manifest's")
+        found = seal["arrays"]
+        for name, (shape, kind) in self._arrays.items():
+            place = found.get(name)
+            if place is None or place["shape"][1:] != shape or place["dtype"] != kind:
+                raise ValueError(f"{name} is missing, or not of the shape and type that the manifest asks for")
+        for column, kind in manifest["columns"].items():
+            place = found.get(f"columns/{column}")
+            # "S" is text; the type of numbers is the manifest's.
+            sound = place is not None and len(place["shape"]) == 1
+            if place is None or not sound or (place["dtype"][:2] != "|S" if kind == "U" else place["dtype"] != kind):
+                raise ValueError(f"columns/{column} is missing, or not of the type that the manifest asks for")
+
+
+def _check_described(value: Mapping[str, Any], before: str = "") -> None:
+    checkpoints = len(value["map"]["checkpoints"])
+    if value["dim"] % checkpoints:
+        raise ValueError(f"{before}dim is {value['dim']}, but must be a multiple of the {checkpoints} checkpoints")
+    if value["removed"] and value["removed"][-1][1] > value["next_id"]:
+        raise ValueError(f"{before}removed has ids that are not below next_id")
+
+
+def _check_entry(entry: Mapping[str, Any], at: str) -> None:
+    if not 1 <= entry["rows"] <= entry["last"] - entry["first"] + 1:
+        raise ValueError(f"{at} has {entry['rows']} rows, but ids from {entry['first']} to {entry['last']}")
+    last = entry["first"] - 1
+    for _, begin, end in entry.get("origins", ()):
+        if not last < begin <= end <= entry["last"]:
+            raise ValueError(f"{at}.origins are not ascending and apart, or not of its ids")
+        last = end
+
+
+def _check_removed(value: Mapping[str, Any]) -> None:
+    """Removed ids are ids of shards, as far as the manifest alone can tell, and not all of them."""
+    if not value["removed"]:
+        return
+    removed = np.array(value["removed"], dtype=np.int64)
+    edges = np.array([(entry["first"], entry["last"]) for entry in value["shards"]], dtype=np.int64)
+    for places in (removed[:, 0], removed[:, 1] - 1):
+        owner = np.searchsorted(edges[:, 0], places, side="right") - 1
+        if (owner < 0).any() or (places > edges[owner, 1]).any():
+            raise ValueError("removed has ids that no shard has")
+    if int((removed[:, 1] - removed[:, 0]).sum()) >= sum(entry["rows"] for entry in value["shards"]):
+        raise ValueError("removed has as many ids as there are rows")
