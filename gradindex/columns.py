@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .errors import TaskError, user_code
+from .errors import ArgumentError, TaskError, user_code
 
 # Values that are looked at together: a list of long texts never becomes one array.
 _PIECE = 8192
@@ -256,6 +256,42 @@ def values_of(given: Any) -> list[Any]:
         array = np.asarray(given)
         return list(np.ravel(array)) if array.ndim < 2 else [given]
     return list(given) if isinstance(given, Iterable) and not isinstance(given, Mapping) else [given]
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is one whole number; a boolean is none."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return not value.ndim and is_whole(value.item())
+    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
+
+
+def positions_of(name: str, given: Any, n: int, data: str) -> NDArray[np.int64]:
+    """Positions as whole numbers, or as a mask with a boolean for each of the ``n`` examples of ``data``.
+
+    Raises:
+        ArgumentError: they are neither, or one is out of range.
+    """
+    values = values_of(given)
+    if values and all(isinstance(value, (bool, np.bool_)) for value in values):
+        if len(values) != n:
+            raise ArgumentError(
+                f"{name} is a mask of {len(values)} values, but {data} has {n} examples. Give positions, or one value "
+                "for each example."
+            )
+        return np.flatnonzero(np.asarray(values))
+    for value in values:
+        if not is_whole(value):
+            raise ArgumentError(
+                f"{name} holds {_short(value)}, a {type(value).__name__}, but positions are whole numbers from 0 to "
+                f"{n - 1}."
+            )
+        if not 0 <= value < n:
+            raise ArgumentError(f"{name} holds {int(value)}, but positions in {data} go from 0 to {n - 1}.")
+    return np.array([int(value) for value in values], dtype=np.int64)
+
+
+def _short(value: Any) -> str:
+    return " ".join(repr(value).split())[:80]
 
 
 def as_text(value: Any) -> str:

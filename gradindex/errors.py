@@ -6,7 +6,9 @@ sentence: what, expected, got, and the way out.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 # Characters of another's message that are shown: one line, not a page.
 _LONGEST = 300
@@ -162,11 +164,26 @@ def left_out(names: Sequence[str]) -> str:
     return f"Mend {'it' if len(names) == 1 else 'them'}, or leave out with Task(skip=[{ids}{more}])."
 
 
+def as_whole(name: str, value: Any) -> int:
+    """A whole number, in whichever type it comes.
+
+    Raises:
+        ArgumentError: it is none; ``True`` is none either.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except (TypeError, ValueError):
+        shown = " ".join(repr(value).split())[:80]
+        raise ArgumentError(f"{name} is {shown}, a {type(value).__name__}, but must be a whole number.") from None
+
+
 def check_k(k: int, n_train: int) -> None:
     """Refuse a number of hits that there cannot be.
 
     Raises:
         ArgumentError: ``k`` is below 1 or above ``n_train``.
     """
-    if not 1 <= k <= n_train:
+    if not 1 <= as_whole("k", k) <= n_train:
         raise ArgumentError(f"k is {k}, but must be between 1 and the number of training examples, {n_train}.")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .checkpoint import Checkpoint
-from .columns import Column
+from .columns import Column, positions_of
 from .errors import ArgumentError, GradIndexError, OutOfMemoryError, TaskError, is_out_of_memory, user_code
 from .tree import digest, preserved_random_state
 
@@ -31,7 +31,7 @@ _SAMPLED = 64
 _PIECE = 8192
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Task:
     """A trained model and everything that its gradients depend on.
 
@@ -62,8 +62,8 @@ class Task:
         read_query: ``read_query(path)`` returns a sequence of items; lets the command line
             take queries from a file.
         name: what to call the task in reports.
-        skip: positions of training examples that are never read and get no row, such as broken files;
-            the ids of the others stay.
+        skip: positions of training examples that are never read and get no row, such as broken files, or a
+            mask with a boolean for each; the ids of the others stay.
     """
 
     model: nn.Module
@@ -80,7 +80,7 @@ class Task:
     collate: Callable[[list[Any]], Any] = default_collate
     read_query: Callable[[Path], Sequence[Any]] | None = None
     name: str = "task"
-    skip: Sequence[int] | NDArray[np.int64] = ()
+    skip: Any = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -88,6 +88,10 @@ class Task:
         for role, data in (("train", self.train), ("query", self.query)):
             if data is not None:
                 _check_data_set(role, data)
+        for name in ("loss", "query_loss", "collate", "show", "read_query"):
+            given = getattr(self, name)
+            if not callable(given) and (given is not None or name in ("loss", "collate")):
+                raise TaskError(f"{name} is a {type(given).__name__}, but must be a function.")
         if self.preconditioner not in (None, "adam"):
             raise TaskError(f"preconditioner is {self.preconditioner!r}, but must be 'adam' or None.")
         if len(self.checkpoints) == 0:
@@ -100,24 +104,31 @@ class Task:
                     f"checkpoints[{number}] is a {type(checkpoint).__name__}, but must be a gradindex.Checkpoint. "
                     "Use find_checkpoints('folder/*.pt') or Checkpoint(path, learning_rate=...)."
                 )
-        wrong = [int(i) for i in self.skip if not 0 <= i < self.n_train]
-        if wrong:
-            raise TaskError(f"skip holds {wrong[0]}, but positions in train go from 0 to {self.n_train - 1}.")
         if len(self.train_ids) == 0:
             raise TaskError("skip leaves no training example. Leave at least one.")
         self._by_place  # noqa: B018 - made here, where an error is the caller's to see
 
-    @property
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        counts = [(self.n_train, "training example"), (self.n_query, "query"), (len(self.checkpoints), "checkpoint")]
+        told = [f"{n:,} {word if n == 1 else 'queries' if word == 'query' else word + 's'}" for n, word in counts]
+        return f"<Task {self.name!r}: {type(self.model).__name__} with {parameters:,} parameters; {', '.join(told)}>"
+
+    @functools.cached_property
     def n_train(self) -> int:
-        """The number of training examples, skipped ones as well."""
+        """The number of training examples, skipped ones as well; as it was when the task was made."""
         return len(self.train)  # type: ignore[arg-type]  # checked to have a length in __post_init__
 
     @functools.cached_property
     def train_ids(self) -> NDArray[np.int64]:
         """(m,) int64 ascending, the training examples that are not skipped."""
-        return np.setdiff1d(np.arange(self.n_train, dtype=np.int64), np.asarray(self.skip, dtype=np.int64))
+        try:
+            skipped = positions_of("skip", self.skip, self.n_train, "train")
+        except ArgumentError as error:
+            raise TaskError(str(error)) from None
+        return np.setdiff1d(np.arange(self.n_train, dtype=np.int64), skipped)
 
-    @property
+    @functools.cached_property
     def n_query(self) -> int:
         """The number of examples in ``query`` (0 without)."""
         return 0 if self.query is None else len(self.query)  # type: ignore[arg-type]  # as above
@@ -143,7 +154,22 @@ class Task:
             )
         if not path.exists():
             raise ArgumentError(f"{path} does not exist. Check the path.")
-        return list(_running(f"Reading queries from {path}", functools.partial(self.read_query, path)))
+        with user_code(f"Reading queries from {path}"):
+            found = self.read_query(path)
+            if found is None or isinstance(found, (str, bytes, Mapping)):
+                raise TaskError(f"read_query returned a {type(found).__name__}, but must return a sequence of items.")
+            return list(found)
+
+    def shown(self, item: Any, name: str) -> Any:
+        """What ``show`` makes of an item.
+
+        Raises:
+            UserCodeError: it raised; names the item.
+        """
+        if self.show is None:
+            return None
+        with user_code(f"show ({name})"):
+            return self.show(item)
 
     def loss_for(self, role: str) -> Loss:
         """The loss of a ``"train"`` or ``"query"`` example."""
@@ -202,6 +228,12 @@ class Task:
         Raises:
             TaskError: random augmentation: an id would mean another example at each read.
         """
+        with user_code("len(train)"):
+            length = len(self.train)  # type: ignore[arg-type]  # as above
+        if length != self.n_train:
+            raise TaskError(
+                f"train had {self.n_train} examples when the task was made, but has {length} now. Make the task again."
+            )
         ids = self.train_ids
         positions = ids[np.unique(np.linspace(0, len(ids) - 1, min(_READ_TWICE, len(ids))).astype(np.int64))]
         with preserved_random_state():
@@ -359,12 +391,19 @@ def _check_data_set(role: str, data: object) -> None:
         )
     if isinstance(data, torch.Tensor):
         raise TaskError(f"{role} is a Tensor, but items are needed as the loss gets them. Use TensorDataset(x, y).")
+    if isinstance(data, (str, bytes, Mapping)) or hasattr(data, "iloc"):
+        raise TaskError(
+            f"{role} is a {type(data).__name__}, which does not hand out examples by position. Give a list of items or "
+            "a data set: of a frame, frame.to_dict('records'); of a mapping of parts, the part."
+        )
     if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TaskError(
             f"{role} is a {type(data).__name__} without positions, but examples are looked up by id. "
             "Give a map-style data set with __len__ and __getitem__."
         )
-    if len(data) == 0:
+    with user_code(f"len({role})"):
+        length = len(data)
+    if length == 0:
         raise TaskError(f"{role} is empty. Give at least one example.")
 
 

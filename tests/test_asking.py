@@ -515,7 +515,7 @@ REFUSED = {
     "number for a text": ({"where": {"label": 3}}, "column label holds text, but where asks for 3, which is a int"),
     "bool for a number": ({"where": {"number": True}}, "holds a whole number, but where asks for True"),
     "number for a bool": ({"where": {"flipped": 1}}, "column flipped holds true or false, but where asks for 1"),
-    "one of several": ({"where": {"label": ["cat", None]}}, "asks for None, which is a NoneType"),
+    "one of several": ({"where": {"label": ["cat", 1.5]}}, "asks for 1.5, which is a float"),
     "float for an int": ({"where": {"number": 2.0}}, "asks for 2.0, which is a float"),
     "id": ({"ids": [3, N]}, f"There is no training id {N}"),
     "mask": ({"ids": np.ones(N, dtype=bool)}, "ids are of type bool"),

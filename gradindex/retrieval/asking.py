@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..errors import ArgumentError
+from ..columns import is_whole, positions_of, values_of
+from ..errors import ArgumentError, GradIndexError
 from ..gradients import Engine, Products
 from ..progress import progress
 from ..rows import RowBatch, RowMaker, Sides
 from ..spotcheck import check_alone, smallest_of_uneven
 from ..store import GradientStore
-from ..task import Task
+from ..task import Task, read_example
 
 Source = Literal["query", "train"]
 Aggregate = Literal["sum", "mean"]
@@ -25,16 +28,23 @@ Aggregate = Literal["sum", "mean"]
 Asked = Mapping[tuple[int, int], Sides | NDArray[np.float32]]
 
 
+_NO_QUERIES = "There are no queries. Give at least one position or item."
+# Parts of an item that an error tells of, and how it calls what is read.
+_PARTS = 4
+_ROLES = {"query": "query", "train": "training", "item": "given"}
+
+
 class Chosen(Sequence[Any]):
     """Some examples of a data set, read when they are asked for.
 
     Args:
         data: a data set, or the items themselves.
         positions: which, in which order.
+        role: ``"query"``, ``"train"`` or ``"item"``, for errors.
     """
 
-    def __init__(self, data: Any, positions: Sequence[int]) -> None:
-        self._data, self._positions = data, positions
+    def __init__(self, data: Any, positions: Sequence[int], role: str) -> None:
+        self._data, self._positions, self._role = data, positions, role
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -47,8 +57,11 @@ class Chosen(Sequence[Any]):
 
     def __getitem__(self, which: int | slice) -> Any:
         if isinstance(which, slice):
-            return Chosen(self._data, self._positions[which])
-        return self._data[self._positions[which]]
+            return Chosen(self._data, self._positions[which], self._role)
+        position = self._positions[which]
+        if self._role == "item" and isinstance(self._data, (list, tuple)):
+            return self._data[position]
+        return read_example(self._data, position, _ROLES[self._role])
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ class Examples:
     columns: Mapping[str, NDArray[Any]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Queries:
     """Queries whose gradients were computed; every search takes them in place of positions. Made by ``Retriever.ask``.
 
@@ -93,6 +106,10 @@ class Queries:
     def __len__(self) -> int:
         return len(self.names)
 
+    def __repr__(self) -> str:
+        more = f" and {len(self) - 2:,} more" if len(self) > 2 else ""
+        return f"<Queries: {', '.join(self.names[:2])}{more}; rows of {self.rows.shape[1]:,} numbers>"
+
     def products(self, engine: Engine, at_once: int) -> Iterator[tuple[slice, Products]]:
         """The queries' whole gradients, some queries after others; kept for the next question if they go at once.
 
@@ -113,8 +130,12 @@ class Queries:
                 yield slice(start, start + len(some)), Products(engine, some, "query")
 
 
-def find(task: Task, queries: int | Sequence[Any], source: Source) -> Examples:
+def find(task: Task, queries: Any, source: Source) -> Examples:
     """Examples given as positions or as items.
+
+    Whole numbers are positions, in whatever holds them; a mask with a boolean for each example, and a slice, are
+    positions too. Anything else is items: a mapping, a text, or what looks like an example of the task is one item,
+    a list or a tuple of these is several.
 
     Args:
         task: whose data are looked up.
@@ -126,24 +147,152 @@ def find(task: Task, queries: int | Sequence[Any], source: Source) -> Examples:
     """
     if source not in ("query", "train"):
         raise ArgumentError(f"source is {source!r}, but must be 'query' or 'train'.")
-    chosen = [queries] if isinstance(queries, (int, np.integer)) else list(queries)
-    if not chosen:
-        raise ArgumentError("There are no queries. Give at least one position or item.")
-    if not all(isinstance(q, (int, np.integer)) for q in chosen):
-        return Examples(Chosen(chosen, range(len(chosen))), [f"item {i}" for i in range(len(chosen))], {})
+    if isinstance(queries, slice) or is_whole(queries):
+        return _at_positions(task, queries, source)
+    if isinstance(queries, Dataset) and hasattr(queries, "__len__"):
+        items: Any = queries
+    else:
+        items = _listed(task, queries)
+        if (
+            isinstance(items, Sequence)
+            and len(items)
+            and all(is_whole(q) or isinstance(q, (bool, np.bool_)) for q in items)
+        ):
+            return _at_positions(task, items, source)
+    if not len(items):
+        raise ArgumentError(_NO_QUERIES)
+    return Examples(Chosen(items, range(len(items)), "item"), [f"item {i}" for i in range(len(items))], {})
+
+
+def _at_positions(task: Task, given: Any, source: Source) -> Examples:
     data, n = (task.train, task.n_train) if source == "train" else (task.query, task.n_query)
     if data is None:
         raise ArgumentError(
             "The task has no query data to look positions up in. "
             "Give items, give Task(query=...), or ask for training examples with source='train'."
         )
-    for q in chosen:
-        if not 0 <= q < n:
-            raise ArgumentError(f"There is no {source} example {q}; positions go from 0 to {n - 1}.")
-    positions = [int(q) for q in chosen]
+    given = values_of(range(n)[given] if isinstance(given, slice) else given)
+    for q in given:
+        if is_whole(q) and not 0 <= q < n:
+            raise ArgumentError(f"There is no {source} example {int(q)}; positions go from 0 to {n - 1}.")
+    positions = positions_of("queries", given, n, source).tolist()
+    if not positions:
+        raise ArgumentError(_NO_QUERIES)
     return Examples(
-        Chosen(data, positions), [f"{source} {q}" for q in positions], task.column_arrays(source, positions)
+        Chosen(data, positions, source),
+        [f"{source} {q}" for q in positions],
+        task.column_arrays(source, positions),
     )
+
+
+def _listed(task: Task, queries: Any) -> Sequence[Any]:
+    """Queries that are not one position as a list of positions or items, of one where it is an item by itself.
+
+    Raises:
+        ArgumentError: they are neither.
+    """
+    what = f"queries is a {type(queries).__name__}"
+    if queries is None or isinstance(queries, (bool, float, np.floating, np.bool_)):
+        raise ArgumentError(f"queries is {queries!r}, but must be positions, which are whole numbers, or items.")
+    if isinstance(queries, (DataLoader, IterableDataset)):
+        raise ArgumentError(f"{what}, which hands out batches or has no length. Give its data set, or items in a list.")
+    if isinstance(queries, Set) and not isinstance(queries, (KeysView, ItemsView)):
+        raise ArgumentError(f"{what}, which has no order. Give a list.")
+    if isinstance(queries, Mapping):
+        return [queries]
+    if isinstance(queries, list) and queries and all(isinstance(q, (tuple, Mapping, str)) for q in queries):
+        return queries
+    example = _an_example(task)
+    if isinstance(queries, type(example)) and not isinstance(queries, (list, tuple, str, bytes, Tensor, np.ndarray)):
+        return [queries]
+    if isinstance(queries, (str, bytes)):
+        if not isinstance(example, (type(queries), type(None))):
+            raise ArgumentError(f"{what}, but examples of the task are {_kind(example)}. Give items such as these.")
+        return [queries]
+    if isinstance(queries, (Tensor, np.ndarray)):
+        return _of_array(queries, example)
+    if hasattr(queries, "__array__") and hasattr(queries, "__len__"):  # a Series: by place, whatever its labels
+        if np.ndim(queries) != 1:
+            raise ArgumentError(f"{what} with {np.ndim(queries)} axes. Give positions, or items in a list.")
+        return values_of(queries)
+    if (
+        not isinstance(queries, (Sequence, Iterator))
+        and hasattr(queries, "__len__")
+        and hasattr(queries, "__getitem__")
+    ):
+        return cast("Sequence[Any]", queries)  # a data set
+    if not isinstance(queries, Iterable):
+        return [queries]
+    items = queries if isinstance(queries, Sequence) else list(queries)
+    if not len(items) or all(map(is_whole, items)) or all(isinstance(q, (bool, np.bool_)) for q in items):
+        return items
+    several = example is not None and all(_alike(example, q) for q in items)
+    if not several and isinstance(queries, (list, tuple)) and _is_one(example, queries):
+        return [queries]
+    if not several and any(is_whole(q) or isinstance(q, (float, np.floating)) for q in items):
+        raise ArgumentError(
+            f"queries mix positions, which are whole numbers, with other things ({_kind(items)}), and are no example "
+            f"such as the task's ({_kind(example)}). Give positions alone, or items in a list: [(x, y)]."
+        )
+    return items
+
+
+def _of_array(queries: Any, example: Any) -> Sequence[Any]:
+    whole = not queries.is_floating_point() if isinstance(queries, Tensor) else queries.dtype.kind in "iubO"
+    if queries.ndim == 1 and (whole or not len(queries)):
+        return values_of(queries)
+    if isinstance(example, (Tensor, np.ndarray)):
+        if queries.ndim == example.ndim:
+            return [queries]
+        if queries.ndim == example.ndim + 1:
+            return list(queries)
+    raise ArgumentError(
+        f"queries is a {type(queries).__name__} of shape {tuple(queries.shape)} and type {queries.dtype}, but "
+        f"positions are whole numbers in one axis, and examples of the task are {_kind(example)}. Give items such as "
+        "these in a list."
+    )
+
+
+def _an_example(task: Task) -> Any:
+    """What items of the task look like; ``None`` where none can be read."""
+    try:
+        data, first = (task.train, int(task.train_ids[0])) if task.query is None else (task.query, 0)
+        return read_example(data, first, "training" if task.query is None else "query")
+    except GradIndexError:
+        return None
+
+
+def _is_one(example: Any, queries: Sequence[Any]) -> bool:
+    """Whether a list or tuple is one item and not several."""
+    if _alike(example, queries):
+        return True
+    parts = isinstance(example, (list, tuple)) and not any(isinstance(q, (list, tuple, Mapping)) for q in queries)
+    return parts and isinstance(queries, tuple) and len(queries) == len(example)
+
+
+def _alike(example: Any, item: Any) -> bool:
+    """Whether an item is put together as another."""
+    if isinstance(example, (list, tuple)):
+        if not isinstance(item, (list, tuple)):
+            return False
+        if isinstance(example, tuple):
+            return len(item) == len(example) and all(map(_alike, example, item))
+        return all(_alike(example[0], part) for part in item) if example else not item
+    if isinstance(example, Mapping):
+        return isinstance(item, Mapping)
+    axes = [getattr(one, "ndim", None) or None for one in (example, item)]
+    if axes != [None, None]:
+        return axes[0] == axes[1]
+    numbers = [isinstance(one, (int, float, np.number, np.bool_, Tensor, np.ndarray)) for one in (example, item)]
+    return numbers == [True, True] or isinstance(item, type(example)) or isinstance(example, type(item))
+
+
+def _kind(item: Any) -> str:
+    """What an item is, in a few words."""
+    if isinstance(item, (list, tuple)):
+        more = ", ..." if len(item) > _PARTS else ""
+        return f"a {type(item).__name__} of ({', '.join(type(part).__name__ for part in item[:_PARTS])}{more})"
+    return f"a {type(item).__name__}"
 
 
 def prepare(

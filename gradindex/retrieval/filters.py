@@ -38,7 +38,7 @@ class Filter:
     differs: str | None = None
 
     def __bool__(self) -> bool:
-        return self.ids is not None or bool(self.where) or self.differs is not None
+        return self.ids is not None or (self.where is not None and self.where != {}) or self.differs is not None
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def allow(store: GradientStore, wanted: Filter, query_columns: Mapping[str, NDAr
         ids = np.unique(runs.as_ids(wanted.ids).ravel())
         if len(ids):
             store.check_ids(ids)
-    if wanted.where:
+    if wanted.where is not None:
         ids = matching(store, wanted.where, ids)
     values = np.empty(0)
     if wanted.differs is not None:
@@ -105,6 +105,10 @@ def matching(store: GradientStore, where: Where, ids: NDArray[np.int64] | None =
     Raises:
         ArgumentError: a column that is not there, or a value of another type than the column.
     """
+    if not isinstance(where, Mapping):
+        raise ArgumentError(
+            f"where is a {type(where).__name__}, but must be a mapping from columns to values, such as {{'label': 3}}."
+        )
     wanted = {name: _of_type(name, _kind(store, name), values) for name, values in where.items()}
     found = [np.empty(0, dtype=np.int64)]
     for some in _pieces(store, ids):

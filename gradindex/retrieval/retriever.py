@@ -107,7 +107,10 @@ class Retriever:
         """Compute the gradients of queries once, for several questions about them.
 
         Args:
-            queries: positions in ``task.query`` (or ids, with ``source="train"``), or items.
+            queries: positions in ``task.query`` (or ids, with ``source="train"``), or items of your own. Whole
+                numbers are positions, in a list, a range, an array, a tensor or a Series (by place), also in a tuple;
+                so is a mask with a boolean for each example. One item needs no list where it looks like an example
+                of the task, as a tuple ``(x, y)`` does.
             source: where positions are looked up; the query loss is explained either way.
             aggregate: ``"sum"`` or ``"mean"`` makes one question of all queries: which training examples help or hurt
                 them together. Its scores are the sum or mean of those of each query (of the cosines, where the
@@ -253,8 +256,10 @@ class Retriever:
             measure=self._measure,
             columns={name: _placed(store.column(name, ids[there]), there) for name in store.columns},
             query_columns={} if group else asked.examples.columns,
-            show_train=None if show is None else lambda i: show(self.task.train[i]),
-            show_query=None if show is None or group else lambda row: show(asked.examples.items[row]),
+            show_train=None if show is None else lambda i: self.task.shown(self.task.examples([i])[0], f"id {i}"),
+            show_query=None
+            if show is None or group
+            else lambda row: self.task.shown(asked.examples.items[row], asked.names[row]),
         )
 
     @property

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError, check_k
+from ..errors import ArgumentError, as_whole, check_k
 from ..gradients import Engine
 from ..store import GradientStore
 from .asking import Queries
@@ -63,8 +63,16 @@ class Question:
                 raise ArgumentError(f"kind is {kind!r}, but must be one of: {', '.join(KINDS)}. For both, call both().")
         if self.rerank not in get_args(Rerank):
             raise ArgumentError(f"rerank is {self.rerank!r}, but must be one of: {', '.join(get_args(Rerank))}.")
-        if self.at_least is not None and math.isnan(self.at_least):
-            raise ArgumentError("at_least is NaN, but must be a number.")
+        for name, value in (("k", self.k), ("candidates", self.candidates)):
+            if value is not None:
+                object.__setattr__(self, name, as_whole(name, value))
+        if self.at_least is not None:
+            try:
+                object.__setattr__(self, "at_least", float(self.at_least))
+            except (TypeError, ValueError):
+                raise ArgumentError(f"at_least is a {type(self.at_least).__name__}, but must be a number.") from None
+            if math.isnan(self.at_least):
+                raise ArgumentError("at_least is NaN, but must be a number.")
         if self.candidates is not None and self.rerank != "exact":
             raise ArgumentError(f"candidates go to exact scores, but rerank is {self.rerank!r}. Leave one of them out.")
 

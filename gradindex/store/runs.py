@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set, ValuesView
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,19 @@ def as_ids(ids: Any) -> NDArray[np.int64]:
     Raises:
         ArgumentError: they are not whole numbers; a mask, for one, would mean the ids 0 and 1.
     """
-    array = np.asarray(ids)
+    if hasattr(ids, "detach"):
+        ids = ids.detach().cpu()  # a tensor, without torch, which this module does not need
+    elif isinstance(ids, (Set, ValuesView, Iterator)):
+        ids = list(ids)
+    try:
+        array = np.asarray(ids)
+        if array.dtype.kind == "O" and all(isinstance(i, (int, np.integer)) for i in array.ravel()):
+            array = array.astype(np.int64)
+    except (ValueError, TypeError, OverflowError):
+        raise ArgumentError("ids are no array, but must be whole numbers below 2^63, in a list or an array.") from None
     if array.size == 0:
         return np.zeros(array.shape, dtype=np.int64)
-    if array.dtype.kind not in "iu":
+    if array.dtype.kind not in "iu" or (array.dtype == np.uint64 and int(array.max()) >= 1 << 63):
         raise ArgumentError(
             f"ids are of type {array.dtype}, but must be whole numbers below 2^63. Of a mask, take np.flatnonzero."
         )
