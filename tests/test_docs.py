@@ -94,8 +94,19 @@ def test_the_commands_on_real_data_run(tmp_path):
         assert "MISSED" not in printed
 
 
+def test_the_page_on_tasks_runs_from_top_to_bottom(tmp_path):
+    (tmp_path / "my_training.py").write_text(MY_TRAINING)
+    told = blocks(TOP / "docs" / "tasks.md")
+    assert {language for language, _ in told} == {"python"}
+    (tmp_path / "session.py").write_text("from my_training import *\n" + "".join(text for _, text in told))
+    printed = run("python session.py", tmp_path)
+    assert printed.count("item 0: proponents") == 3
+    assert "('train 0', 'train 1', 'train 2', 'train 3')" in printed
+    assert {"2024-01-31", "2024-02-02"} <= set(printed.split())
+
+
 def test_other_pages_hold_no_block_that_nothing_runs():
-    assert [page.name for page in PAGES if page.name != "README.md" and blocks(page)] == []
+    assert [page.name for page in PAGES if page.name not in ("README.md", "tasks.md") and blocks(page)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
