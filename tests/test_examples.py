@@ -237,6 +237,16 @@ def test_a_loss_that_is_not_finite_is_named_wherever_it_stands(tmp_path, place, 
         gradindex.load(tmp_path / "store", skipping).proponents(place, k=2, source="train")
 
 
+def test_a_query_that_is_not_finite_hinders_no_other_question(tmp_path):
+    task = toys.make_task(tmp_path, query_loss=toys.cross_entropy)
+    task.query.tensors[0][[0, 3]] = float("nan")
+    gradindex.build(task, tmp_path / "store", projection=Projection(dim=8))
+    retriever = gradindex.load(tmp_path / "store", task)
+    assert retriever.proponents([1, 2], k=3).ids.shape == (2, 3)
+    with pytest.raises(NonFiniteGradientError, match="query 0 has a NaN or infinite loss .*ask without it"):
+        retriever.proponents([1, 0], k=3)
+
+
 def test_all_of_a_batch_that_are_not_finite_are_named_at_once(tmp_path):
     task = toys.make_task(tmp_path, n_train=64)
     task.train.tensors[0][[20, 31, 40]] = float("nan")

@@ -16,7 +16,7 @@ from ..factors import Gradients, Layer
 from ..memory import in_halves
 from ..tree import extent, preserved_random_state, shapes
 from . import uses
-from .examples import blamed, check_examples, refuse_non_finite
+from .examples import answerable, blamed, check_examples, refuse_non_finite
 from .functional import LossModule, loop_gradients, vmap_gradients
 from .layers import general_layer
 
@@ -91,6 +91,8 @@ def _check(
     with preserved_random_state():
         chosen, alike = _chosen(read, ids)
         items, names = read(chosen), names_of(chosen.tolist())
+        if role == "query":
+            items, names = answerable(engine, items, names)
         with blamed(engine, items, names, role):
             check_examples(engine, items, names, role)
             must = 2 if alike else len(items)  # where all are of one shape, one pair tells of all
@@ -152,7 +154,8 @@ def _check_group(engine: Engine, wrapper: LossModule, items: list[Any], names: l
     parameters = engine.parameters
     gradients = loop_gradients(wrapper, engine.states[-1], parameters, engine.singles(items))
     finite = torch.stack([gradient.reshape(len(gradient), -1).isfinite().all(1) for gradient in gradients]).all(0)
-    refuse_non_finite(engine, finite.tolist(), items, names, role)
+    if role == "train":
+        refuse_non_finite(engine, finite.tolist(), items, names, role)
     truth = dict(zip(parameters, gradients, strict=True))
     while True:
         planned, shares = _pick_general_route(engine, wrapper, items), engine.hooks.shares

@@ -58,6 +58,19 @@ def check_examples(engine: Engine, items: list[Any], names: Sequence[str], role:
             raise LossError(_mixed(engine, wrapper, items[place], names[place], values, len(items), role))
 
 
+def answerable(engine: Engine, items: list[Any], names: list[str]) -> tuple[list[Any], list[str]]:
+    """Queries whose loss can be computed and is finite, and their names; all, if none is.
+
+    What is wrong with the others is told when they are asked about, and hinders no other question.
+    """
+    wrapper, good = engine.wrapper("query", exact=True), []
+    for item, name in zip(items, names, strict=True):
+        with contextlib.suppress(UserCodeError):
+            if bool(_losses(engine, wrapper, [item], [name]).isfinite().all()):
+                good.append((item, name))
+    return ([item for item, _ in good], [name for _, name in good]) if good else (items, names)
+
+
 def _losses(
     engine: Engine,
     wrapper: LossModule,
