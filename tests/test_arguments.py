@@ -398,3 +398,5 @@ def test_a_task_and_queries_are_told_in_a_line(retriever):
     asked = repr(retriever.ask(range(4)))
     assert asked == "<Queries: query 0, query 1 and 2 more; rows of 24 numbers>"
     assert re.fullmatch(r"<Queries: query 0; rows .*>", repr(retriever.ask(0)))
+    hits = retriever.proponents(range(4), k=3)
+    assert repr(hits) == "<Hits: proponents (4 x 3) by exact TracInCP scores; print them for a table>"

@@ -17,6 +17,7 @@ import gradindex
 from gradindex.columns import Column, date_texts
 from gradindex.errors import ArgumentError, TaskError
 from gradindex.projection import Projection
+from gradindex.retrieval.filters import parse_where
 
 OPTIONS = {"projection": Projection(dim=8), "batch_size": 4, "shard_rows": 4}
 NAN = float("nan")
@@ -316,6 +317,14 @@ def gaps(tmp_path):
 )
 def test_a_filter_can_ask_for_dates_and_for_what_is_missing(gaps, where, expected):
     task, store = gaps
+    hits = gradindex.load(store.folder, task).proponents(0, k=12, where=where)
+    assert sorted(hits.of(0)[0].tolist()) == expected
+
+
+@pytest.mark.parametrize(("condition", "expected"), [("word", [2, 7]), ("number", [2, 5]), ("day", [3])])
+def test_nothing_after_the_sign_asks_for_what_is_missing(gaps, condition, expected):
+    task, store = gaps
+    where = parse_where(store, [(condition, "")])
     hits = gradindex.load(store.folder, task).proponents(0, k=12, where=where)
     assert sorted(hits.of(0)[0].tolist()) == expected
 

@@ -168,8 +168,12 @@ def _boolean(text: str) -> bool:
     return {"true": True, "false": False}[text.lower()]
 
 
-# By the kind of a column, how a text becomes a value.
-_READ: Mapping[str, Callable[[str], Any]] = {"i": int, "u": int, "f": float, "b": _boolean}
+def _fraction(text: str) -> float:
+    return float(text) if text else float("nan")
+
+
+# By the kind of a column, how a text becomes a value; no text at all asks for what is missing.
+_READ: Mapping[str, Callable[[str], Any]] = {"i": int, "u": int, "f": _fraction, "b": _boolean}
 
 
 def _pieces(store: GradientStore, ids: NDArray[np.int64] | None) -> Iterator[NDArray[np.int64]]:

@@ -124,6 +124,10 @@ class Hits:
         """One line: how the scores were computed, what their sign means, and what the answer went through."""
         return note([self])
 
+    def __repr__(self) -> str:
+        shape = f"{len(self.queries):,} x {self.ids.shape[1]:,}"
+        return f"<Hits: {self.kind} ({shape}) by {self.scored} {self.measure}; print them for a table>"
+
     def __str__(self) -> str:
         return as_text([self])
 
