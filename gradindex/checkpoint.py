@@ -2,30 +2,100 @@
 
 from __future__ import annotations
 
-import fnmatch
+import filecmp
 import glob
 import math
 import os
-import pickle
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, CheckpointError, DependencyError
-from .files import sha256
-from .recorder import MODEL_KEY, RECORD_KEY, recorded_groups, recorded_training
+from .errors import ArgumentError, CheckpointError
+from .progress import note
+from .recorder import RECORD_KEY, recorded_groups, recorded_training
+from .weights import (
+    Content,
+    Rate,
+    aligned,
+    and_others,
+    as_rate,
+    as_rates,
+    common_steps,
+    digest_of_file,
+    fitted,
+    found_weights,
+    numbers_of,
+    outline,
+    rate_for,
+    read,
+)
 
 Weighting = Literal["learning_rate", "integrated", "uniform"]
 
-_USUAL_KEYS = (MODEL_KEY, "state_dict", "model_state_dict", "module", "net")
-_USUAL_PREFIXES = ("module.", "_orig_mod.", "model.")
 _RECORDED_FIELD = {"learning_rate": "learning_rate", "integrated": "learning_rate_sum"}
+# Suffixes of checkpoints in a folder, and how files begin that trainers write beside them.
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".tar")
+_NO_WEIGHTS = (
+    "optimizer", "optim", "scheduler", "lr_scheduler", "rng_state", "random_states", "training_args", "scaler",
+    "trainer_state", "sampler",
+)  # fmt: skip
+_WAY_OUT = (
+    "Give learning_rate= to Checkpoint or find_checkpoints, train with gradindex.Recorder, "
+    "or choose weighting='uniform'."
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What one reading of a checkpoint's file gave.
+
+    Args:
+        checkpoint: what was read.
+        tensors: the weights, by the names of ``model.state_dict()``, on the CPU; no file is mapped.
+        record: what ``Recorder`` saved beside them.
+        sha256: of the bytes that all this was read from.
+        filled: names of the model that the file does not have: tied to one that it has, or a buffer of the model.
+        passed_over: names of the file that the model does not have.
+    """
+
+    checkpoint: Checkpoint
+    tensors: dict[str, Tensor]
+    record: Mapping[str, Any] | None
+    sha256: str
+    filled: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
+
+    def check_rates(self, rates: Mapping[str, float]) -> None:
+        """Refuse a file that took the place of the one whose learning rates were read before.
+
+        Raises:
+            CheckpointError: it has others for the parameters that have one.
+        """
+        known = {name: rate for name, rate in rates.items() if rate != 0}
+        if self.checkpoint._rates(self.record, list(known)) != known:
+            raise CheckpointError(
+                f"{self.checkpoint.path} has other learning rates than when its record was read, so it changed "
+                "meanwhile. Try again when it is written."
+            )
+
+    def second_moments(self) -> dict[str, Tensor]:
+        """As :meth:`Checkpoint.second_moments`, by the names of the model."""
+        return _moments(self.checkpoint, self.record, list(self.tensors))
+
+    def described(self) -> dict[str, Any]:
+        """What of the file a store must remember, as JSON."""
+        found: dict[str, Any] = {"sha256": self.sha256}
+        for name in ("key", "prefix"):
+            if getattr(self.checkpoint, name) is not None:
+                found[name] = getattr(self.checkpoint, name)
+        for name in ("filled", "passed_over"):
+            if getattr(self, name):
+                found[name] = sorted(getattr(self, name))
+        return found
 
 
 @dataclass(frozen=True)
@@ -35,62 +105,69 @@ class Checkpoint:
     Args:
         path: ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` (read with ``weights_only=True``) or
             ``.safetensors``.
-        learning_rate: eta, one for all parameters or by parameter name (names may be
-            patterns such as ``"head.*"``). ``None`` reads what ``Recorder`` saved.
+        learning_rate: eta, one for all parameters or by parameter name; names may be
+            patterns such as ``"head.*"``, or modules, and the closest one counts. Text such as ``"1e-3"``
+            and tensors are numbers, too. ``None`` reads what ``Recorder`` saved.
         weighting: which recorded number is eta: ``"learning_rate"`` at the checkpoint (the
             paper), ``"integrated"``, its sum over the steps since the previous checkpoint, or
             ``"uniform"``, 1 for every checkpoint. Ignored where ``learning_rate`` is given.
         step: optimizer steps taken; orders the checkpoints. Read from the file when recorded.
         key: where the weights lie inside the file, such as ``"ema.model"``; by default the
             usual places are tried.
-        prefix: what to strip from every name, such as ``"module."``; by default the usual
-            prefixes are stripped when the model does not have them itself.
+        prefix: what stands before the model's names in the file, such as ``"encoder."``; names without
+            it are passed over. By default it is looked for. Wrappers (``module.``, ``_orig_mod.``) do not count.
+
+    Raises:
+        ArgumentError: the learning rate or weighting is impossible.
     """
 
     path: str | os.PathLike[str]
-    learning_rate: float | Mapping[str, float] | None = None
+    learning_rate: Rate | None = None
     weighting: Weighting = "learning_rate"
     step: int | None = None
     key: str | None = None
     prefix: str | None = None
+    # What find_checkpoints took the step from: a file that says another thing later is another file.
+    _numbers: Mapping[str, int] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.path, str | os.PathLike):
+            raise ArgumentError(
+                f"path is a {type(self.path).__name__}, but must be the path of a file. Save weights that are in "
+                "memory first: torch.save(model.state_dict(), 'step_1.pt')."
+            )
         if self.weighting not in ("learning_rate", "integrated", "uniform"):
             raise ArgumentError(
                 f"weighting is {self.weighting!r}, but must be 'learning_rate', 'integrated' or 'uniform'."
             )
-        given = self.learning_rate
-        rates = given.values() if isinstance(given, Mapping) else [] if given is None else [given]
-        for rate in rates:
-            if not (rate >= 0 and rate < float("inf")):
-                raise ArgumentError(
-                    f"{self.path} has learning rate {rate}, but a rate must be finite and not negative."
-                )
+        if self.learning_rate is not None:
+            object.__setattr__(self, "learning_rate", as_rate(self.path, self.learning_rate))
+
+    def read(self, model: nn.Module) -> Loaded:
+        """Read the file once: weights, record and digest are of the same bytes.
+
+        Raises:
+            CheckpointError: as for :meth:`load`.
+        """
+        path = Path(self.path)
+        content = read(path)
+        if self._numbers is not None and dict(numbers_of(path, content)) != dict(self._numbers):
+            raise CheckpointError(
+                f"{path} has another step than when it was found. Call find_checkpoints again for the present files."
+            )
+        found = fitted(path, found_weights(path, content.value, self.key), model, self.prefix)
+        return Loaded(self, found.tensors, _record(content), content.sha256, found.filled, found.passed_over)
 
     def load(self, model: nn.Module) -> dict[str, Tensor]:
         """The weights, by the names of ``model.state_dict()``.
+
+        A tied parameter that the file leaves out comes from its twin, a buffer that it lacks from the model.
 
         Raises:
             CheckpointError: the file is missing or damaged, or its names or shapes are not
                 the model's; the message names the first that differ.
         """
-        weights = self._weights(_read(Path(self.path)))
-        expected = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-        weights = self._strip(weights, expected)
-        problems = [f"{name} is missing" for name in expected if name not in weights]
-        problems += [f"{name} is not in the model" for name in weights if name not in expected]
-        problems += [
-            f"{name} has shape {tuple(weights[name].shape)}, the model {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in weights and weights[name].shape != tensor.shape
-        ]
-        if problems:
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise CheckpointError(
-                f"{self.path} does not fit the model: {'; '.join(problems[:3])}{more}. "
-                "Check that the task builds the model this checkpoint was saved from, or give key= and prefix=."
-            )
-        return weights
+        return self.read(model).tensors
 
     def learning_rates(self, parameters: Sequence[str]) -> dict[str, float]:
         """Eta of each named parameter.
@@ -98,52 +175,37 @@ class Checkpoint:
         Raises:
             CheckpointError: no weight is known for one of them.
         """
-        way_out = (
-            "Give learning_rate= to Checkpoint or find_checkpoints, train with gradindex.Recorder, "
-            "or choose weighting='uniform'."
-        )
-        if self.learning_rate is None and self.weighting == "uniform":
+        needed = self.learning_rate is None and self.weighting != "uniform"
+        return self._rates(_record(outline(Path(self.path))) if needed else None, parameters)
+
+    def _rates(self, record: Mapping[str, Any] | None, parameters: Sequence[str]) -> dict[str, float]:
+        given = self.learning_rate
+        if given is None and self.weighting == "uniform":
             return dict.fromkeys(parameters, 1.0)
-        if self.learning_rate is None:
-            record = read_record(Path(self.path))
+        if given is None:
             if record is None:
                 raise CheckpointError(
-                    f"{self.path} has no recorded learning rate, so its weight eta is unknown. {way_out}"
+                    f"{self.path} has no recorded learning rate, so its weight eta is unknown. {_WAY_OUT}"
                 )
-            rates: Mapping[str, float] = recorded_groups(record, _RECORDED_FIELD[self.weighting])
-            for prefix in _USUAL_PREFIXES:
-                rates = {name.removeprefix(prefix): rate for name, rate in rates.items()} | dict(rates)
-        elif isinstance(self.learning_rate, Mapping):
-            rates = self.learning_rate
+            recorded = recorded_groups(dict(record), _RECORDED_FIELD[self.weighting])
+            rates = {name: recorded[found] for name, found in _recorded(recorded, parameters).items()}
+        elif isinstance(given, Mapping):
+            rates = {name: float(rate) for name, rate in given.items()}
         else:
-            return dict.fromkeys(parameters, float(self.learning_rate))
-        found: dict[str, float] = {}
-        for name in parameters:
-            if name in rates:
-                found[name] = float(rates[name])
-                continue
-            matches = [rate for pattern, rate in rates.items() if fnmatch.fnmatchcase(name, pattern)]
-            if not matches:
-                raise CheckpointError(
-                    f"{self.path} has learning rates for {len(rates)} parameters, but none for {name}. "
-                    f"Leave it out with layers=, or: {way_out}"
-                )
-            found[name] = float(matches[0])
-        return found
+            return dict.fromkeys(parameters, float(given))  # type: ignore[arg-type]  # a number since __post_init__
+        return {name: rate_for(self.path, rates, name, _WAY_OUT) for name in parameters}
 
-    def recorded_training(self) -> dict[str, bool | None] | None:
+    def recorded_training(self, parameters: Sequence[str]) -> dict[str, bool | None] | None:
         """By name, whether a parameter took a step since the previous checkpoint, as ``Recorder`` saved it.
 
         ``None`` for a file that it did not save, and for a parameter where it is not known: an earlier version tells
-        only what the optimizer held.
+        only what the optimizer held. Parameters that the optimizer did not hold are left out.
         """
-        record = None if Path(self.path).suffix == ".safetensors" else read_record(Path(self.path))
+        record = _record(outline(Path(self.path)))
         if record is None:
             return None
         found = recorded_training(record)
-        for prefix in _USUAL_PREFIXES:
-            found = {name.removeprefix(prefix): took for name, took in found.items()} | found
-        return found
+        return {name: found[recorded] for name, recorded in _recorded(found, parameters).items()}
 
     def second_moments(self) -> dict[str, Tensor]:
         """Adam's bias-corrected second moments v by parameter name, as ``Recorder`` saved them.
@@ -151,16 +213,7 @@ class Checkpoint:
         Raises:
             CheckpointError: they were not recorded.
         """
-        record = read_record(Path(self.path)) or {}
-        if "second_moments" not in record:
-            raise CheckpointError(
-                f"{self.path} has no recorded second moments. Train with gradindex.Recorder(..., second_moments=True), "
-                "or leave preconditioner out of the task."
-            )
-        found: dict[str, Tensor] = dict(record["second_moments"])
-        for prefix in _USUAL_PREFIXES:
-            found = {name.removeprefix(prefix): moments for name, moments in found.items()} | found
-        return found
+        return _moments(self, _record(read(Path(self.path))), None)
 
     def loss(self) -> float:
         """The training loss that ``Recorder.save(loss)`` recorded.
@@ -168,7 +221,7 @@ class Checkpoint:
         Raises:
             CheckpointError: it was not recorded.
         """
-        record = read_record(Path(self.path)) or {}
+        record = _record(outline(Path(self.path))) or {}
         if "loss" not in record:
             raise CheckpointError(
                 f"{self.path} has no recorded training loss. Train with gradindex.Recorder and save(loss), "
@@ -182,61 +235,29 @@ class Checkpoint:
         return self.weighting if self.learning_rate is None else "given"
 
     def sha256(self) -> str:
-        """SHA-256 of the file, in hexadecimal."""
-        with _opened(Path(self.path)):
-            return sha256(Path(self.path))
-
-    def _weights(self, content: Any) -> dict[str, Tensor]:
-        if self.key is not None:
-            for part in self.key.split("."):
-                if not isinstance(content, Mapping) or part not in content:
-                    names = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-                    raise CheckpointError(f"{self.path} has no key {self.key!r}. It holds: {names[:200]}.")
-                content = content[part]
-        else:
-            for key in _USUAL_KEYS:
-                if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-                    content = content[key]
-                    break
-        if not isinstance(content, Mapping):
-            raise CheckpointError(
-                f"{self.path} holds a {type(content).__name__}, but a state_dict is needed. Save model.state_dict()."
-            )
-        weights = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-        if not weights:
-            raise CheckpointError(
-                f"{self.path} holds no weights under the usual keys; it holds: {', '.join(map(str, content))[:200]}. "
-                "Say where they are with key=."
-            )
-        return weights
-
-    def _strip(self, weights: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        prefixes: Sequence[str] = _USUAL_PREFIXES if self.prefix is None else (self.prefix,)
-        for prefix in prefixes:
-            if not all(name.startswith(prefix) for name in weights):
-                continue
-            if self.prefix is None and all(name.startswith(prefix) for name in expected):
-                continue
-            weights = {name[len(prefix) :]: tensor for name, tensor in weights.items()}
-        return weights
+        """SHA-256 of the file as it is now, in hexadecimal."""
+        return digest_of_file(Path(self.path))
 
 
 def find_checkpoints(
     pattern: str | os.PathLike[str],
     *,
-    learning_rate: float | Mapping[str, float] | Callable[[int], float] | None = None,
+    learning_rate: Rate | Mapping[int, Rate] | Sequence[Rate] | Callable[[int], Rate] | None = None,
     weighting: Weighting = "learning_rate",
     key: str | None = None,
     prefix: str | None = None,
 ) -> list[Checkpoint]:
     """Find checkpoint files, in the order of their steps.
 
-    The step is what ``Recorder`` saved, else the last whole number in the file's name.
+    The step is what ``Recorder`` saved or a trainer wrote into the file, else the number in the file's name that is
+    labelled step, else epoch, else its only whole number (or its folder's, as in ``checkpoint-100``); never a part of
+    a decimal, a version or a date. All files must have the same kind.
 
     Args:
         pattern: a glob such as ``"runs/mnist/*.pt"``, or a folder.
         learning_rate: eta where ``Recorder`` did not save it: a number, numbers by parameter
-            name, or a function of the step (a schedule).
+            name, a list of one for each checkpoint in the order of their steps, ``{step: rate}``, or a function of
+            the step (a schedule).
         weighting: see :class:`Checkpoint`.
         key: see :class:`Checkpoint`.
         prefix: see :class:`Checkpoint`.
@@ -245,37 +266,37 @@ def find_checkpoints(
         At least one checkpoint, by ascending step.
 
     Raises:
-        CheckpointError: nothing matches, or a file has no step.
+        CheckpointError: nothing matches, a file has no step, or two have the same.
+        ArgumentError: there is not a rate for each checkpoint.
     """
     folder = Path(pattern)
     if folder.is_dir():
-        paths = [str(path) for suffix in ("*.pt", "*.pth", "*.safetensors") for path in folder.glob(suffix)]
+        paths = sorted(path for path in folder.iterdir() if _is_checkpoint(path))
     else:
-        paths = glob.glob(os.fspath(pattern))  # noqa: PTH207  # Path.glob refuses absolute patterns
+        paths = sorted(map(Path, glob.glob(os.fspath(pattern))))  # noqa: PTH207  # Path.glob refuses absolute patterns
     if not paths:
+        nested = sorted({path.name for path in folder.glob("*/*") if _is_checkpoint(path)}) if folder.is_dir() else []
+        if nested:
+            raise CheckpointError(
+                f"{folder} holds folders, but no checkpoint itself. Give the files in them: "
+                f"find_checkpoints({str(folder / '*' / nested[0])!r})."
+            )
         raise CheckpointError(
             f"No checkpoint matches {pattern}. Check the path, or train with gradindex.Recorder first."
         )
-    found = []
-    for path in paths:
-        record = read_record(Path(path))
-        numbers = re.findall(r"\d+", Path(path).stem)
-        if record is not None:
-            step = int(record["step"])
-        elif numbers:
-            step = int(numbers[-1])
-        else:
-            raise CheckpointError(
-                f"{path} has no step in its name, so its place among the checkpoints is unknown. "
-                "List the checkpoints yourself: [Checkpoint(path, learning_rate=..., step=...), ...]."
-            )
-        found.append(Checkpoint(path, None, weighting, step, key, prefix))
-    found.sort(key=lambda checkpoint: (checkpoint.step, str(checkpoint.path)))
+    numbers = [numbers_of(path, outline(path)) for path in paths]
+    by_step: dict[int, Checkpoint] = {}
+    for path, found, step in zip(paths, numbers, common_steps(paths, numbers), strict=True):
+        if step in by_step:
+            _check_copy(Path(by_step[step].path), path, step)
+            continue
+        by_step[step] = Checkpoint(str(path), None, weighting, step, key, prefix, found)
+    checkpoints = [by_step[step] for step in sorted(by_step)]
     if learning_rate is None:
-        return found
-    if callable(learning_rate):
-        return [replace(item, learning_rate=float(learning_rate(item.step or 0))) for item in found]
-    return [replace(item, learning_rate=learning_rate) for item in found]
+        return checkpoints
+    rates = as_rates(learning_rate, sorted(by_step), [item.path for item in checkpoints])
+    rated = zip(checkpoints, rates, strict=True)
+    return [replace(item, learning_rate=as_rate(item.path, rate)) for item, rate in rated]  # None is no rate here
 
 
 def evenly(checkpoints: Sequence[Checkpoint], count: int) -> list[Checkpoint]:
@@ -339,49 +360,65 @@ def _check_count(checkpoints: Sequence[Checkpoint], count: int) -> None:
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """What ``Recorder`` saved beside the weights, or ``None`` in other files."""
-    content = _read(path)
-    record = content.get(RECORD_KEY) if isinstance(content, Mapping) else None
+    return _record(read(path))
+
+
+def differing_names(read: Sequence[Loaded]) -> list[str]:
+    """What to tell of names that only the file or only the model has, once for all checkpoints that are alike."""
+    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Loaded]] = {}
+    for item in read:
+        if item.filled or item.passed_over:
+            alike.setdefault((item.filled, item.passed_over), []).append(item)
+    said = []
+    for (filled, passed_over), items in alike.items():
+        parts = []
+        if filled:
+            parts.append(f"lacks {_names(filled)}, taken from the tied parameter or from the model's buffer")
+        if passed_over:
+            parts.append(f"has {_names(passed_over)} besides the model's, passed over")
+        said.append(f"{items[0].checkpoint.path}{and_others(len(items) - 1)} {'; and '.join(parts)}.")
+    return said
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _record(content: Content) -> dict[str, Any] | None:
+    record = content.value.get(RECORD_KEY) if isinstance(content.value, Mapping) else None
     return record if isinstance(record, dict) and "groups" in record else None
 
 
-def _opened(path: Path) -> Any:
-    try:
-        return path.open("rb")
-    except FileNotFoundError:
-        raise CheckpointError(f"Checkpoint {path} does not exist. Check the path in the task.") from None
-    except OSError as error:
-        raise CheckpointError(f"Checkpoint {path} cannot be read: {error.strerror}.") from None
+def _recorded(names: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, str]:
+    """Of each parameter the name that it was recorded by, where it was: by a wrapped model, or one under ``model.``."""
+    found = aligned(names, parameters)
+    under = aligned(names, [f"model.{name}" for name in parameters if name not in found])
+    return found | {name.removeprefix("model."): recorded for name, recorded in under.items()}
 
 
-def _read(path: Path) -> Any:
-    with _opened(path):
-        pass
-    if path.suffix == ".safetensors":
-        try:
-            import safetensors
-            from safetensors.torch import load_file
-        except ImportError:
-            raise DependencyError(
-                f"{path} needs the package safetensors. Install it: pip install 'gradindex[safetensors]'."
-            ) from None
-        try:
-            return load_file(path)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(_damaged(path, error)) from None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        text = str(error)
-        if "Unsupported global" in text or "Unsupported class" in text:
-            raise CheckpointError(
-                f"{path} holds Python objects besides tensors and plain values, which gradindex never executes. "
-                "Save model.state_dict() instead of the model."
-            ) from None
-        raise CheckpointError(_damaged(path, error)) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(_damaged(path, error)) from None
+def _moments(
+    checkpoint: Checkpoint, record: Mapping[str, Any] | None, names: Sequence[str] | None
+) -> dict[str, Tensor]:
+    if "second_moments" not in (record or {}):
+        raise CheckpointError(
+            f"{checkpoint.path} has no recorded second moments. Train with "
+            "gradindex.Recorder(..., second_moments=True), or leave preconditioner out of the task."
+        )
+    found: dict[str, Tensor] = dict((record or {})["second_moments"])
+    if names is None:
+        return found
+    return {name: found[recorded] for name, recorded in _recorded(found, names).items()}
 
 
-def _damaged(path: Path, error: Exception) -> str:
-    first = (str(error).splitlines() or [type(error).__name__])[0][:120]
-    return f"{path} cannot be read as a checkpoint; it may be truncated or damaged ({first}). Copy or save it again."
+def _is_checkpoint(path: Path) -> bool:
+    return path.suffix in _SUFFIXES and path.is_file() and not path.name.startswith((".", *_NO_WEIGHTS))
+
+
+def _check_copy(kept: Path, other: Path, step: int) -> None:
+    """Two files of one step are no fault where they are the same, such as a trainer's last.ckpt."""
+    if not (kept.samefile(other) or filecmp.cmp(kept, other, shallow=False)):
+        raise CheckpointError(
+            f"{kept} and {other} are both of step {step}, so which one counts is unknown. Give a pattern that matches "
+            "one of them, or list the checkpoints yourself: [Checkpoint(path, learning_rate=..., step=...), ...]."
+        )
+    note(f"{other} is the same as {kept} and is left out.")

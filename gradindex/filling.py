@@ -44,6 +44,8 @@ def running(
     task.check_reads_repeat()
     alone = batch_size == 1
     with preserved_random_state(), Engine(task, precision, device, channels_last, tracked, alone) as engine:
+        for line in engine.notes:
+            note(line)
         engine.check_routes()
         yield engine
 

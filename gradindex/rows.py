@@ -298,12 +298,12 @@ def describe(engine: Engine, projection: Projection, unit_norm: bool = False) ->
         ],
         "checkpoints": [
             {
-                "sha256": checkpoint.sha256(),
-                "step": checkpoint.step,
-                "weighting": checkpoint.weight_source,
+                **loaded.described(),
+                "step": loaded.checkpoint.step,
+                "weighting": loaded.checkpoint.weight_source,
                 "learning_rates": rates,
             }
-            for checkpoint, rates in zip(task.checkpoints, engine.learning_rates, strict=True)
+            for loaded, rates in zip(engine.loaded, engine.learning_rates, strict=True)
         ],
         "projection": {"kind": projection.kind, "dim": projection.dim, "seed": projection.seed},
         "precision": engine.precision,

@@ -41,7 +41,7 @@ class Task:
             (``reduction="none"``), before any mean or weight decay.
         train: the training examples, a map-style data set without random augmentation;
             the position of an example is its id.
-        checkpoints: from training, see :func:`find_checkpoints`.
+        checkpoints: from training, see :func:`find_checkpoints`; one alone needs no list.
         query: the examples to ask about, usually a test set; by default none, and queries
             come from ``train``.
         query_loss: the function of a query whose change is explained; by default ``loss``.
@@ -94,16 +94,7 @@ class Task:
                 raise TaskError(f"{name} is a {type(given).__name__}, but must be a function.")
         if self.preconditioner not in (None, "adam"):
             raise TaskError(f"preconditioner is {self.preconditioner!r}, but must be 'adam' or None.")
-        if len(self.checkpoints) == 0:
-            raise TaskError(
-                "checkpoints is empty. Give at least one, for example find_checkpoints('checkpoints/*.pt')."
-            )
-        for number, checkpoint in enumerate(self.checkpoints):
-            if not isinstance(checkpoint, Checkpoint):
-                raise TaskError(
-                    f"checkpoints[{number}] is a {type(checkpoint).__name__}, but must be a gradindex.Checkpoint. "
-                    "Use find_checkpoints('folder/*.pt') or Checkpoint(path, learning_rate=...)."
-                )
+        object.__setattr__(self, "checkpoints", _listed_checkpoints(self.checkpoints))
         if len(self.train_ids) == 0:
             raise TaskError("skip leaves no training example. Leave at least one.")
         self._by_place  # noqa: B018 - made here, where an error is the caller's to see
@@ -246,6 +237,36 @@ class Task:
                 "tried do), so the data set is augmented at random and its ids mean nothing. "
                 "Give Task the same data without random transforms."
             )
+
+
+def _listed_checkpoints(given: Any) -> list[Checkpoint]:
+    """One checkpoint alone stands for a list of it."""
+    if isinstance(given, Checkpoint):
+        return [given]
+    way_out = "Use find_checkpoints('folder/*.pt') or Checkpoint(path, learning_rate=...)."
+    if isinstance(given, str | Path):
+        raise TaskError(
+            f"checkpoints is the path {str(given)!r}, but must be a list of gradindex.Checkpoint. "
+            f"Write checkpoints=find_checkpoints({str(given)!r}, learning_rate=...)."
+        )
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise TaskError(
+            f"checkpoints is a {type(given).__name__}, but must be a list of gradindex.Checkpoint. {way_out}"
+        )
+    checkpoints = list(given)
+    if not checkpoints:
+        raise TaskError("checkpoints is empty. Give at least one, for example find_checkpoints('checkpoints/*.pt').")
+    for number, item in enumerate(checkpoints):
+        if not isinstance(item, Checkpoint):
+            if isinstance(item, Mapping | nn.Module):
+                way_out = (
+                    "Save the weights and give the file: torch.save(model.state_dict(), 'step_1.pt'), then "
+                    "Checkpoint('step_1.pt', learning_rate=...)."
+                )
+            raise TaskError(
+                f"checkpoints[{number}] is a {type(item).__name__}, but must be a gradindex.Checkpoint. {way_out}"
+            )
+    return checkpoints
 
 
 def sampled(ids: NDArray[np.int64]) -> NDArray[np.int64]:

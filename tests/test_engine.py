@@ -131,13 +131,13 @@ def test_each_example_is_read_once_but_for_spot_checks_and_each_checkpoint_once(
 
     task = toys.make_task(tmp_path)
     task = gradindex.Task(task.model, task.loss, Counting(*task.train.tensors), task.checkpoints)
-    load = Checkpoint.load
+    read = Checkpoint.read
 
     def counted(self, model):
         loads.append(self.step)
-        return load(self, model)
+        return read(self, model)
 
-    monkeypatch.setattr(Checkpoint, "load", counted)
+    monkeypatch.setattr(Checkpoint, "read", counted)
     with Engine(task) as engine:
         engine.check_routes()
     spent = len(reads)

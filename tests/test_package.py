@@ -93,9 +93,9 @@ def test_the_lightest_import_needs_nothing():
 
 def test_extras_name_what_errors_tell_people_to_install():
     extras = dict(CONFIG["options.extras_require"])
-    assert {"cpu", "gpu", "demo", "dev", "parquet", "safetensors"} <= set(extras)
+    assert {"cpu", "gpu", "demo", "dev", "parquet"} <= set(extras)
     text = " ".join(path.read_text() for path in (TOP / "gradindex").rglob("*.py"))
-    assert {"cpu", "gpu", "demo", "parquet", "safetensors"} == set(re.findall(r"gradindex\[(\w+)\]", text))
+    assert {"cpu", "gpu", "demo", "parquet"} == set(re.findall(r"gradindex\[(\w+)\]", text))
 
 
 def test_pyproject_holds_the_build_system_only():

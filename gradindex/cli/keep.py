@@ -60,7 +60,7 @@ def info(folder: Path, as_json: bool) -> None:
         f"columns: {', '.join(found['columns']) or 'none'}; search: {found.get('search', 'when it is complete')}\n"
         f"{_tracked(found.get('tracked'))}"
         f"health: {'; '.join(found['health'])}\n\n"
-        f"{table(checkpoints)}\n\n{table(layers)}"
+        f"{table(checkpoints)}\n\n{table(layers)}{_differing_names(described['checkpoints'])}"
     )
 
 
@@ -81,6 +81,21 @@ def _tracked(tracked: Mapping[str, Any] | None) -> str:
 def _counted(summary: Mapping[str, Any]) -> str:
     parameters, numbers = summary["parameters"], summary["numbers"]
     return f"{parameters:,} parameter{'s' * (parameters != 1)} of {numbers:,} number{'s' * (numbers != 1)}"
+
+
+def _differing_names(checkpoints: list[dict[str, Any]]) -> str:
+    """What only a checkpoint's file or only the model had."""
+    lines = []
+    for number, item in enumerate(checkpoints):
+        for name, what in (
+            ("filled", "not in the file, taken from tied ones or the model"),
+            ("passed_over", "not used"),
+        ):
+            names = item.get(name, [])
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                lines.append(f"checkpoint {number}, {what}: {', '.join(names[:5])}{more}")
+    return "".join(f"\n{line}" for line in (["", *lines] if lines else []))
 
 
 def _bytes(size: float) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -15,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..checkpoint import Loaded, differing_names
 from ..errors import ArgumentError, CheckpointError, TaskError, user_code
 from ..factors import Formed, Gradients, Layer
 from ..task import Task
 from ..tree import map_tensors
+from ..weights import negligible
 from . import uses
 from .check import check_queries, check_routes
 from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, State, loop_gradients, vmap_gradients
@@ -94,39 +97,44 @@ class Engine:
         self.tracked = choose(task) if tracked is None else tracked
         self.parameters, self.learning_rates = self.tracked.parameters, self.tracked.learning_rates
         self.layers = plan_layers(self.model, self.parameters)
-        self._scales = [{name: eta**0.5 for name, eta in rates.items()} for rates in self.learning_rates]
-        # All checkpoints stay in memory: each example is read once and runs through all of them.
         # A tensor shared under several names is given once, so that all of its uses follow it.
         unique = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         # Buffers that checkpoints leave out go to the device as well.
         kept = {name: tensor for name, tensor in self.model.named_buffers() if name not in self.model.state_dict()}
-        self.states: list[State] = [
-            {
-                f"model.{name}": self.cast(t)
-                for name, t in (kept | checkpoint.load(self.model)).items()
-                if name in unique
-            }
-            for checkpoint in task.checkpoints
-        ]
-        self._moments = self._second_moments() if task.preconditioner == "adam" else []
+        # All checkpoints stay in memory: each example is read once and runs through all of them. Each file is read
+        # once: weights, rates, moments and digest are of the same bytes.
+        self.states: list[State] = []
+        self.loaded: list[Loaded] = []
+        self._moments: list[dict[str, Tensor]] = []
+        for checkpoint, rates in zip(task.checkpoints, self.learning_rates, strict=True):
+            loaded = checkpoint.read(self.model)
+            loaded.check_rates(rates)
+            self.states.append(
+                {f"model.{name}": self.cast(t) for name, t in (kept | loaded.tensors).items() if name in unique}
+            )
+            if task.preconditioner == "adam":
+                self._moments.append(self._second_moments(loaded, rates))
+            self.loaded.append(replace(loaded, tensors={}, record=None))
+        self.notes = differing_names(self.loaded)
+        self.notes += negligible([checkpoint.path for checkpoint in task.checkpoints], self.learning_rates)
+        self._scales = [{name: eta**0.5 for name, eta in rates.items()} for rates in self.learning_rates]
         self._weights: dict[tuple[int, int], Tensor] = {}
         self._training: list[tuple[nn.Module, bool]] = []
         self._stack = contextlib.ExitStack()
         self._entered = False
         self.hooks = Hooks(self.model, self.layers, self.dtype)
 
-    def _second_moments(self) -> list[dict[str, Tensor]]:
-        found = [checkpoint.second_moments() for checkpoint in self.task.checkpoints]
-        for checkpoint, moments, rates in zip(self.task.checkpoints, found, self.learning_rates, strict=True):
-            untrained = [name for name in self.parameters if name not in moments and rates[name] == 0]
-            moments |= {name: torch.ones_like(self.model.get_parameter(name), device="cpu") for name in untrained}
-            missing = [name for name in self.parameters if name not in moments]
-            if missing:
-                raise CheckpointError(
-                    f"{checkpoint.path} has no second moments for {missing[0]} ({len(missing)} parameters in all). "
-                    "Leave out what was not trained, with layers=."
-                )
-        return found
+    def _second_moments(self, loaded: Loaded, rates: Mapping[str, float]) -> dict[str, Tensor]:
+        moments = loaded.second_moments()
+        untrained = [name for name in self.parameters if name not in moments and rates[name] == 0]
+        moments |= {name: torch.ones_like(self.model.get_parameter(name), device="cpu") for name in untrained}
+        missing = [name for name in self.parameters if name not in moments]
+        if missing:
+            raise CheckpointError(
+                f"{loaded.checkpoint.path} has no second moments for {missing[0]} ({len(missing)} parameters in all). "
+                "Leave out what was not trained, with layers=."
+            )
+        return moments
 
     @property
     def n_checkpoints(self) -> int:

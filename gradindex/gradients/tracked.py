@@ -88,7 +88,9 @@ class _Training:
         self.names = list(self._parameters)
         self._trainable = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
         aliases = _aliases(task.model)
-        self._records = [_renamed(checkpoint.recorded_training(), aliases) for checkpoint in task.checkpoints]
+        self._records = [
+            _renamed(checkpoint.recorded_training(list(aliases)), aliases) for checkpoint in task.checkpoints
+        ]
         self._held = {name for record in self._records if record for name in record}
         recorded = {name for name in self.names if any(self._took(record, name) for record in self._records if record)}
         # Where a checkpoint has no record, and the model no flags either, what other checkpoints' records say.
