@@ -92,6 +92,14 @@ class Task:
             given = getattr(self, name)
             if not callable(given) and (given is not None or name in ("loss", "collate")):
                 raise TaskError(f"{name} is a {type(given).__name__}, but must be a function.")
+        if not isinstance(self.name, str):
+            raise TaskError(f"name is {self.name!r}, a {type(self.name).__name__}, but must be a text.")
+        try:
+            patterns = all(isinstance(pattern, str) for pattern in self.layer_patterns or ())
+        except TypeError:
+            patterns = False
+        if not patterns:
+            raise TaskError(f"layers is a {type(self.layers).__name__}, but must be a name or pattern, or several.")
         if self.preconditioner not in (None, "adam"):
             raise TaskError(f"preconditioner is {self.preconditioner!r}, but must be 'adam' or None.")
         object.__setattr__(self, "checkpoints", _listed_checkpoints(self.checkpoints))

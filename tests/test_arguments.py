@@ -230,6 +230,7 @@ def test_a_number_of_hits_in_any_type(retriever, k):
         ({"at_least": "big"}, "at_least is a str, but must be a number"),
         ({"where": [("n", 3)]}, "where is a list, but must be a mapping"),
         ({"where": "n"}, "where is a str, but must be a mapping"),
+        ({"where": np.zeros((1, 2))}, "where is a ndarray, but must be a mapping"),
         ({"where": {"m": 3}}, "The store has no column 'm'. It has: n"),
         ({"differs": ["n"]}, "The store has no column"),
         ({"ids": [1.5]}, "ids are of type float64"),
@@ -390,6 +391,21 @@ def test_frames_and_series_are_no_data_sets(tmp_path):
 def test_what_must_be_a_function_is_one(tmp_path, name):
     with pytest.raises(TaskError, match=f"{name} is a str, but must be a function"):
         toys.make_task(tmp_path, **{name: "function"}) if name != "loss" else toys.make_task(tmp_path, loss="function")
+
+
+@pytest.mark.parametrize("queries", [torch.tensor([1]), 1, [1]])
+def test_exact_scores_take_what_a_search_takes(retriever, queries):
+    expected = gradindex.exact_scores(retriever.task, [retriever.task.query[1]])
+    np.testing.assert_array_equal(gradindex.exact_scores(retriever.task, queries), expected)
+    np.testing.assert_array_equal(gradindex.exact_scores(retriever.task, retriever.task.query[1]), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"name": 3}, "name is 3, a int"), ({"layers": 3}, "layers is a int")]
+)
+def test_names_and_patterns_are_texts(tmp_path, changes, message):
+    with pytest.raises(TaskError, match=message):
+        toys.make_task(tmp_path, **changes)
 
 
 def test_a_task_and_queries_are_told_in_a_line(retriever):

@@ -38,7 +38,8 @@ class Filter:
     differs: str | None = None
 
     def __bool__(self) -> bool:
-        return self.ids is not None or (self.where is not None and self.where != {}) or self.differs is not None
+        without = self.where is None or (isinstance(self.where, Mapping) and not self.where)
+        return self.ids is not None or not without or self.differs is not None
 
 
 @dataclass(frozen=True)

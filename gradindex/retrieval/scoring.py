@@ -17,7 +17,7 @@ from ..progress import progress
 from ..store import GradientStore, runs
 from ..task import Task
 from ..tree import preserved_random_state
-from .asking import Asked, Queries, Source
+from .asking import Asked, Queries, Source, find
 from .candidates import pieces
 
 # Memory for the gradients of queries while they are compared; more queries go in turns.
@@ -33,7 +33,7 @@ Scores = Iterator[tuple[slice, NDArray[np.int64], NDArray[Any]]]
 
 def exact_scores(
     task: Task,
-    items: Sequence[Any],
+    items: Any,
     ids: NDArray[np.int64] | None = None,
     *,
     role: Source = "query",
@@ -49,7 +49,7 @@ def exact_scores(
 
     Args:
         task: the model, its checkpoints and its training data.
-        items: the queries, as the task's data sets hand them out.
+        items: the queries, as the task's data sets hand them out, or positions in the one that ``role`` names.
         ids: (m,) training ids, by default all that the task does not skip.
         role: whether queries are scored with the ``"query"`` or the ``"train"`` loss.
         precision: of the gradients and scores; those of half precision are not exact.
@@ -64,9 +64,7 @@ def exact_scores(
         ArgumentError: there are no queries, or an id is out of range.
         GradIndexError: the task cannot be used as it is.
     """
-    items = list(items)
-    if not items:
-        raise ArgumentError("There are no queries. Give at least one item.")
+    items = list(find(task, items, role).items)
     ids = task.train_ids if ids is None else runs.as_ids(ids)
     wrong = ids[(ids < 0) | (ids >= task.n_train)]
     if len(wrong):
