@@ -18,6 +18,7 @@ from .gradients import Engine, Precision
 from .matching import check_task, hint_at_frozen
 from .memory import available_bytes, largest_batch
 from .projection import Projection, SubspaceFit
+from .reading import check_workers
 from .rows import FITTED_TO, Norms, RowMaker, describe, fit_bases, memory_of_pass, pick_batch_size
 from .store import (
     GradientStore,
@@ -199,10 +200,11 @@ class _Options:
     bases_from: str | os.PathLike[str] | None
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("memory", 1), ("shard_rows", 1), ("workers", 0)):
+        for name, least in (("batch_size", 1), ("memory", 1), ("shard_rows", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ArgumentError(f"{name} is {value}, but must be at least {least}.")
+        check_workers(self.workers)
         if self.batch_size is not None and self.memory is not None:
             raise ArgumentError("Give batch_size, or memory to have it chosen, not both.")
         if self.self_influence not in get_args(Norms):

@@ -23,9 +23,10 @@ from .checkpoint import find_checkpoints
 from .errors import StoreError
 from .evaluation import recall_at_k, share_found
 from .files import write_json
+from .output import check_file, new_file, table
 from .recorder import Recorder
-from .report import Section, line_chart, require, write_page
-from .retrieval.hits import SIGN, as_text, make_cards, table
+from .report import Section, check_page, line_chart, require, write_page
+from .retrieval.hits import SIGN, as_text, make_cards
 from .retrieval.retriever import load
 from .retrieval.scoring import exact_scores
 from .store import GradientStore
@@ -166,7 +167,8 @@ def run(out: Path) -> Path:
     ]
     report = out / "report.html"
     write_page(report, "gradindex on handwritten digits", _LEAD, sections)
-    (out / "task.py").write_text(_TASK_FILE)
+    with new_file(out / "task.py", _TASK_MARK) as temporary:
+        temporary.write_text(_TASK_FILE)
     click.echo(f"\nAsk on: gradindex query {out / 'store'} --task {out / 'task.py'}:task --position 0")
     return report
 
@@ -190,6 +192,7 @@ _RECALL = (
     "Share of the true top-k proponents (exact TracInCP over all parameters, nothing projected) among the top-k "
     "answered, averaged over all test digits."
 )
+_TASK_MARK = b"The task of the digits demo: gradindex query"
 _TASK_FILE = '''"""The task of the digits demo: gradindex query store --task task.py:task --position 0."""
 
 from pathlib import Path
@@ -206,6 +209,11 @@ def _claim(out: Path) -> None:
     """Make ``out`` the demo's, and empty, but only if nothing else lives there."""
     if out.exists() and not (out / _MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise StoreError(f"{out} is not empty and holds no earlier demo. Choose another folder with --out.")
+    check_page(out / "report.html")
+    check_file(out / "task.py", _TASK_MARK)
+    for folder in ("checkpoints", "store"):
+        if (out / folder).is_symlink():
+            raise StoreError(f"{out / folder} is a link, which no demo makes. Choose another folder with --out.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / _MARK, {"written by": "gradindex demo", "safe to delete": True})

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from .errors import training_names
+from .forking import check_threads, one_thread_in_children
 from .gradients import Engine, Precision, Tracked
 from .index import require
 from .matching import check_losses
@@ -41,6 +42,7 @@ def running(
 ) -> Iterator[Engine]:
     """The engine of a task whose data and routes are checked, and a FAISS that can be used later."""
     require()
+    one_thread_in_children("torch", torch.set_num_threads)
     task.check_reads_repeat()
     alone = batch_size == 1
     with preserved_random_state(), Engine(task, precision, device, channels_last, tracked, alone) as engine:
@@ -53,6 +55,7 @@ def running(
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Sums depend on the number of threads: a build that goes on takes as many as it began with."""
+    check_threads(count)
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

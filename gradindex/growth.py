@@ -16,7 +16,7 @@ from .filling import batches, fill, planned, row_maker, running, threads
 from .gradients import Engine, continued
 from .matching import check_task
 from .projection import Projection
-from .reading import reading_processes
+from .reading import check_workers, reading_processes
 from .rows import describe, fit_bases
 from .store import (
     GradientStore,
@@ -58,6 +58,7 @@ def add(
         MismatchError: the task is not the store's; says what differs.
         GradIndexError: the task, its data or the folder cannot be used; the store stays as it was.
     """
+    check_workers(workers)
     with changing(folder, "add") as store:
         manifest = store.manifest
         with running(task, manifest["map"]["precision"], device, channels_last, manifest["batch_size"]) as engine:
@@ -98,6 +99,7 @@ def add_checkpoint(
         MismatchError: the task is not the store's; says what differs.
         GradIndexError: the task, its data or the folder cannot be used; the store stays as it was.
     """
+    check_workers(workers)
     with changing(folder, "add-checkpoint") as store:
         manifest, n = store.manifest, store.n_checkpoints
         precision, batch_size = manifest["map"]["precision"], manifest["batch_size"]
@@ -157,6 +159,7 @@ def repair(
         StoreError: something is damaged that cannot be computed again; says what.
         GradIndexError: the task, its data or the folder cannot be used.
     """
+    check_workers(workers)
     said = []
     with changing(folder) as store:
         manifest = store.manifest

@@ -75,7 +75,7 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?b)?\s*", text.lower())
     try:
         value = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    except ValueError:
+    except (ValueError, OverflowError):
         value = 0
     if value < 1:
         raise ArgumentError(f"{text!r} is no amount of memory. Write for example 500M or 2G.")

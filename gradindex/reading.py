@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import multiprocessing
+import os
 import pickle
 import tarfile
 import traceback
@@ -21,13 +22,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .errors import GradIndexError, TaskError, UserCodeError, WorkerError, user_code
+from .errors import ArgumentError, GradIndexError, TaskError, UserCodeError, WorkerError, user_code
 from .task import Task, import_file, read_example, task_files
 
 # Arrays of a batch share one block of memory, each at a multiple of this, as kernels like it.
 _ALIGNED = 64
 # How far attributes of a data set are followed to find what cannot be handed on.
 _DEPTH, _MOST_LOOKED_AT = 5, 1000
+
+
+def check_workers(count: int) -> None:
+    """Refuse more processes than could be of use.
+
+    Raises:
+        ArgumentError: below 0, or above 64 and eight times the processors.
+    """
+    most = max(64, 8 * (os.cpu_count() or 1))
+    if not 0 <= count <= most:
+        raise ArgumentError(f"workers is {count}, but must be from 0 to {most} on this machine.")
 
 
 def read(task: Task, ids: NDArray[np.int64], batch_size: int, workers: int) -> Iterator[list[Any]]:

@@ -14,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ArgumentError, DependencyError, StoreError
-from .files import replacing
+from .output import check_file, new_file, printable
+
+# What tells a page of gradindex, which the next may replace, from a file of somebody else.
+_MARK = b'<meta name="generator" content="gradindex">'
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,23 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -
 
     Raises:
         DependencyError: jinja2 or matplotlib is missing.
-        StoreError: the file cannot be written.
+        StoreError: the file cannot be written, or something other than a page of gradindex is there.
     """
     page = _template("page.html").render(title=title, lead=lead, sections=sections)
     try:
-        with replacing(path) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+        with new_file(path, _MARK) as temporary:
+            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error.strerror}. Choose another place.") from None
+
+
+def check_page(path: Path) -> None:
+    """Refuse, before other work, to write a page where something other than a page of gradindex is.
+
+    Raises:
+        StoreError: something is there.
+    """
+    check_file(path, _MARK)
 
 
 def require() -> None:
@@ -137,8 +149,9 @@ def heat_map(values: NDArray[np.float64], rows: Sequence[str], columns: Sequence
     axes = figure.subplots()
     largest = float(np.abs(values).max()) or 1.0  # the colours of all zeros need some scale
     shown = axes.imshow(values, cmap=colours, vmin=-largest, vmax=largest, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=90)
-    axes.set_yticks(range(len(rows)), rows)
+    # Names are texts, where a $ begins no formula.
+    axes.set_xticks(range(len(columns)), map(printable, columns), rotation=90, parse_math=False)
+    axes.set_yticks(range(len(rows)), map(printable, rows), parse_math=False)
     figure.colorbar(shown, ax=axes)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

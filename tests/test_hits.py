@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from gradindex.errors import ArgumentError, DependencyError, StoreError
+from gradindex.output import table
 from gradindex.report import Section, heat_map, line_chart, picture, write_page
-from gradindex.retrieval.hits import Hits, as_text, table
+from gradindex.retrieval.hits import Hits, as_text
 
 UP = Hits(
     ids=np.array([[3, 12], [0, 7]]),

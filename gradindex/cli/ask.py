@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .main import AGGREGATE, CSV, DEVICE, FILE, FOLDER, JSON, PATH, POSITION, TASK, TRAIN_ID, WHERE, show
+from ..output import shown_as, table_lines
+from .main import AGGREGATE, DEVICE, FILE, FOLDER, PATH, POSITION, TASK, TRAIN_ID, WHERE, Form, forms, say, show
 
 if TYPE_CHECKING:
     from ..retrieval.asking import Queries
@@ -54,20 +55,23 @@ _AT_ONCE = 10_000
 @AGGREGATE
 @DEVICE
 @click.option("--html", type=PATH, help="Also write a page with pictures here (extra \"demo\").")  # fmt: skip
-@JSON
-@CSV
+@forms
 def query(
     folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None, kind: str,
     where: list[tuple[str, str]], ids_file: Path | None, aggregate: Any, device: str | None, html: Path | None,
-    as_json: bool, as_csv: bool, **options: Any,
+    form: Form, **options: Any,
 ) -> None:  # fmt: skip
     """Show the top training examples behind queries: proponents, opponents, both or the largest scores.
 
     Example: gradindex query /tmp/mnist --task scripts/tasks/mnist.py:task --position 0 -k 5
     """
+    if html:
+        from ..report import check_page
+
+        check_page(html)  # before the gradients
     retriever, asked = _ask(folder, task, position, train_id, path, aggregate, device)
     from ..retrieval.filters import parse_where, read_ids
-    from ..retrieval.hits import as_text, note
+    from ..retrieval.hits import note, text_lines
 
     options |= {"where": parse_where(retriever.store, where), "ids": None if ids_file is None else read_ids(ids_file)}
     if kind == "both":
@@ -76,14 +80,13 @@ def query(
         answers = [retriever.search(asked, kind=kind, **options)]  # type: ignore[arg-type]  # click chose it
     if html:
         answers[0].save_html(html, *answers[1:])
-        click.echo(html, err=True)
+        say(str(html), err=True)
     show(
-        [record for hits in answers for record in hits.records()],
-        lambda: as_text(answers),
+        (record for hits in answers for record in hits.each_record()),
+        lambda: text_lines(answers),
         note(answers),
-        as_json,
-        as_csv,
-        ["query", "kind", "rank", "id", "score", *answers[0].columns],
+        ["query", "kind", "rank", "id", "score", *map(shown_as, answers[0].columns)],
+        form,
         scored=answers[0].scored,
         stages={hits.kind: [asdict(stage) for stage in hits.stages] for hits in answers},
     )
@@ -103,7 +106,7 @@ def _ask(
     queries = loaded.read_queries(path) if path else list(position or train_id)
     retriever = load(folder, loaded, device=device)
     if retriever.unseen:
-        click.echo(
+        say(
             f"{folder} lacks {retriever.unseen:,} training examples of the task, which it answers without. "
             f"To add them: gradindex add {folder} --task {task}",
             err=True,
@@ -121,23 +124,33 @@ def _ask(
 @AGGREGATE
 @DEVICE
 @click.option("--html", type=PATH, help="Also write a page with heat maps here (extra \"demo\").")  # fmt: skip
-@JSON
-@CSV
+@forms
 def explain(
     folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None,
-    ids: tuple[int, ...], aggregate: Any, device: str | None, html: Path | None, as_json: bool, as_csv: bool,
+    ids: tuple[int, ...], aggregate: Any, device: str | None, html: Path | None, form: Form,
 ) -> None:  # fmt: skip
     """Show where the scores of training examples come from: which checkpoints, which layers.
 
     Example: gradindex explain /tmp/mnist --task scripts/tasks/mnist.py:task --position 0 --id 5 --id 7
     """
+    if html:
+        from ..report import check_page
+
+        check_page(html)  # before the gradients
     retriever, asked = _ask(folder, task, position, train_id, path, aggregate, device)
     split = retriever.split(asked, list(ids))
     if html:
         split.save_html(html)
-        click.echo(html, err=True)
+        say(str(html), err=True)
     names = ["query", "id", "checkpoint", "layer", "score"]
-    show(split.records(), lambda: str(split), split.note, as_json, as_csv, names, scored=split.scored)
+    show(
+        split.records(),
+        lambda: str(split).split("\n"),
+        split.note,
+        names,
+        form,
+        scored=split.scored,
+    )
 
 
 def _count(_: click.Context, __: click.Parameter, value: str | None) -> int | str | None:
@@ -153,19 +166,16 @@ def _count(_: click.Context, __: click.Parameter, value: str | None) -> int | st
 @FOLDER
 @click.option("-k", callback=_count, metavar="K", help="How many, or all; by default 20, or all if there are fewer.")
 @WHERE
-@JSON
-@CSV
-def self_influence(
-    folder: Path, k: int | str | None, where: list[tuple[str, str]], as_json: bool, as_csv: bool
-) -> None:
+@forms
+def self_influence(folder: Path, k: int | str | None, where: list[tuple[str, str]], form: Form) -> None:
     """Show the training examples with the highest self-influence: mislabelled, rare or ambiguous.
 
-    With -k all, CSV and JSON are written as they are made.
+    With -k all, every form is written as it is made.
 
     Example: gradindex self-influence /tmp/mnist -k 20
     """
     from ..retrieval.filters import matching, parse_where
-    from ..retrieval.hits import NOTHING, table
+    from ..retrieval.hits import NOTHING
     from ..store import GradientStore
 
     store = GradientStore(folder)
@@ -176,7 +186,7 @@ def self_influence(
     def records() -> Iterator[dict[str, Any]]:
         for start in range(0, len(ids), _AT_ONCE):
             some = ids[start : start + _AT_ONCE]
-            columns = {name: store.column(name, some).tolist() for name in store.columns}
+            columns = {shown_as(name): store.column(name, some).tolist() for name in store.columns}
             for place, i in enumerate(some.tolist()):
                 yield {"rank": start + place + 1, "id": i, "self_influence": float(scores[start + place])} | {
                     name: values[place] for name, values in columns.items()
@@ -187,7 +197,9 @@ def self_influence(
     note = f"{store.manifest['self_influence']}{rough} TracInCP of an example with itself, never negative; "
     note += "high for mislabelled, rare and ambiguous examples"
 
-    def text() -> str:
-        return f"{table(list(records())) if len(ids) else f'({NOTHING})'}\n{note}"
+    def lines() -> Iterator[str]:
+        yield from table_lines(records) if len(ids) else [f"({NOTHING})"]
+        yield note
 
-    show(records(), text, note, as_json, as_csv, ["rank", "id", "self_influence", *store.columns])
+    names = ["rank", "id", "self_influence", *map(shown_as, store.columns)]
+    show(records(), lines, note, names, form)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from .main import CHANNELS, DEVICE, FOLDER, PATH, WORKERS
+from .main import CHANNELS, DEVICE, FOLDER, PATH, WORKERS, say
 
 # As gradindex.projection.Kind, gradindex.gradients.Precision and gradindex.store.RowType, which would import
 # torch and NumPy for --help.
@@ -29,7 +29,7 @@ def demo(out: Path) -> None:
     """
     from ..demo import run
 
-    click.echo(run(out))
+    say(str(run(out)))
 
 
 @click.command()
@@ -93,9 +93,9 @@ def build(
         if idle:
             raise click.UsageError(f"--repair takes all else from the store: leave out --{idle[0].replace('_', '-')}.")
         said = growth.repair(load_task(task), out, **{n: options[n] for n in ("device", "workers", "channels_last")})
-        click.echo("\n".join(said) if said else f"{out} is sound: nothing to repair")
+        say("\n".join(said) if said else f"{out} is sound: nothing to repair")
         return
-    parts = None if part is None else re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+    parts = None if part is None else re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", part, re.ASCII)
     if part is not None and parts is None:
         raise click.UsageError(f"--part is {part!r}, but must look like 2/8, the second of eight.")
     options["projection"] = Projection(projection, DEFAULT_DIM if dim is None else dim, seed, row_dim, row_bytes)
@@ -106,10 +106,10 @@ def build(
         return
     if numbers is not None:
         building.build_part(load_task(task), out, numbers, **options)
-        click.echo(f"{out}: part {part} is done; once all are, run: gradindex seal {out}")
+        say(f"{out}: part {part} is done; once all are, run: gradindex seal {out}")
         return
     store = building.build(load_task(task), out, **options)
-    click.echo(f"{out}: {store.n_train:,} rows of {store.dim:,} numbers, from {store.n_checkpoints} checkpoints")
+    say(f"{out}: {store.n_train:,} rows of {store.dim:,} numbers, from {store.n_checkpoints} checkpoints")
 
 
 _TASK = click.option("--task", required=True, help="The task, now with more of these, as for build.")
@@ -135,7 +135,7 @@ def add(folder: Path, task: str, **options: Any) -> None:
 
     before = GradientStore(folder).n_train
     store = run(load_task(task), folder, **options)
-    click.echo(f"{folder}: {store.n_train - before:,} rows added, {store.n_train:,} in all")
+    say(f"{folder}: {store.n_train - before:,} rows added, {store.n_train:,} in all")
 
 
 @click.command("add-checkpoint")
@@ -157,4 +157,4 @@ def add_checkpoint(folder: Path, task: str, **options: Any) -> None:
 
     before = GradientStore(folder).n_checkpoints
     store = run(load_task(task), folder, **options)
-    click.echo(f"{folder}: {store.n_checkpoints - before} checkpoints added, {store.n_checkpoints} in all")
+    say(f"{folder}: {store.n_checkpoints - before} checkpoints added, {store.n_checkpoints} in all")

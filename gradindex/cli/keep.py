@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .main import FOLDER, JSON, PATH
+from ..output import printable, table, to_json
+from .main import FOLDER, JSON, PATH, say
 
 
 @click.command()
@@ -22,7 +22,6 @@ def info(folder: Path, as_json: bool) -> None:
     """
     from ..errors import IndexFileError
     from ..retrieval.candidates import Candidates
-    from ..retrieval.hits import table
     from ..store import GradientStore, asked_again, overview
 
     found = overview(folder)
@@ -32,7 +31,7 @@ def info(folder: Path, as_json: bool) -> None:
         except IndexFileError as error:
             found["search"] = f"damaged index: {error}"
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(to_json(found))
         return
     described = found["map"]
     projection = described["projection"]
@@ -50,14 +49,15 @@ def info(folder: Path, as_json: bool) -> None:
         {"layer": x["name"] or "(model)", "rows": x["shape"][0], "columns": x["shape"][1], "route": x["route"]}
         for x in described["layers"]
     ]
+    columns = ", ".join(map(printable, found["columns"])) or "none"
     unit = ", rows of unit norm" if described["unit_norm"] else ""
     factors = f", exact factors in {found['factors']}" if found["factors"] else ""
-    click.echo(
-        f"{found['task']}: {found['n_train']:,} rows of {found['dim']:,} numbers ({found['state']})\n"
+    say(
+        f"{printable(found['task'])}: {found['n_train']:,} rows of {found['dim']:,} numbers ({found['state']})\n"
         f"projection {projection['kind']}{sketch}; gradients in {described['precision']}{unit}\n"
         f"rows in {found['row_type']}{factors}; {_bytes(found['bytes'])} in {found['shards']} shards, "
         f"made in {found['seconds']:,.0f} s\n"
-        f"columns: {', '.join(found['columns']) or 'none'}; search: {found.get('search', 'when it is complete')}\n"
+        f"columns: {columns}; search: {found.get('search', 'when it is complete')}\n"
         f"{_tracked(found.get('tracked'))}"
         f"health: {'; '.join(found['health'])}\n\n"
         f"{table(checkpoints)}\n\n{table(layers)}{_differing_names(described['checkpoints'])}"
@@ -128,7 +128,7 @@ def verify(folder: Path) -> None:
             problems.append(f"{error}; make the index again: gradindex index {folder}; or take it away: with --drop")
     if problems:
         raise StoreError("; ".join(problems))
-    click.echo(f"{folder}: {store.n_train:,} rows in {len(store.manifest['shards'])} shards are sound")
+    say(f"{folder}: {store.n_train:,} rows in {len(store.manifest['shards'])} shards are sound")
 
 
 @click.command()
@@ -151,7 +151,7 @@ def remove(folder: Path, ids: tuple[int, ...], ids_from: Any) -> None:
     except (ValueError, OverflowError) as error:  # no numbers, no text, or too large
         raise click.UsageError(f"These are no ids: {str(error)[:100]}. Write whole numbers.") from None
     store = run(folder, wanted)
-    click.echo(f"{folder}: {store.n_train:,} rows are left")
+    say(f"{folder}: {store.n_train:,} rows are left")
 
 
 @click.command()
@@ -169,7 +169,7 @@ def compact(folder: Path) -> None:
     before = overview(folder)["bytes"]
     store = run(folder)
     now = overview(folder)["bytes"]
-    click.echo(f"{folder}: {store.n_train:,} rows in {_bytes(now)}, {_bytes(before - now)} less than before")
+    say(f"{folder}: {store.n_train:,} rows in {_bytes(now)}, {_bytes(before - now)} less than before")
 
 
 @click.command()
@@ -186,7 +186,7 @@ def merge(folder: Path, others: tuple[Path, ...], offset: int | None) -> None:
     from ..store import merge as run
 
     store = run(folder, others, offset=offset)
-    click.echo(f"{folder}: {store.n_train:,} rows, ids up to {store.manifest['next_id'] - 1}")
+    say(f"{folder}: {store.n_train:,} rows, ids up to {store.manifest['next_id'] - 1}")
 
 
 @click.command()
@@ -199,7 +199,7 @@ def seal(folder: Path) -> None:
     from ..store import seal as run
 
     store = run(folder)
-    click.echo(f"{folder}: {store.n_train:,} rows of {store.dim:,} numbers, from {store.n_checkpoints} checkpoints")
+    say(f"{folder}: {store.n_train:,} rows of {store.dim:,} numbers, from {store.n_checkpoints} checkpoints")
 
 
 @click.command()
@@ -219,4 +219,4 @@ def export(folder: Path, out: Path) -> None:
         return store
 
     store = asked_again(exported)
-    click.echo(f"{out}: {store.n_train:,} rows of {store.dim:,} numbers")
+    say(f"{out}: {store.n_train:,} rows of {store.dim:,} numbers")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import csv
-import json
+import errno
+import functools
+import io
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from .. import __version__
 from ..errors import GradIndexError
+from ..output import csv_cell, printable, to_json
 
 # Commands that go on where they were when they are given again.
 _RESUMABLE = ("build", "add", "add-checkpoint", "compact", "merge")
@@ -36,24 +42,114 @@ AGGREGATE = click.option(
     help="Make one question of all queries: what helps them together.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
-CSV = click.option("--csv", "as_csv", is_flag=True, help="CSV instead of a table.")
+_CSV = click.option(
+    "--csv",
+    "as_csv",
+    is_flag=True,
+    help="CSV instead of a table. Texts that a spreadsheet would run (=, +, -, @) get a ' before them.",
+)
+_RAW = click.option("--raw-csv", is_flag=True, help="CSV with these texts as they are.")
+Form = Literal["table", "json", "csv", "raw csv"]
+
+
+def forms(command: Callable[..., None]) -> Callable[..., None]:
+    """Options for the form of an answer, which the command gets as ``form``."""
+
+    @functools.wraps(command)
+    def run(*args: Any, as_json: bool, as_csv: bool, raw_csv: bool, **options: Any) -> None:
+        if as_json + as_csv + raw_csv > 1:
+            raise click.UsageError("Give one of --json, --csv and --raw-csv.")
+        if sys.stdout in _CLOSED:
+            raise click.ClickException("Standard output is closed, so the answer has nowhere to go. Open it.")
+        form: Form = "json" if as_json else "csv" if as_csv else "raw csv" if raw_csv else "table"
+        command(*args, form=form, **options)
+
+    return JSON(_CSV(_RAW(run)))
 
 
 class _OneLineErrors(click.Group):
-    """Turns every error that gradindex raises on purpose, and Ctrl-C, into one line and an exit code."""
+    """Turns every error that a person can act on, and Ctrl-C, into one line and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, and end the process where this is a command of its own."""
+        _make_streams_usable()
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # writing the help, or an error, to a full disk
+            if not kwargs.get("standalone_mode", True):
+                raise
+            click.echo(f"Error: {printable(_in_one_line(error))}", err=True)
+            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
-        except GradIndexError as error:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # while an error is still ours to tell
+            return result
+        except (GradIndexError, OSError, MemoryError, UnicodeEncodeError) as error:
             if ctx.params["debug"]:
                 raise
-            raise click.ClickException(" ".join(str(error).split())) from error
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:  # `| head` has seen enough
+                _close_output()
+                ctx.exit(1)
+            raise click.ClickException(printable(" ".join(_in_one_line(error).split()))) from error
         except KeyboardInterrupt:
             goes_on = ctx.invoked_subcommand in _RESUMABLE
             more = " What was finished is kept: run the same command again to go on." if goes_on else ""
             click.echo(f"Interrupted.{more}", err=True)
             ctx.exit(130)
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, GradIndexError):
+        return str(error)
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOSPC and error.filename is None:
+            _close_output()
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        reason = error.strerror or str(error)
+        return f"{where}{reason}. Check that it is there, that it may be used, and that the disk has room."
+    if isinstance(error, UnicodeEncodeError):
+        encoding = getattr(sys.stdout, "encoding", error.encoding)
+        return (
+            f"The output is in {encoding}, which lacks {error.object[error.start]!a}. "
+            "Set PYTHONIOENCODING=utf-8, or ask for --json."
+        )
+    return f"There is not enough memory ({error or 'it is used up'}). Ask for less, or use a machine with more."
+
+
+def _make_streams_usable() -> None:
+    """Make standard streams that are closed or of few characters harmless.
+
+    What an output's encoding lacks is shown escaped, and ASCII is taken for UTF-8, as click does. A closed stream's
+    number goes to no file that is opened later.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = os.fdopen(
+                os.open(os.devnull, os.O_RDWR), mode
+            )  # takes the lowest number, which is the closed one's
+            setattr(sys, name, stream)
+            _CLOSED.append(stream)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            ascii_alone = codecs.lookup(stream.encoding).name == "ascii"  # a locale that nobody set
+            stream.reconfigure(encoding="utf-8" if ascii_alone else None, errors="backslashreplace")
+
+
+# What stands for standard streams that are closed.
+_CLOSED: list[Any] = []
+
+
+def _close_output() -> None:
+    """What is still buffered has nowhere to go; without this, Python would say so once more at the end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print lines, each one as a terminal can bear it."""
+    click.echo("\n".join(map(printable, text.split("\n"))), err=err)
 
 
 @click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -82,35 +178,35 @@ WHERE = click.option(
 
 def show(
     records: Iterable[dict[str, Any]],
-    text: Callable[[], str],
+    lines: Callable[[], Iterable[str]],
     note: str,
-    as_json: bool,
-    as_csv: bool,
     names: Sequence[str],
+    form: Form,
     **more: Any,
 ) -> None:
     """Print records as the user wants them, one after another.
 
     Args:
         records: of the same keys, ``names``; JSON and CSV are written as they come.
-        text: makes the table.
+        lines: makes the table, line by line.
         note: what the numbers mean; on standard error where CSV goes to standard output.
-        as_json: one JSON object.
-        as_csv: CSV.
         names: the keys, in order.
+        form: a table, one JSON object, or CSV, in which cells that begin as a formula are made harmless or left raw.
         more: what else the JSON object holds.
     """
-    if as_json and as_csv:
-        raise click.UsageError("Give --json or --csv, not both.")
-    if as_json:
-        sys.stdout.write(f'{json.dumps({"note": note, **more})[:-1]}, "records": [')
+    if form == "table":
+        for line in lines():
+            sys.stdout.write(f"{line}\n")
+    elif form == "json":
+        sys.stdout.write(f'{to_json({"note": note, **more})[:-1]}, "records": [')
         for number, record in enumerate(records):
-            sys.stdout.write(f"{', ' if number else ''}{json.dumps(record)}")
+            sys.stdout.write(f"{', ' if number else ''}{to_json(record)}")
         sys.stdout.write("]}\n")
-    elif as_csv:
-        writer = csv.DictWriter(sys.stdout, names)
-        writer.writeheader()
-        writer.writerows(records)
-        click.echo(note, err=True)
     else:
-        click.echo(text())
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="strict")  # for a program, what cannot be written is an error
+        cell: Callable[[Any], Any] = csv_cell if form == "csv" else lambda value: value
+        writer = csv.writer(sys.stdout)
+        writer.writerow(map(cell, names))
+        writer.writerows(map(cell, record.values()) for record in records)
+        say(note, err=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .main import DEVICE, FOLDER, JSON
+from ..output import table, to_json
+from .main import DEVICE, FOLDER, JSON, say
 
 _TASK = click.option("--task", help="Take the task's own queries and exact scores; by default training examples.")
 _K = click.option("-k", "--k", type=int, help="How many are the top; by default 100, or as many as there are.")
@@ -62,13 +62,13 @@ def index(
     from ..evaluation.tuning import drop as take_away
 
     if drop:
-        click.echo(f"{folder}: {take_away(folder).how}")
+        say(f"{folder}: {take_away(folder).how}")
         return
     retriever = _retriever(folder, task, device)
     found = run(
         folder, recall=recall, k=_top(folder, k, task), n_query=queries, retriever=retriever, device=device, **options
     )
-    click.echo(f"{folder}: {found.how}")
+    say(f"{folder}: {found.how}")
 
 
 @click.command()
@@ -87,9 +87,8 @@ def evaluate(folder: Path, k: int | None, queries: int, task: str | None, device
     """
     from ..evaluation.measuring import as_records
     from ..evaluation.measuring import evaluate as run
-    from ..retrieval.hits import table
 
     k = _top(folder, k, task)
     against, found = run(folder, k=k, n_query=queries, retriever=_retriever(folder, task, device))
     records = as_records(found, k)
-    click.echo(json.dumps({"against": against, "records": records}) if as_json else f"{table(records)}\n{against}")
+    click.echo(to_json({"against": against, "records": records}) if as_json else f"{table(records)}\n{against}")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DependencyError
+from ..forking import one_thread_in_children
 
 # Products of two numbers from which on several threads are quicker than one.
 _WORTH_THREADS = 1 << 20
@@ -27,6 +28,7 @@ def load_faiss() -> Any:
         raise DependencyError(
             f"FAISS cannot be imported ({error}). Install one: pip install 'gradindex[cpu]' or 'gradindex[gpu]'."
         ) from None
+    one_thread_in_children("faiss", faiss.omp_set_num_threads)
     return faiss
 
 

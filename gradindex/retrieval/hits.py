@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DependencyError
+from ..output import printable, shown_as, table_lines
 from ..report import Card, Section, Tile, cards_html, write_page
 
 SIGN = (
@@ -25,6 +26,8 @@ SIGN = (
 _NOTEBOOK_QUERIES, _NOTEBOOK_HITS = 5, 10
 _SHOWN_CHARACTERS = 60
 
+# Hits whose columns are looked up, and made text, together.
+AT_ONCE = 10_000
 
 # What is shown where there is no hit.
 NOTHING = "no training example qualifies"
@@ -64,7 +67,8 @@ class Hits:
         measure: what the scores are, ``"TracInCP scores"`` or cosines of the gradients behind them.
         queries: what to call each query.
         stages: what the answer went through, in order.
-        columns: by name (n_query, w), of the training examples; 0 or empty behind a short answer.
+        columns: by name (n_query, w), of the training examples; 0 or empty behind a short answer. In tables, records
+            and pages a column that is called as one of an answer's own keys, such as ``id``, is ``columns.id``.
         query_columns: by name (n_query,), of the queries.
         show_train: what a person should see of a training id, where the task says so.
         show_query: the same for the position of a query in this answer.
@@ -94,19 +98,24 @@ class Hits:
 
     def records(self) -> list[dict[str, Any]]:
         """One mapping for each hit: query, kind, rank, id, score and the columns."""
-        counts = self.counts
-        return [
-            {
-                "query": query,
-                "kind": self.kind,
-                "rank": rank + 1,
-                "id": int(self.ids[row, rank]),
-                "score": float(self.scores[row, rank]),
-                **{name: values[row, rank].item() for name, values in self.columns.items()},
-            }
-            for row, query in enumerate(self.queries)
-            for rank in range(counts[row])
-        ]
+        return list(self.each_record())
+
+    def each_record(self) -> Iterator[dict[str, Any]]:
+        """The same one after another, for answers that would fill the memory."""
+        for row, query in enumerate(self.queries):
+            for record in self._ranked(row):
+                yield {"query": query, "kind": self.kind, **record}
+
+    def _ranked(self, row: int) -> Iterator[dict[str, Any]]:
+        """A query's hits: rank, id, score and columns."""
+        ids, scores = self.of(row)
+        names = {name: shown_as(name) for name in self.columns}
+        for start in range(0, len(ids), AT_ONCE):
+            part = slice(start, min(start + AT_ONCE, len(ids)))
+            columns = [_part(self.columns, name, row, part).tolist() for name in names]
+            some = zip(ids[part].tolist(), scores[part].tolist(), *columns, strict=True)
+            for rank, (i, score, *values) in enumerate(some, start + 1):
+                yield {"rank": rank, "id": i, "score": score, **dict(zip(names.values(), values, strict=True))}
 
     def first(self, queries: int, k: int) -> Hits:
         """The same answer cut to its first queries and its k first hits."""
@@ -115,7 +124,7 @@ class Hits:
             ids=self.ids[:queries, :k],
             scores=self.scores[:queries, :k],
             queries=self.queries[:queries],
-            columns={name: values[:queries, :k] for name, values in self.columns.items()},
+            columns={name: _cut(self.columns, name, queries, k) for name in self.columns},
             query_columns={name: values[:queries] for name, values in self.query_columns.items()},
         )
 
@@ -157,6 +166,58 @@ class Hits:
         write_page(Path(path), "Training examples behind the predictions", note([self, *others]), [section])
 
 
+class LookedUp(Mapping[str, NDArray[Any]]):
+    """Columns of very many hits, read from the store when they are asked for and not kept.
+
+    Args:
+        names: of the columns.
+        look_up: gives the values of a column for ids (m,).
+        ids: (n_query, w), -1 behind a short answer.
+    """
+
+    def __init__(
+        self, names: Sequence[str], look_up: Callable[[str, NDArray[np.int64]], NDArray[Any]], ids: NDArray[np.int64]
+    ) -> None:
+        self._names, self._look_up, self._ids = tuple(names), look_up, ids
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self._names:
+            raise KeyError(name)
+        return placed(self._look_up(name, self._ids[self._ids >= 0]), self._ids >= 0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+    def part(self, name: str, row: int, part: slice) -> NDArray[Any]:
+        """The values of some of a query's hits."""
+        return self._look_up(name, self._ids[row, part])
+
+    def cut(self, name: str, queries: int, k: int) -> NDArray[Any]:
+        """The values of the first hits of the first queries."""
+        return LookedUp((name,), self._look_up, self._ids[:queries, :k])[name]
+
+
+def placed(values: NDArray[Any], there: NDArray[np.bool_]) -> NDArray[Any]:
+    """Values (m,) where ``there`` (n_query, w) is true, in the order of rows; 0 or empty elsewhere."""
+    whole = np.zeros(there.shape, dtype=values.dtype)
+    whole[there] = values
+    return whole
+
+
+def _part(columns: Mapping[str, NDArray[Any]], name: str, row: int, part: slice) -> NDArray[Any]:
+    return columns.part(name, row, part) if isinstance(columns, LookedUp) else columns[name][row, part]
+
+
+def _cut(columns: Mapping[str, NDArray[Any]], name: str, queries: int, k: int) -> NDArray[Any]:
+    return columns.cut(name, queries, k) if isinstance(columns, LookedUp) else columns[name][:queries, :k]
+
+
 def note(answers: Sequence[Hits]) -> str:
     """One line about answers to the same queries: the scores, their sign, and the stages, by kind where they differ."""
     ways = {f"stages of {answer.kind}": answer.stages for answer in answers}
@@ -172,23 +233,39 @@ def note(answers: Sequence[Hits]) -> str:
 
 def as_text(answers: Sequence[Hits]) -> str:
     """Answers to the same queries as text: query by query a table for each answer, and what the sign means."""
-    blocks = []
+    return "\n".join(text_lines(answers))
+
+
+def text_lines(answers: Sequence[Hits]) -> Iterator[str]:
+    """The lines of :func:`as_text`, as they are made."""
     first = answers[0]
     for row, query in enumerate(first.queries):
         about = [f"{name} {values[row]}" for name, values in first.query_columns.items() if _is_there(values[row])]
         about += [f'"{text}"' for text in [_in_words(first.show_query, row)] if text]
+        heading = printable(f"{query} ({', '.join(about)})" if about else query)
         for answer in answers:
-            records = [
-                {"rank": rank + 1, "id": i, "score": float(score)}
-                | {name: values[row, rank].item() for name, values in answer.columns.items()}
-                for rank, (i, score) in enumerate(_pairs(answer, row))
-            ]
-            words = [_in_words(answer.show_train, record["id"]) for record in records]
-            if all(words):
-                records = [record | {"shown": text} for record, text in zip(records, words, strict=True)]
-            heading = f"{query} ({', '.join(about)})" if about else query
-            blocks.append(f"{heading}: {answer.kind}\n{table(records) if records else f'({NOTHING})'}")
-    return "\n\n".join([*blocks, note(answers)])
+            yield f"{heading}: {answer.kind}"
+            if len(answer.of(row)[0]):
+                yield from table_lines(_with_words(answer, row))
+            else:
+                yield f"({NOTHING})"
+            yield ""
+    yield note(answers)
+
+
+def _with_words(answer: Hits, row: int) -> Callable[[], Iterator[dict[str, Any]]]:
+    """A query's hits for a table, with what the task shows of them where that is text."""
+    first = answer.of(row)[0][:AT_ONCE].tolist()
+    words = [_in_words(answer.show_train, i) for i in first]
+    if not all(words):
+        return lambda: answer._ranked(row)
+
+    def records() -> Iterator[dict[str, Any]]:
+        for number, record in enumerate(answer._ranked(row)):
+            text = words[number] if number < len(words) else _in_words(answer.show_train, record["id"])
+            yield record | {"shown": text or ""}
+
+    return records
 
 
 def _pairs(hits: Hits, query: int) -> Iterator[tuple[int, float]]:
@@ -201,7 +278,8 @@ def _in_words(show: Callable[[int], Any] | None, which: int) -> str | None:
     shown = None if show is None else show(which)
     if isinstance(shown, Mapping):
         shown = ", ".join(f"{name} {value}" for name, value in shown.items())
-    return textwrap.shorten(shown, _SHOWN_CHARACTERS, placeholder=" ...") if isinstance(shown, str) else None
+    short = textwrap.shorten(shown, _SHOWN_CHARACTERS, placeholder=" ...") if isinstance(shown, str) else None
+    return None if short is None else printable(short)
 
 
 def make_cards(answers: Sequence[Hits]) -> list[Card]:
@@ -212,7 +290,7 @@ def make_cards(answers: Sequence[Hits]) -> list[Card]:
         query = _tile(name, {n: v[row] for n, v in first.query_columns.items()}, None, first.show_query, row)
         rows = {
             answer.kind: [
-                _tile(f"id {i}", {n: v[row, r] for n, v in answer.columns.items()}, float(score), answer.show_train, i)
+                _tile(f"id {i}", _beside(answer, row, r), float(score), answer.show_train, i)
                 for r, (i, score) in enumerate(_pairs(answer, row))
             ]
             or [Tile(None, NOTHING)]
@@ -220,6 +298,10 @@ def make_cards(answers: Sequence[Hits]) -> list[Card]:
         }
         cards.append(Card(query, rows))
     return cards
+
+
+def _beside(answer: Hits, row: int, rank: int) -> dict[str, Any]:
+    return {shown_as(name): values[row, rank] for name, values in answer.columns.items()}
 
 
 def _tile(
@@ -235,24 +317,3 @@ def _tile(
 def _is_there(value: Any) -> bool:
     """Whether a column has a value: neither NaN nor the empty text."""
     return bool(value == value) and not (isinstance(value, str) and not value)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.5g}" if _is_there(value) else ""
-    return str(value)
-
-
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Records of the same keys as an aligned text table: numbers to the right, texts to the left."""
-    if not records:
-        return "(nothing)"
-    lines = [list(records[0])] + [[_cell(value) for value in record.values()] for record in records]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    left = [isinstance(value, str) for value in records[0].values()]
-
-    def aligned(line: list[str]) -> str:
-        cells = zip(line, widths, left, strict=True)
-        return "  ".join(cell.ljust(width) if to_left else cell.rjust(width) for cell, width, to_left in cells).rstrip()
-
-    return "\n".join(map(aligned, lines))

@@ -17,6 +17,8 @@ Ranked = tuple[NDArray[np.int64], NDArray[Any]]
 # A buffer may hold this many times k before it is cut.
 _SLACK = 4
 
+_NOTHING: Ranked = np.empty(0, dtype=np.int64), np.empty(0)
+
 
 def strength(kind: Kind, scores: NDArray[Any]) -> NDArray[np.float64]:
     """What a kind of answer is ordered by, descending: the score, the negated score, or its size."""
@@ -100,12 +102,15 @@ class Best:
                 self._least[query] = strength(self._kind, best[1][-1:])[0]
 
     def found(self) -> list[Ranked]:
-        """The best of each query so far, in order."""
-        return [self._of(query) for query in range(len(self._kept))]
+        """The best of each query so far, in order; nothing is in memory twice."""
+        for query, kept in enumerate(self._kept):
+            if kept:
+                self._kept[query] = [self._of(query)]
+        return [kept[0] if kept else _NOTHING for kept in self._kept]
 
     def _of(self, query: int) -> Ranked:
         kept = self._kept[query]
         if not kept:
-            return np.empty(0, dtype=np.int64), np.empty(0)
+            return _NOTHING
         ids, scores = (np.concatenate(parts) for parts in zip(*kept, strict=True))
         return ranked(self._kind, ids, scores, self._k, self._at_least)

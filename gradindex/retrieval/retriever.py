@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, StoreChangedError, StoreError
+from ..forking import one_thread_in_children
 from ..gradients import HALF, Engine, Precision
 from ..index import require
 from ..matching import check_task
@@ -25,11 +26,14 @@ from ..tree import preserved_random_state
 from .asking import Aggregate, Queries, Source, find, prepare
 from .candidates import Candidates
 from .filters import Filter, Where, allow
-from .hits import Hits
+from .hits import Hits, LookedUp
 from .ranking import Kind, Ranked
 from .scoring import Scores, by_factors, cosine_norms, joined, scored_as, shares, shown, through_model
 from .split import Split
 from .stages import Answer, Question, Rerank, Search
+
+# Hits from which on columns are looked up when they are asked for, and not kept.
+_KEPT_COLUMNS = 1 << 18
 
 
 class Retriever:
@@ -51,6 +55,7 @@ class Retriever:
 
     def __init__(self, store: GradientStore, task: Task, device: str | None = None, use_index: bool = True) -> None:
         require()
+        one_thread_in_children("torch", torch.set_num_threads)
         self.task = task
         stored = store.manifest["map"]
         self._projection = Projection(**stored["projection"])
@@ -244,7 +249,6 @@ class Retriever:
     def _hits(self, store: GradientStore, asked: Queries, kind: Kind, answer: Answer) -> Hits:
         show, group = self.task.show, asked.weights is not None
         ids, scores = _rectangular(answer.found)
-        there = ids >= 0
         scored = {"exact": scored_as(store), "rows": "projected", "index": "index-estimated"}[answer.last]
         return Hits(
             ids=ids,
@@ -254,7 +258,7 @@ class Retriever:
             queries=asked.names,
             stages=answer.stages,
             measure=self._measure,
-            columns={name: _placed(store.column(name, ids[there]), there) for name in store.columns},
+            columns=_columns(store, ids),
             query_columns={} if group else asked.examples.columns,
             show_train=None if show is None else lambda i: self.task.shown(self.task.examples([i])[0], f"id {i}"),
             show_query=None
@@ -401,17 +405,20 @@ def load(folder: str | os.PathLike[str], task: Task, *, device: str | None = Non
     return asked_again(lambda: Retriever(GradientStore(folder), task, device, use_index))
 
 
-def _rectangular(found: Sequence[Ranked]) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Ids and scores as wide as the longest answer: -1 and NaN behind shorter ones."""
+def _rectangular(found: list[Ranked]) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Ids and scores as wide as the longest answer: -1 and NaN behind shorter ones. Each one given is let go."""
     width = max(len(ids) for ids, _ in found)
-    ids = np.full((len(found), width), -1, dtype=np.int64)
-    scores = np.full((len(found), width), np.nan, dtype=np.result_type(*(scores for _, scores in found)))
-    for row, (some, mine) in enumerate(found):
+    ids = np.empty((len(found), width), dtype=np.int64)
+    scores = np.empty((len(found), width), dtype=np.result_type(*(scores for _, scores in found)))
+    for row in range(len(found)):
+        some, mine = found[row]
         ids[row, : len(some)], scores[row, : len(some)] = some, mine
+        ids[row, len(some) :], scores[row, len(some) :] = -1, np.nan
+        found[row] = some[:0], mine[:0]
     return ids, scores
 
 
-def _placed(values: NDArray[Any], there: NDArray[np.bool_]) -> NDArray[Any]:
-    placed = np.zeros(there.shape, dtype=values.dtype)
-    placed[there] = values
-    return placed
+def _columns(store: GradientStore, ids: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
+    """Columns of hits, looked up now; of very many when they are asked for."""
+    later = LookedUp(store.columns, store.column, ids)
+    return later if ids.size > _KEPT_COLUMNS else dict(later)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..output import printable, table
 from ..report import Section, heat_map, write_page
-from .hits import SIGN, table
+from .hits import SIGN
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Split:
 
     def __str__(self) -> str:
         blocks = [
-            f"{query}, id {i}: score {self.scores[q, n].sum():.5g}\n{table(self._grid(q, n))}"
+            f"{printable(query)}, id {i}: score {self.scores[q, n].sum():.5g}\n{table(self._grid(q, n))}"
             for q, query in enumerate(self.queries)
             for n, i in enumerate(self.ids.tolist())
         ]

@@ -210,12 +210,15 @@ class Search:
     def _by_row_alone(self, kind: Kind, found: list[Ranked]) -> list[Ranked]:
         """The same, each row's product computed alone: equal rows have equal scores, and ids decide.
 
-        In a product of matrices, a row's sum may be rounded otherwise than an equal one's elsewhere.
+        In a product of matrices, a row's sum may be rounded otherwise than an equal one's elsewhere. What was found
+        is let go query by query, for it may be every row.
         """
-        lists = [np.sort(ids) for ids, _ in found]
-        scores = [self._candidates.products(row, ids) for row, ids in zip(self._queries.rows, lists, strict=True)]
-        least = self._question.at_least
-        return [ranked(kind, *each, self._k, least) for each in zip(lists, scores, strict=True)]
+        settled = []
+        for query, row in enumerate(self._queries.rows):
+            ids, found[query] = np.sort(found[query][0]), (found[query][0][:0], found[query][1][:0])
+            scores = self._candidates.products(row, ids)
+            settled.append(ranked(kind, ids, scores, self._k, self._question.at_least))
+        return settled
 
     def _signed(self, sign: Kind) -> NDArray[np.float32]:
         rows = self._queries.rows

@@ -34,8 +34,7 @@ def export(store: GradientStore, out: str | os.PathLike[str]) -> Path:
         DependencyError: pyarrow is missing.
     """
     path = Path(out)
-    if path.exists():
-        raise StoreError(f"{path} exists. Choose another name.")
+    _check_new(path)
     temporary = temporary_for(path)
     try:
         if path.suffix == ".parquet":
@@ -46,6 +45,12 @@ def export(store: GradientStore, out: str | os.PathLike[str]) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         discard(temporary)
     return path
+
+
+def _check_new(path: Path) -> None:
+    with storing(path):
+        if path.is_symlink() or path.exists():
+            raise StoreError(f"{path} exists. Choose another name.")
 
 
 def _pieces(store: GradientStore) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
@@ -81,6 +86,7 @@ def _to_numpy(store: GradientStore, path: Path, temporary: Path) -> None:
     with storing(path):
         for made in temporary.rglob("*.npy"):
             flush(made)
+        _check_new(path)  # it may have come in the meantime
         put_in_place((temporary, path))
 
 
@@ -110,6 +116,7 @@ def _to_parquet(store: GradientStore, path: Path, temporary: Path) -> None:
             writer.close()
     with storing(path):
         flush(temporary)
+        _check_new(path)  # it may have come in the meantime
         put_in_place((temporary, path))
 
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 import gradindex
 from gradindex.errors import check_k
 from gradindex.files import replacing, storing
+from gradindex.output import table
 from gradindex.report import Card, Section, Tile, write_page
-from gradindex.retrieval.hits import table
 
 NOTE = "TracInCP of a picture with itself, never negative; high for mislabelled, rare and ambiguous pictures"
 _SHOWN, _AT_ONCE = 20, 8192
