@@ -49,6 +49,8 @@ def remove(folder: str | os.PathLike[str], ids: NDArray[np.int64] | Sequence[int
         gone: list[list[int]] = store.manifest["removed"]
         store.check_ids(wanted[~runs.contain(gone, wanted)])
         removed = runs.to_runs(np.union1d(runs.to_ids(gone), wanted))
+        if removed.tolist() == gone:
+            return store  # the command was given again after its end
         if runs.count(removed) == sum(entry["rows"] for entry in store.manifest["shards"]):
             raise ArgumentError(f"No training example would be left in {store.folder}. Delete the folder instead.")
         write_manifest(store.folder, {**_next(store), "removed": removed.tolist()})
@@ -327,7 +329,9 @@ def _copy(job: Job, sources: Mapping[str, GradientStore]) -> None:
     try:
         with progress(job.kind, total, "rows", done) as advance:
             for planned in job.missing():
-                parts = [(_source(job, sources, name, shard), shift) for name, shard, shift in planned["sources"]]
+                parts = [
+                    (_source(job, sources, name, shard), shift) for name, shard, shift in planned.get("sources", ())
+                ]
                 advance(_copy_shard(job, planned, parts))
     except StoreError:
         if any(source.verify() for source in sources.values()):
@@ -349,8 +353,14 @@ def _source(job: Job, sources: Mapping[str, GradientStore], name: str, shard: st
 
 def _copy_shard(job: Job, planned: Mapping[str, Any], parts: Sequence[tuple[Shard, int]]) -> int:
     """Make one shard of the rows of some others, whose ids are shifted; returns how many."""
-    wanted = runs.to_ids(planned["ids"])
+    count, there = runs.count(planned["ids"]), sum(len(shard.ids) for shard, _ in parts)
+    wanted = runs.to_ids(planned["ids"]) if count <= there else np.empty(0, dtype=np.int64)
     chosen = [(shard, np.intersect1d(wanted, shard.ids + shift), shift) for shard, shift in parts]
+    if not sum(len(ids) for _, ids, _ in chosen) == count == len(wanted):
+        raise StoreError(
+            f"{job.folder} has an unfinished `{job.kind}` of rows that its sources do not have. "
+            f"Delete {job.folder / PENDING} to give it up."
+        )
     places = [(shard, shard.positions(ids - shift)) for shard, ids, shift in chosen]
     samples = [
         (i + shift, text)

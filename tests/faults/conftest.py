@@ -30,3 +30,40 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_sep("-", "faults tried")
         for kind, count in sorted(_TRIED.items()):
             terminalreporter.write_line(f"{count:8,} {kind}")
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    """Children that work on stores; see :class:`faulty.Nursery`."""
+    import faulty
+
+    nursery = faulty.Nursery(tmp_path_factory.mktemp("task"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="session")
+def states(nursery, tmp_path_factory):
+    """Folders to copy, each with a ``store``: ``{name: folder}``; what each is ready for is in ``NEXT``."""
+    import shutil
+
+    root = tmp_path_factory.mktemp("states")
+
+    def state(name, *commands, before=None):
+        folder = root / name
+        folder.mkdir() if before is None else shutil.copytree(root / before, folder)
+        for command in commands:
+            assert nursery.run(command, folder / "store")[0] == 0, command
+        return folder
+
+    found = {"empty": state("empty"), "built": state("built", "build")}
+    found["removed"] = state("removed", "remove", before="built")
+    found["indexed"] = state("indexed", "index", before="removed")
+    found["two"] = state("two", before="removed")
+    shutil.copytree(found["built"] / "store", found["two"] / "other")
+    found["damaged"] = state("damaged", before="removed")
+    path = sorted((found["damaged"] / "store" / "shards").glob("*.h5"))[0]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return found

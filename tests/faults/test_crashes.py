@@ -1,16 +1,10 @@
 """Whatever ends a build - a kill, a full disk, a damaged file - what was finished stays, and no wrong answer leaves."""
 
-import contextlib
-import json
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
+import faulty
 import numpy as np
 import pytest
 import toys
@@ -18,145 +12,9 @@ from torch.utils.data import Subset, TensorDataset
 
 import gradindex
 from gradindex import files
-from gradindex.errors import IndexFileError, MismatchError, StoreError
-from gradindex.index import CompactIndex, Shape
-from gradindex.projection import Projection
-from gradindex.retrieval.candidates import Candidates
-from gradindex.store import GradientStore, container, upkeep
-
-# Forks a builder for each line that it reads: a child costs milliseconds where a new process costs seconds.
-NURSERY = """
-import json, os, resource, sys, traceback
-sys.path.insert(0, sys.argv[1])
-import faiss, h5py, torch
-torch.set_num_threads(1)
-import gradindex, gradindex.building, toys
-from pathlib import Path
 from gradindex.errors import MismatchError, StoreError
 from gradindex.projection import Projection
-task = toys.make_task(Path(sys.argv[2]), n_train=60, columns={"word": [f"w{i}" for i in range(60)]})
-print("ready", flush=True)
-for line in sys.stdin:
-    folder, limit = json.loads(line)
-    reads, writes = os.pipe()  # a pipe has no limit on its size
-    pid = os.fork()
-    if pid == 0:
-        code = 3
-        try:
-            if limit:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            gradindex.build(task, folder, projection=Projection(dim=8), batch_size=1, shard_rows=1, factors="float32")
-            code = 0
-        except StoreError as error:
-            os.write(writes, str(error).encode())
-            code = 1
-        except BaseException:
-            os.write(writes, traceback.format_exc().encode())
-        finally:
-            os._exit(code)
-    print(pid, flush=True)
-    os.close(writes)
-    message = os.fdopen(reads).read()
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), message]), flush=True)
-"""
-
-
-class Nursery:
-    """Builders that can be killed or given little room."""
-
-    def __init__(self, folder):
-        self.errors = []
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, str(Path(__file__).parent), str(folder)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self.process.stdout.readline() == "ready\n"
-
-    def build(self, store, kill_after=None, limit=None):
-        """The exit code of one builder."""
-        self.process.stdin.write(json.dumps([str(store), limit]) + "\n")
-        self.process.stdin.flush()
-        pid = int(self.process.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            with contextlib.suppress(ProcessLookupError):  # it was quicker
-                os.kill(pid, signal.SIGKILL)
-        code, message = json.loads(self.process.stdout.readline())
-        self.errors += [message] if code > 0 else []
-        return code
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-
-
-@pytest.fixture
-def nursery(tmp_path):
-    nursery = Nursery(tmp_path)
-    yield nursery
-    nursery.close()
-
-
-def sealed(folder):
-    """Shards that have a seal, with their bytes."""
-    return {
-        path.name: (path.read_bytes(), path.with_suffix(".h5").read_bytes())
-        for path in (folder / "shards").glob("*.json")
-        if "tmp" not in path.name
-    }
-
-
-def lasting(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "log.jsonl"
-    }
-
-
-def test_a_build_that_is_killed_fifty_times_ends_as_if_nothing_had_happened(nursery, tmp_path):
-    started = time.perf_counter()
-    assert nursery.build(tmp_path / "whole") == 0
-    taken = time.perf_counter() - started
-    generator, killed, before = random.Random(0), 0, {}
-    for _ in range(400):
-        code = nursery.build(tmp_path / "store", kill_after=generator.uniform(0.02, 0.02 + taken / 12))
-        now = sealed(tmp_path / "store") if (tmp_path / "store" / "shards").exists() else {}
-        assert {name: now[name] for name in before} == before  # a sealed shard is never made again or changed
-        before = now
-        killed += code == -signal.SIGKILL
-        if killed == 50 or (tmp_path / "store" / "manifest.json").exists():
-            if killed >= 50:
-                break
-            (tmp_path / "store" / "manifest.json").unlink(missing_ok=True)  # done too soon: begin another one
-            for path in (tmp_path / "store").rglob("*.*"):
-                path.unlink()
-            before = {}
-    assert killed == 50
-    assert nursery.build(tmp_path / "store") == 0
-    assert lasting(tmp_path / "store") == lasting(tmp_path / "whole")
-    store = gradindex.GradientStore(tmp_path / "store")
-    assert store.ids.tolist() == list(range(60))
-    assert store.verify() == []
-
-
-def test_a_limit_on_file_sizes_is_a_clean_error_and_the_build_goes_on_without_it(nursery, tmp_path):
-    assert nursery.build(tmp_path / "whole") == 0
-    largest = max(path.stat().st_size for path in (tmp_path / "whole").rglob("*.h5"))
-    generator = random.Random(1)
-    for number in range(20):
-        folder = tmp_path / f"store-{number}"
-        assert nursery.build(folder, limit=generator.randrange(1, largest)) == 1
-        assert not (folder / "manifest.json").exists()
-        assert [path for path in folder.rglob("*") if "tmp" in path.name] == []
-        if number % 5 == 0:
-            assert nursery.build(folder) == 0
-            assert lasting(folder) == lasting(tmp_path / "whole")
-    assert len(nursery.errors) == 20
-    assert all(
-        error.endswith("cannot be written: File too large. What was finished is kept.") for error in nursery.errors
-    )
+from gradindex.store import GradientStore, container, upkeep
 
 
 @pytest.fixture
@@ -168,30 +26,6 @@ def built(tmp_path):
     return task, tmp_path / "store"
 
 
-@pytest.fixture
-def indexed(built):
-    """The same with an index."""
-    task, folder = built
-    store = GradientStore(folder)
-    made = CompactIndex.build(Shape("ivf", 6, 4), store.rows(store.ids), store.blocks)
-    about = {"map": store.manifest["fingerprint"], "ids": store.id_runs.tolist(), "covers": store.origins}
-    recall = {"k": 5, "proponents_at_least": 1, "opponents_at_least": 1, "against": ""}
-    made.save(folder / "index", about | {"effort": {"probes": 2, "proposals": 9}, "recall": recall})
-    return task, folder
-
-
-def everything(folder):
-    """All that a store can answer, as bytes."""
-    store = GradientStore(folder)
-    ids = store.ids
-    values = [ids, store.rows(ids), store.self_influence(), store.losses(), store.column("word"), store.column("n")]
-    values += [side for sides in store.factors(ids).values() for side in sides]
-    values += [side for sides in store.bases().values() for side in sides]
-    values += [rows for _, rows in store.blocks()]
-    values += Candidates(store).search(store.rows(ids[:4]), 5)
-    return [value.tobytes() for value in values] + [json.dumps(store.manifest["map"])]
-
-
 def damage(content, generator, cut):
     if cut:
         return content[: generator.randrange(len(content))]
@@ -200,33 +34,11 @@ def damage(content, generator, cut):
     return bytes(changed)
 
 
-@pytest.mark.parametrize(("cut", "times"), [(False, 1000), (True, 200)], ids=["one bit", "cut short"])
-def test_no_damage_leads_to_a_wrong_answer(indexed, cut, times):
-    """Of shards, seals, bases, manifest and index."""
-    _, folder = indexed
-    expected, generator, found = everything(folder), random.Random(2), 0
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".h5", ".json", ".faiss"))
-    assert len(paths) == 9
-    for _ in range(times):
-        path = generator.choice(paths)
-        content = path.read_bytes()
-        path.unlink()  # a new file: the old one may still be mapped
-        path.write_bytes(damage(content, generator, cut))
-        try:
-            assert everything(folder) == expected
-        except (StoreError, IndexFileError):
-            found += 1
-        path.unlink()
-        path.write_bytes(content)
-    assert found > 0.8 * times
-    assert everything(folder) == expected
-
-
-def test_verify_finds_every_damage_of_a_shard(built):
+def test_verify_finds_every_damage_of_a_shard(built, faults):
     _, folder = built
-    generator = random.Random(3)
     paths = sorted((folder / "shards").iterdir())
-    for _ in range(200):
+    for number in faults("damages of a shard, verified", 60):
+        generator = random.Random(f"verify {number}")
         path = generator.choice(paths)
         content = path.read_bytes()
         path.unlink()
@@ -290,7 +102,7 @@ def test_a_repair_with_other_data_is_refused(built, tmp_path):
     other = x.clone()
     other[20:] *= -1
     flip(folder / "shards" / "0001-00001.h5")
-    before = lasting(folder)
+    before = faulty.lasting(folder)
     changed = replace(task, train=TensorDataset(other, y))
     with pytest.raises(MismatchError, match=r"of 0001-00001 \(ids 20 to 39\) are not those that"):
         gradindex.growth.repair(changed, folder)
@@ -298,7 +110,7 @@ def test_a_repair_with_other_data_is_refused(built, tmp_path):
     with pytest.raises(MismatchError, match=r"of 0001-00001 \(ids 20 to 39\) are not those that"):
         gradindex.growth.repair(changed, folder)
     before.pop("shards/0001-00001.json")
-    assert lasting(folder) == before
+    assert faulty.lasting(folder) == before
 
 
 def test_a_repair_of_a_compacted_shard_that_is_killed_can_be_given_again(built, monkeypatch):
@@ -361,10 +173,10 @@ def test_a_clock_set_back_changes_nothing(built):
     task, folder = built
     for path in folder.rglob("*"):
         os.utime(path, (2e9, 2e9))  # from the future
-    before = lasting(folder)
+    before = faulty.lasting(folder)
     options = {"projection": Projection("fitted", dim=24), "batch_size": 10, "factors": "float32", "shard_rows": 20}
     gradindex.build(task, folder, **options)
-    assert lasting(folder) == before
+    assert faulty.lasting(folder) == before
     assert gradindex.store.remove(folder, np.array([1])).n_train == 37
 
 
