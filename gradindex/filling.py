@@ -21,7 +21,7 @@ from .reading import read, reading_processes
 from .rows import RowBatch, RowMaker
 from .spotcheck import SpotCheck
 from .store import GradientStore, Job, Part, read_bases, runs
-from .task import Task, example_digest, sampled
+from .task import Task, sampled
 from .tree import preserved_random_state
 
 
@@ -133,7 +133,8 @@ def batches(
     for items in read(task, ids, manifest["batch_size"], workers):
         some = ids[start : start + len(items)]
         start += len(items)
-        samples += [(int(i), example_digest(item)) for i, item in zip(some, items, strict=True) if int(i) in wanted]
+        read_now = zip(some, items, strict=True)
+        samples += [(int(i), task.example_digest(item)) for i, item in read_now if int(i) in wanted]
         names = training_names(some)
         batch = maker.rows(items, names, "train")
         spot_check.check(some, items, names, batch)

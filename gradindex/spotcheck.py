@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .digests import digest
 from .errors import LossError, TaskError
 from .gradients import HALF, mixed
 from .projection import hash64, key
 from .rows import RowBatch, RowMaker
 from .task import Task
-from .tree import digest, extent, preserved_random_state, shapes
+from .tree import extent, preserved_random_state, shapes
 
 # Examples of a shard, drawn at random; and batches of examples of several shapes whose smallest one is taken.
 _RANDOM, _UNEVEN = 3, 3

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from .checkpoint import Checkpoint
 from .columns import Column, positions_of
+from .digests import digest
 from .errors import ArgumentError, GradIndexError, OutOfMemoryError, TaskError, is_out_of_memory, user_code
-from .tree import digest, preserved_random_state
+from .tree import preserved_random_state
 
 Arrays = dict[str, NDArray[Any]]
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -170,6 +171,11 @@ class Task:
         with user_code(f"show ({name})"):
             return self.show(item)
 
+    @property
+    def data_sets(self) -> tuple[Any, ...]:
+        """``train`` and ``query``: what items refer to, but is no part of them."""
+        return (self.train, self.query)
+
     def loss_for(self, role: str) -> Loss:
         """The loss of a ``"train"`` or ``"query"`` example."""
         return self.query_loss if role == "query" and self.query_loss is not None else self.loss
@@ -206,7 +212,7 @@ class Task:
             ids = self.train_ids
         sampled = ids[np.unique(np.linspace(0, len(ids) - 1, min(_SAMPLED, len(ids))).astype(np.int64))]
         with preserved_random_state():
-            examples = digest(list(zip(sampled.tolist(), self.examples(sampled), strict=True)))
+            examples = digest(list(zip(sampled.tolist(), self.examples(sampled), strict=True)), self.data_sets)
         pieces = (ids[start : start + _PIECE] for start in range(0, len(ids), _PIECE))
         columns = [digest(self.column_arrays("train", piece)) for piece in pieces] if self._by_place["train"] else []
         return digest([examples, *columns]).hex()
@@ -214,12 +220,16 @@ class Task:
     def sample_digests(self, ids: NDArray[np.int64]) -> list[tuple[int, str]]:
         """Ids and digests of those training examples among ``ids`` that stand for all (:func:`sampled`)."""
         with preserved_random_state():
-            return [(int(i), example_digest(item)) for i in sampled(ids) for item in self.examples([i])]
+            return [(int(i), self.example_digest(item)) for i in sampled(ids) for item in self.examples([i])]
 
     def differing(self, samples: Sequence[tuple[int, str]]) -> list[int]:
         """Ids whose training examples are not those that :meth:`sample_digests` saw."""
         with preserved_random_state():
-            return [i for i, then in samples if example_digest(*self.examples([i])) != then]
+            return [i for i, then in samples if self.example_digest(*self.examples([i])) != then]
+
+    def example_digest(self, item: Any) -> str:
+        """128 bits of the SHA-256 over an example's values, in hexadecimal."""
+        return digest(item, self.data_sets).hex()[:32]
 
     def check_reads_repeat(self) -> None:
         """Read a few training examples twice and refuse them if they differ.
@@ -236,8 +246,8 @@ class Task:
         ids = self.train_ids
         positions = ids[np.unique(np.linspace(0, len(ids) - 1, min(_READ_TWICE, len(ids))).astype(np.int64))]
         with preserved_random_state():
-            first = [digest(item) for item in self.examples(positions)]
-            second = [digest(item) for item in self.examples(positions)]
+            first = [self.example_digest(item) for item in self.examples(positions)]
+            second = [self.example_digest(item) for item in self.examples(positions)]
         differing = [int(i) for i, a, b in zip(positions, first, second, strict=True) if a != b]
         if differing:
             raise TaskError(
@@ -281,11 +291,6 @@ def sampled(ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """Up to 8 evenly spaced ids of a shard, whose examples stand for all."""
     chosen: NDArray[np.int64] = ids[np.unique(np.linspace(0, len(ids) - 1, min(8, len(ids))).astype(np.int64))]
     return chosen
-
-
-def example_digest(item: Any) -> str:
-    """128 bits of the SHA-256 over an example's values, in hexadecimal."""
-    return digest(item).hex()[:32]
 
 
 def read_example(data: Any, position: int, role: str) -> Any:

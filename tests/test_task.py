@@ -16,8 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import gradindex
+from gradindex.digests import digest
 from gradindex.errors import ArgumentError, TaskError
-from gradindex.tree import digest, map_tensors, preserved_random_state, tensors
+from gradindex.tree import map_tensors, preserved_random_state, tensors
 
 DATA = TensorDataset(torch.zeros(4, 6), torch.zeros(4, dtype=torch.long))
 
@@ -157,7 +158,7 @@ def test_the_fingerprint_follows_values_order_and_length(tmp_path):
 
 DIGEST = """
 import numpy as np, torch
-from gradindex.tree import digest
+from gradindex.digests import digest
 class Mine:
     def __init__(self): self.words, self.image = set("abcdefgh"), np.arange(6).reshape(2, 3)
 print(digest(({"a": torch.ones(2), "b": [1, "x", None, 2.5, True]}, np.float32(3), b"y", Mine())).hex())

@@ -9,7 +9,7 @@ import pytest
 import torch
 import toys
 from click.testing import CliRunner
-from test_format import GOLDEN
+from test_format import GOLDEN, digest_of
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
@@ -423,3 +423,18 @@ def test_a_store_without_the_key_is_shown_without_the_line(tmp_path):
     result = CliRunner().invoke(main, ["info", str(tmp_path / "store")], catch_exceptions=False)
     assert result.exit_code == 0
     assert "tracked" not in result.stdout
+
+
+@pytest.mark.parametrize("forged", [[], {"layers": 3}, {"left_out": "all"}, {"noted": [{"why": "?"}]}])
+def test_a_forged_account_of_what_is_tracked_is_one_line(tmp_path, forged):
+    shutil.copytree(GOLDEN / "float32", tmp_path / "store")
+    path = tmp_path / "store" / "manifest.json"
+    manifest = {name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}
+    told = {"layers": None, "parameters": 1, "numbers": 1, "left_out": [], "noted": []}
+    manifest["tracked"] = told | forged if forged else forged
+    path.write_text(json.dumps(manifest | {"sha256": digest_of(manifest)}))
+    result = CliRunner().invoke(main, ["info", str(tmp_path / "store")])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert "tracked" in result.stderr
+    assert result.stderr.count("\n") == 1

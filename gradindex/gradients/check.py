@@ -209,8 +209,11 @@ def _slower(engine: Engine, layer: Layer) -> list[Layer]:
 def _pick_general_route(engine: Engine, wrapper: LossModule, items: list[Any]) -> list[Layer]:
     names = [layer.parameters[0] for layer in engine.layers if layer.route == "vmap"]
     if names:
+        batch = engine.sliceable(items)
         try:
-            vmap_gradients(wrapper, engine.states[-1], names, engine.batch(items), len(items))
+            fits = batch is not None and bool(vmap_gradients(wrapper, engine.states[-1], names, batch, len(items)))
         except Exception:  # vmap refuses in many types; the loop then raises whatever is really wrong
+            fits = False
+        if not fits:
             return [replace(layer, route="loop") if layer.route == "vmap" else layer for layer in engine.layers]
     return engine.layers

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint import Loaded, differing_names
+from ..digests import skeleton
 from ..errors import ArgumentError, CheckpointError, TaskError, user_code
 from ..factors import Formed, Gradients, Layer
 from ..task import Task
-from ..tree import map_tensors
+from ..tree import map_tensors, tensors
 from ..weights import negligible
 from . import uses
 from .check import check_queries, check_routes
@@ -261,8 +262,9 @@ class Engine:
                 continue
             names = [layer.parameters[0] for layer in chosen.values()]
             self.hooks.at = f"the gradients of {', '.join(names)} ({route})"
-            if route == "vmap":
-                gradients = vmap_gradients(wrapper, state, names, self.batch(items), len(items), loss_scale)
+            batch = self.sliceable(items) if route == "vmap" else None
+            if batch is not None:
+                gradients = vmap_gradients(wrapper, state, names, batch, len(items), loss_scale)
             else:
                 gradients = loop_gradients(wrapper, state, names, self.singles(items), loss_scale)
             for (number, layer), gradient in zip(chosen.items(), gradients, strict=True):
@@ -390,15 +392,29 @@ class Engine:
             cast = self._cast(tensor)
             return cast.clone() if cast is tensor else cast  # what collate hands on may be the data set's own
 
-        return map_tensors(collated, owned)
+        return map_tensors(collated, owned, self.device, self.task.data_sets)
+
+    def sliceable(self, items: list[Any]) -> Any | None:
+        """The examples as a batch whose tensors can be cut along their first axes into batches of one, or ``None``.
+
+        A batch of one must have tensors with a first axis of 1 in the same places, and be the same in all else: counts
+        or lists of lengths would stay those of the whole batch.
+        """
+        batch, single = self.batch(items), self.batch(items[:1])
+        for some, n in ((tensors(batch), len(items)), (tensors(single), 1)):
+            if any(t.ndim == 0 or t.layout != torch.strided or t.is_nested or len(t) != n for t in some):
+                return None
+        return batch if skeleton(batch) == skeleton(single) else None
 
     def cast(self, tree: Any) -> Any:
         """Every tensor on the device, and in the engine's floating-point type and layout."""
-        return map_tensors(tree, self._cast)
+        return map_tensors(tree, self._cast, self.device, self.task.data_sets)
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        cast = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
-        if not cast.is_floating_point() or cast.ndim not in (4, 5):
+        dtype = self.dtype if tensor.is_floating_point() else self.dtype.to_complex() if tensor.is_complex() else None
+        cast = tensor if dtype is None else tensor.to(dtype)
+        laid_out = cast.layout == torch.strided and not cast.is_nested and cast.ndim in (4, 5)
+        if not (laid_out and cast.is_floating_point()):
             return cast
         last = torch.channels_last if cast.ndim == 4 else torch.channels_last_3d
         return cast.contiguous(memory_format=last if self.channels_last else torch.contiguous_format)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..digests import digest
 from ..errors import LossError, NonFiniteGradientError, UserCodeError, failed, joined_names, left_out
 from ..memory import in_halves
-from ..tree import digest, preserved_random_state, shapes
+from ..tree import preserved_random_state, shapes
 from .functional import COLLATE, LossModule, loop_gradients
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ def _agree(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
 
 
 def _random(engine: Engine, item: Any, name: str, first: float, second: float) -> str:
-    if digest(engine.task.collate([item])) != digest(engine.task.collate([item])):
+    apart = engine.task.data_sets
+    if digest(engine.task.collate([item]), apart) != digest(engine.task.collate([item]), apart):
         return (
             f"collate is random: it makes two different batches of {_lower(name)} alone (masks drawn at random?). "
             "Draw what is random once for each example, in the data set, by its position."

@@ -280,7 +280,7 @@ def _alike(example: Any, item: Any) -> bool:
         return all(_alike(example[0], part) for part in item) if example else not item
     if isinstance(example, Mapping):
         return isinstance(item, Mapping)
-    axes = [getattr(one, "ndim", None) or None for one in (example, item)]
+    axes = [one.ndim or None if hasattr(type(one), "ndim") else None for one in (example, item)]
     if axes != [None, None]:
         return axes[0] == axes[1]
     numbers = [isinstance(one, (int, float, np.number, np.bool_, Tensor, np.ndarray)) for one in (example, item)]

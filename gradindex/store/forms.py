@@ -57,11 +57,14 @@ _entry = record(
     {"name": _NAME, "first": whole(), "last": whole(0, LARGEST - 1), "rows": _ROWS, "data": _DIGEST, "seal": _DIGEST},
     {"origins": list_of(tuple_of(_DIGEST, whole(), whole(0, LARGEST - 1)), 1)},
 )
+_layer = record(
+    {"name": _any_text, "parameters": list_of(_any_text), "shape": tuple_of(_SIZE, _SIZE), "route": _any_text}
+)
 _map = record(
     {
         "model": list_of(tuple_of(_any_text, list_of(_SIZE))),
         "loss": _any_text,
-        "layers": list_of(record({"name": _any_text, "shape": tuple_of(_SIZE, _SIZE), "route": _any_text}), 1),
+        "layers": list_of(_layer, 1),
         "checkpoints": list_of(
             record(
                 {
@@ -81,6 +84,18 @@ _map = record(
     },
     {"preconditioner": nullable(_any_text)},
 )
+_counted = {"parameters": whole(), "numbers": whole()}
+_summary = record({"why": _any_text, **_counted, "first": list_of(_any_text)})
+_told = {
+    "tracked": record(
+        {
+            "layers": nullable(list_of(_any_text)),
+            **_counted,
+            "left_out": list_of(_summary),
+            "noted": list_of(_summary),
+        }
+    )
+}
 _described = {
     "task": _any_text,
     "map": _map,
@@ -98,7 +113,7 @@ _described = {
     "generation": whole(1, 1 << 53),
 }
 _manifest = record(
-    {"needs": list_of(_any_text), **_described, "shards": list_of(_entry, 1)}, {"merged": list_of(_DIGEST)}
+    {"needs": list_of(_any_text), **_described, "shards": list_of(_entry, 1)}, {"merged": list_of(_DIGEST), **_told}
 )
 _planned = record(
     {"name": _NAME, "ids": runs},
@@ -112,7 +127,7 @@ _pending = record(
     {
         "needs": list_of(_any_text),
         "job": text("[a-z-]{1,40}", "the name of a command"),
-        "after": record({**_described, "data": anything}, {"merged": list_of(_DIGEST)}),
+        "after": record({**_described, "data": anything}, {"merged": list_of(_DIGEST), **_told}),
         "plan": list_of(_planned),
         "keep": list_of(_entry),
     },
