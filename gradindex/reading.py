@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import ArgumentError, GradIndexError, TaskError, UserCodeError, WorkerError, user_code
-from .task import Task, import_file, read_example, task_files
+from .importing import import_file, task_files
+from .task import Task, read_example
 
 # Arrays of a batch share one block of memory, each at a multiple of this, as kernels like it.
 _ALIGNED = 64

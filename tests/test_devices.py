@@ -29,7 +29,7 @@ def test_float16_is_for_cuda_devices(task, tmp_path):
 @pytest.fixture
 def half_on_cpu(monkeypatch):
     """What CUDA does in float16, done slowly by the processor."""
-    monkeypatch.setattr("gradindex.gradients.engine._check_half", lambda *_: None)
+    monkeypatch.setattr("gradindex.gradients.engine.check_precision", lambda *_: None)
 
 
 def test_float16_rows_point_where_float32_rows_do(task, tmp_path, half_on_cpu):

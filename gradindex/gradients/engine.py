@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,19 +28,13 @@ from .check import check_queries, check_routes
 from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, State, loop_gradients, vmap_gradients
 from .hooks import Consume, Hooks
 from .layers import plan_layers, refuse_what_hides
+from .precision import HALF, LOSS_SCALES, Precision, check_precision, usable
 from .rules import RULES
 from .tracked import Tracked, choose
-
-Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 _ADAM_EPSILON = 1e-8
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
-# Precisions whose gradients are not exact.
-HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Losses times the first do not underflow in float16; where a gradient overflows, the next one is tried.
-_LOSS_SCALES = (2.0**14, 2.0**7, 1.0)
 
 
 class Engine:
@@ -79,8 +73,6 @@ class Engine:
         tracked: Tracked | None = None,
         alone: bool = False,
     ) -> None:
-        if precision not in get_args(Precision):
-            raise ArgumentError(f"precision is {precision!r}, but must be one of: {', '.join(get_args(Precision))}.")
         self.task, self.alone = task, alone
         self.precision = precision
         self.dtype = torch.float64 if precision == "float64" else torch.float32
@@ -89,8 +81,8 @@ class Engine:
         if first is None:
             raise TaskError("The model has no parameters, so there are no gradients to trace.")
         refuse_what_hides(self.model)
-        self.device = _usable(first.device if device is None else device)
-        _check_half(precision, self.device)
+        self.device = usable(first.device if device is None else device)
+        check_precision(precision, self.device)
         self.channels_last = channels_last
         if channels_last is None:
             self.channels_last = any(isinstance(module, nn.Conv2d) for module in self.model.modules())
@@ -145,7 +137,7 @@ class Engine:
     @property
     def loss_scales(self) -> tuple[float, ...]:
         """What :meth:`run` may multiply the losses by; where gradients overflow with one, try the next."""
-        return _LOSS_SCALES if self.precision == "float16" else (1.0,)
+        return LOSS_SCALES if self.precision == "float16" else (1.0,)
 
     @property
     def at(self) -> str:
@@ -418,21 +410,3 @@ class Engine:
             return cast
         last = torch.channels_last if cast.ndim == 4 else torch.channels_last_3d
         return cast.contiguous(memory_format=last if self.channels_last else torch.contiguous_format)
-
-
-def _check_half(precision: str, device: torch.device) -> None:
-    if precision == "float16" and device.type != "cuda":
-        raise ArgumentError(
-            f"precision is 'float16', but that is for CUDA devices, and this is {device.type!r}. Use 'bfloat16'."
-        )
-
-
-def _usable(device: str | torch.device) -> torch.device:
-    """The device, if a tensor can be put there."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the second
-        reason = str(error).splitlines()[0]
-        raise ArgumentError(
-            f"device is {str(device)!r}, but it cannot be used here ({reason}). Choose another."
-        ) from None

@@ -22,7 +22,7 @@ from torch.nn import functional
 import gradindex
 from gradindex import Checkpoint, GradIndexError, Task, find_checkpoints
 from gradindex.errors import ArgumentError, TaskError
-from gradindex.task import import_by_name
+from gradindex.importing import import_by_name
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, as torchvision has them
 
