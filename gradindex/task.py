@@ -377,5 +377,7 @@ def _columns(role: str, values: Any, data: str, n: int) -> dict[str, Column]:
             raise TaskError(f"{role} has a column {name!r}, but a name must be a text. Rename it.")
         if not name or "/" in name or name == ".":
             raise TaskError(f"{role} has a column {name!r}, but a name must not be empty or hold a slash. Rename it.")
+        if "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
+            raise TaskError(f"{role} has a column {name!a}, but a name must be Unicode without NUL. Rename it.")
         made[name] = Column(f"{role}[{name!r}]", values[name], n, data)
     return made

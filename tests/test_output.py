@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,17 @@ from click.testing import CliRunner
 
 import gradindex
 from gradindex.cli import main
-from gradindex.errors import StoreError
+from gradindex.errors import StoreError, TaskError
 from gradindex.output import csv_cell, printable, shown_as, table, table_lines, to_json
 from gradindex.report import heat_map, write_page
-from gradindex.retrieval.hits import Hits, LookedUp
+from gradindex.retrieval.hits import Hits, LookedUp, text_lines
 from gradindex.retrieval.split import Split
 
 CLEAR = "\x1b[2J\x1b]0;mine\x07"
 OURS = ("id", "score", "rank", "query", "kind", "self_influence", "columns.id", "columns.columns.id", "shown", "ID")
 TASK_FILE = """
 import sys
+import tracemalloc
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import toys
@@ -416,3 +418,26 @@ sys.exit("the child hangs" if hangs else process.exitcode)
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_large_answers_take_no_memory_for_each_hit(monkeypatch):
+    """As Python objects all at once, 20,000 hits are about 10 MB, and as a table's cells 7."""
+    monkeypatch.setattr("gradindex.output._KEPT", 500)
+    monkeypatch.setattr("gradindex.retrieval.hits.AT_ONCE", 500)
+    n = 20_000
+    ids = np.arange(n)[None]
+    columns = LookedUp(["name"], lambda _, some: np.char.add("example ", some.astype(str)), ids)
+    hits = Hits(ids, np.linspace(1, 0, n)[None], "proponents", "exact", ("query 0",), columns)
+    for read in (hits.each_record, lambda: text_lines([hits])):
+        tracemalloc.start()
+        count = sum(1 for _ in read())
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert count >= n
+        assert peak < 2 << 20
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\0", "\ud800", "x\udfff"])
+def test_a_column_whose_name_no_file_can_hold_is_refused(tmp_path, name):
+    with pytest.raises(TaskError, match="must be Unicode without NUL. Rename it"):
+        toys.make_task(tmp_path, columns={name: range(12)})
