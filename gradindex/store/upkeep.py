@@ -106,11 +106,11 @@ def merge(
     if shift < 0:
         raise ArgumentError(f"offset is {shift}, but must not be negative.")
     with changing(folder, "merge") as store:
-        sources = {str(path.resolve()): GradientStore(path) for path in paths}
+        sources = {os.path.realpath(path): GradientStore(path) for path in paths}
         merged = [source.manifest["sha256"] for source in sources.values()]
         if Job.pending(store.folder) is None and set(merged) <= set(store.manifest.get("merged", [])):
             return store  # the command was given again after its end
-        if len(sources) < len(paths) or str(store.folder.resolve()) in sources:
+        if len(sources) < len(paths) or os.path.realpath(store.folder) in sources:
             raise ArgumentError("A store is named twice. Name each store once.")
         plan: list[dict[str, Any]] = []
         end = store.manifest["next_id"]
