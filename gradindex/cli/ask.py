@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,12 @@ from ..output import shown_as, table_lines
 from .main import AGGREGATE, DEVICE, FILE, FOLDER, PATH, POSITION, TASK, TRAIN_ID, WHERE, Form, forms, say, show
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ..retrieval.asking import Queries
     from ..retrieval.retriever import Retriever
+    from ..store import GradientStore
 
 # Records whose columns are looked up together.
 _AT_ONCE = 10_000
@@ -174,19 +179,31 @@ def self_influence(folder: Path, k: int | str | None, where: list[tuple[str, str
 
     Example: gradindex self-influence /tmp/mnist -k 20
     """
+    from ..errors import StoreChangedError
     from ..retrieval.filters import matching, parse_where
     from ..retrieval.hits import NOTHING
-    from ..store import GradientStore
+    from ..store import GradientStore as Store
+    from ..store import asked_again, followed
 
-    store = GradientStore(folder)
-    only = matching(store, parse_where(store, where)) if where else None
-    count = min(20, store.n_train) if k is None else store.n_train if k == "all" else int(k)
-    ids, scores = store.top_self_influence(count, only)
+    def found() -> tuple[GradientStore, NDArray[np.int64], NDArray[np.float64]]:
+        store = Store(folder)
+        only = matching(store, parse_where(store, where)) if where else None
+        count = min(20, store.n_train) if k is None else store.n_train if k == "all" else int(k)
+        return store, *store.top_self_influence(count, only)
+
+    store, ids, scores = asked_again(found)
+
+    def values_of(some: NDArray[np.int64]) -> dict[str, list[Any]]:
+        try:
+            return {shown_as(name): store.column(name, some).tolist() for name in store.columns}
+        except StoreChangedError:  # what is shown already stays true where these rows are the same
+            now = followed(store, some)
+            return {shown_as(name): now.column(name, some).tolist() for name in store.columns}
 
     def records() -> Iterator[dict[str, Any]]:
         for start in range(0, len(ids), _AT_ONCE):
             some = ids[start : start + _AT_ONCE]
-            columns = {shown_as(name): store.column(name, some).tolist() for name in store.columns}
+            columns = asked_again(partial(values_of, some))
             for place, i in enumerate(some.tolist()):
                 yield {"rank": start + place + 1, "id": i, "self_influence": float(scores[start + place])} | {
                     name: values[place] for name, values in columns.items()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,9 @@ _TYPE = text(r"[<>|=]?([biufcS]\d{1,9}|[mM]8(\[\d*\w+\])?)", "a type in NumPy's 
 _COLUMN_TYPE = text(r"U|[<>|=]?([biufc]\d{1,2}|[mM]8(\[\d*\w+\])?)", "a type in NumPy's notation, or U")
 _SIZE = whole(0, 1 << 48)
 # Far more than a machine has, and few enough for it to refuse.
-_THREADS, _ROWS = whole(1, 4096), whole(1, 1 << 40)
+_MOST_ROWS = 1 << 40
+_THREADS, _ROWS = whole(1, 4096), whole(1, _MOST_ROWS)
+_of_entry = itemgetter("name", "first", "last", "rows", "data", "seal")
 _DIGEST_DIGITS = 32
 
 
@@ -50,6 +54,25 @@ def _column(value: Any) -> None:
     _any_text(value)
     if not value or "\0" in value or value.startswith("/") or ".." in value.split("/"):
         raise not_as(value, "the name of a column, which is no path")
+
+
+_NAMES, _DIGESTS = (re.compile(f"({one}\n)+").fullmatch for one in (r"\d{4,9}-\d{5,9}", "[0-9a-f]{64}"))
+
+
+def _entries(value: Any) -> None:
+    """The shards of a manifest: all at once, for every opening of a store waits for it; what is wrong, one by one."""
+    try:
+        names, first, last, rows, data, seals = zip(*map(_of_entry, value), strict=True)
+        numbers = first + last + rows
+        plain = set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < LARGEST
+        named, digests = ("\n".join((*texts, "")) for texts in (names, data + seals))
+        alone = named.count("\n") == len(names) and digests.count("\n") == 2 * len(names)
+        plain = plain and type(value) is list and not any("origins" in entry for entry in value)
+        if plain and alone and max(rows) <= _MOST_ROWS and _NAMES(named) and _DIGESTS(digests):
+            return
+    except (TypeError, KeyError, ValueError):
+        pass
+    list_of(_entry, 1)(value)
 
 
 _step, _rates = nullable(number()), map_of(_any_text, number())
@@ -113,7 +136,7 @@ _described = {
     "generation": whole(1, 1 << 53),
 }
 _manifest = record(
-    {"needs": list_of(_any_text), **_described, "shards": list_of(_entry, 1)}, {"merged": list_of(_DIGEST), **_told}
+    {"needs": list_of(_any_text), **_described, "shards": _entries}, {"merged": list_of(_DIGEST), **_told}
 )
 _planned = record(
     {"name": _NAME, "ids": runs},

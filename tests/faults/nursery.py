@@ -141,7 +141,7 @@ def full_disk(run, folder, asked):
         run(folder)
     except GradIndexError as error:
         said = str(error)
-        if "No space left on device" not in said or "\n" in said:
+        if not ("No space left on device" in said or "still needs about" in said) or "\n" in said:
             return f"said {said}"
     if faulty.fingerprint(folder) not in asked["allowed"]:
         return f"other answers after {said}"

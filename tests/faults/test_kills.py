@@ -63,7 +63,8 @@ def test_a_kill_at_any_file_event_loses_nothing(nursery, states, ends, faults, t
         code, said = nursery.run(command, folder / "store")
         assert code == 0, (command, kill, said)
         again = made(folder / "store")
-        assert all(again[name] == sealed[name] for name in sealed if name in again)  # what was finished is kept
+        if command != "repair":  # of which one shard is begun anew
+            assert all(again[name] == sealed[name] for name in sealed if name in again)  # what was finished is kept
         assert faulty.fingerprint(folder / "store") == after, (command, kill)
         assert GradientStore(folder / "store").verify() == []
         mine = faulty.lasting(folder / "store")

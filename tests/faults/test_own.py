@@ -9,9 +9,11 @@ import faulty
 import numpy as np
 import pytest
 import toys
+from click.testing import CliRunner
 from torch.utils.data import Subset, TensorDataset
 
 import gradindex
+from gradindex.cli import main
 from gradindex.errors import StoreChangedError, StoreError
 from gradindex.evaluation.tuning import drop
 from gradindex.projection import Projection
@@ -351,6 +353,40 @@ def test_pieces_of_exact_scores_go_on_over_a_compaction_and_stop_at_a_removal(ta
     gradindex.store.compact(tmp_path / "store")
     with pytest.raises(StoreChangedError, match="has other rows than when this answer began. Ask again"):
         list(pieces)
+
+
+@pytest.mark.parametrize("command", ["self-influence", "export", "verify", "info"])
+def test_a_command_goes_on_over_a_compaction(folder, tmp_path, monkeypatch, command):
+    gradindex.store.remove(folder, [0, 30])
+    most, before = GradientStore(folder).top_self_influence(20), GradientStore(folder)
+    column, read_seal, done = GradientStore.column, gradindex.store.shards.read_seal, []
+
+    def compacted(original):
+        def changed(*args, **options):
+            if not done:
+                done.append(True)  # before the compaction, which asks as well
+                gradindex.store.compact(folder)
+            return original(*args, **options)
+
+        return changed
+
+    monkeypatch.setattr(gradindex.store.shards, "_MOST_OPEN", 1)
+    if command in ("self-influence", "export"):
+        monkeypatch.setattr(GradientStore, "column", compacted(column))
+    else:
+        monkeypatch.setattr(gradindex.store.shards, "read_seal", compacted(read_seal))
+    out = (
+        ["--json"] if command in ("self-influence", "info") else [str(tmp_path / "out")] if command == "export" else []
+    )
+    result = CliRunner().invoke(main, [command, str(folder), *out], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    if command == "self-influence":
+        found = json.loads(result.stdout)["records"]
+        assert [each["id"] for each in found] == most[0].tolist()
+        assert [each["word"] for each in found] == [f"w{i}" for i in most[0]]
+    if command == "export":
+        np.testing.assert_array_equal(np.load(tmp_path / "out" / "ids.npy"), before.ids)
+    assert done or command == "info"
 
 
 def test_a_part_locks_no_file_of_anothers(task, tmp_path):
