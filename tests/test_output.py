@@ -373,8 +373,7 @@ def test_the_demo_leaves_what_it_did_not_write(tmp_path):
         (demo / name).unlink()
 
 
-@pytest.mark.parametrize("rerank", ["exact", "rows"])
-def test_children_forked_after_a_query_answer_too(tmp_path, rerank):
+def test_children_forked_after_a_query_answer_too(tmp_path):
     """OpenMP's threads do not live on in a child, which would wait for them for ever."""
     script = f"""
 import multiprocessing, pathlib, sys
@@ -391,12 +390,11 @@ task = toys.make_task(folder, model, shape=(400,), n_train=64)
 gradindex.build(task, folder / "store", projection=Projection("gaussian", 64))
 retriever = gradindex.load(folder / "store", task)
 def ask():
-    return retriever.both(range(3), k=5, rerank={rerank!r})
+    return [*retriever.both(range(3), k=5), retriever.proponents([0], at_least=0, rerank="rows")]
 before = ask()
 def child():
     for then, now in zip(before, ask()):
         assert (then.ids == now.ids).all()
-    assert gradindex.build(task, folder / "other").n_train == 64
     try:
         with gradindex.filling.threads(2):
             pass
