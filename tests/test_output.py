@@ -443,7 +443,12 @@ def test_a_column_whose_name_no_file_can_hold_is_refused(tmp_path, name):
 
 def test_a_link_to_itself_is_no_store(work):
     (work / "loop").symlink_to("loop")
-    for command in (["merge", "store", "loop"], ["merge", "loop", "store"], ["info", "loop"], ["export", "loop", "out"]):
+    for command in (
+        ["merge", "store", "loop"],
+        ["merge", "loop", "store"],
+        ["info", "loop"],
+        ["export", "loop", "out"],
+    ):
         result = call(*command)
         assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
         assert "loop is not a gradindex store" in result.stderr
