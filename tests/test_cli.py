@@ -302,7 +302,7 @@ BAD_TASKS = {
     "mine.py:misfit": "other.pt does not fit the model: 0.bias is missing; 2.weight is missing; 2.bias is missing (and",
     "mine.py:no_eta": "w_0.pt has no recorded learning rate, so its weight eta is unknown. Give learning_rate=",
     "mine.py:scalar": "The loss has shape (), but must be per example",
-    "mine.py:nan": "Training example 7 has a NaN or infinite gradient at checkpoint 0",
+    "mine.py:nan": "Training example 7 has a NaN or infinite loss at checkpoint 0",
     "mine.py:wrong_layer": "The layer pattern 'head' matches nothing in the model. Close names:",
     "mine.py:empty": "train is empty. Give at least one example.",
 }

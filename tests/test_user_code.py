@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 import toys
+from click.testing import CliRunner
 from PIL import Image
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import gradindex
+from gradindex import cli
 from gradindex.errors import OutOfMemoryError, UserCodeError
 
 
@@ -108,6 +110,17 @@ def test_items_that_make_no_batch_name_collate(tmp_path, case):
         UserCodeError, match=r"collate on training example 0 failed: TypeError.*Give Task\(collate=\.\.\.\)"
     ):
         gradindex.build(task, tmp_path / "store")
+
+
+def test_the_command_line_says_how_to_see_where(tmp_path, monkeypatch):
+    task = toys.make_task(tmp_path, loss=failing_at(-1000))
+    monkeypatch.setattr("gradindex.task.load_task", lambda name: task)
+    done = CliRunner().invoke(cli.main, ["build", "my.py:task", "--out", str(tmp_path / "store")])
+    assert done.exit_code == 1
+    expected = "The loss on training example 0 failed: KeyError: 'no such label'. (gradindex --debug shows where.)"
+    assert done.stderr.splitlines()[-1] == f"Error: {expected}"
+    done = CliRunner().invoke(cli.main, ["--debug", "build", "my.py:task", "--out", str(tmp_path / "store")])
+    assert isinstance(done.exception, UserCodeError) and isinstance(done.exception.__cause__, KeyError)
 
 
 def test_what_only_a_batch_makes_fail_says_so(tmp_path):

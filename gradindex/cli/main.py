@@ -17,7 +17,7 @@ from typing import Any, Literal
 import click
 
 from .. import __version__
-from ..errors import GradIndexError
+from ..errors import GradIndexError, UserCodeError
 from ..output import csv_cell, printable, to_json
 
 # Commands that go on where they were when they are given again.
@@ -101,6 +101,8 @@ class _OneLineErrors(click.Group):
 
 
 def _in_one_line(error: Exception) -> str:
+    if isinstance(error, UserCodeError):
+        return f"{error} (gradindex --debug shows where.)"
     if isinstance(error, GradIndexError):
         return str(error)
     if isinstance(error, OSError):
