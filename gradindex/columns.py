@@ -1,7 +1,7 @@
 """Columns: one value for each example, taken by its place, whatever holds the values and whatever labels it has.
 
-A column is stored as numbers or as text. Dates become ISO 8601 text, which sorts as dates do; what is missing becomes
-NaN among numbers and the empty text among texts and dates.
+A column is stored as numbers, dates (:mod:`gradindex.dates`) or text. What is missing becomes NaN among numbers, NaT
+among dates and the empty text among texts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .dates import DATES, NotKeptError, as_dates
 from .errors import ArgumentError, TaskError, user_code
+from .output import date_text
 
 # Values that are looked at together: a list of long texts never becomes one array.
 _PIECE = 8192
@@ -48,16 +50,16 @@ class Column:
         self._is_array = isinstance(self._values, np.ndarray)
         if len(self._values) != n:
             raise TaskError(f"{name} has {len(self._values)} values, but {data} has {n} examples. Give one for each.")
-        # The type in NumPy's notation, little-endian; "U" for text.
+        # The type in NumPy's notation, little-endian; "U" for text, DATES for dates.
         self.kind = self._kind_of_array() if self._is_array else self._kind_of_objects()
 
     def take(self, positions: NDArray[np.int64]) -> NDArray[Any]:
-        """The values at positions (m,), as ``str_`` or numbers."""
+        """The values at positions (m,), as ``str_``, numbers or ``datetime64[us]``."""
         if not self._is_array:
             return self._converted(self._objects(positions))
         taken: NDArray[Any] = self._values[positions]
-        if taken.dtype.kind == "M":
-            return date_texts(taken)
+        if self.kind == DATES:
+            return as_dates(taken)
         return taken if self.kind == "U" else taken.astype(self.kind, copy=False)
 
     def _pieces(self) -> Iterator[NDArray[np.int64]]:
@@ -68,9 +70,11 @@ class Column:
         dtype = self._values.dtype
         if dtype.kind in "UM":
             for places in self._pieces():
-                taken = self._values[places]
-                self._check_texts((date_texts(taken) if dtype.kind == "M" else taken).tolist(), places)
-            return "U"
+                if dtype.kind == "M":
+                    self._check_dates(self._values[places], places)
+                else:
+                    self._check_texts(self._values[places].tolist(), places)
+            return "U" if dtype.kind == "U" else DATES
         if dtype.kind not in "biuf" or dtype.itemsize > 8:
             raise TaskError(f"{self._name} holds values of type {dtype}, but {_NEEDS}")
         kind: str = dtype.newbyteorder("<").str
@@ -106,9 +110,11 @@ class Column:
             gaps = gaps or type(None) in kinds
             self._check_one_family(first)
             present = [(place, value) for place, value in zip(places, objects, strict=True) if value is not None]
-            if {"U", "D"} & set(kinds.values()):
-                zones |= {value.tzinfo is not None for _, value in present if isinstance(value, datetime.datetime)}
+            if "U" in kinds.values():
                 self._check_texts([as_text(value) for _, value in present], [place for place, _ in present])
+            elif "D" in kinds.values():
+                zones |= {_has_zone(value) for _, value in present}
+                self._check_dates(objects, places)
             elif present:
                 array = np.asarray([value for _, value in present])
                 if array.dtype.kind == "O":
@@ -131,12 +137,10 @@ class Column:
     def _joined(
         self, first: Mapping[str, int], dtypes: set[np.dtype[Any]], zones: set[bool], gaps: bool, largest: int
     ) -> str:
+        if len(zones) > 1:
+            raise TaskError(f"{self._name} mixes dates with and without a time zone. Give all of them one, or none.")
         if "U" in first or "D" in first:
-            if len(zones) > 1:
-                raise TaskError(
-                    f"{self._name} mixes dates with and without a time zone. Give all of them one, or none."
-                )
-            return "U"
+            return "U" if "U" in first else DATES
         if "b" in first:
             return "<f8" if gaps else "|b1"
         joined = np.result_type(*dtypes) if dtypes else np.dtype(float)
@@ -153,7 +157,15 @@ class Column:
     def _converted(self, objects: list[Any]) -> NDArray[Any]:
         if self.kind == "U":
             return np.asarray([as_text(value) for value in objects], dtype=np.str_)
+        if self.kind == DATES:
+            return as_dates(objects)
         return np.asarray([np.nan if value is None else value for value in objects], dtype=self.kind)
+
+    def _check_dates(self, dates: NDArray[np.datetime64] | Sequence[Any], places: NDArray[np.int64]) -> None:
+        try:
+            as_dates(dates)
+        except NotKeptError as error:
+            raise TaskError(f"{self._name}, at place {places[error.place]}, holds {error}. {error.way_out}") from None
 
     def _check_texts(self, texts: list[str], places: Iterable[Any]) -> None:
         for place, text in zip(places, texts, strict=True):
@@ -196,7 +208,8 @@ def _by_place(name: str, values: Any) -> Any:
             wide = values.dtype in (torch.float16, torch.float32, torch.float64)
             values = (values.float() if values.is_floating_point() and not wide else values).numpy()
         elif isinstance(values, np.ma.MaskedArray):
-            values = values.tolist()  # with None where it is masked
+            # With None where it is masked, or NaT: dates that are masked would become numbers.
+            values = values.filled(np.datetime64("NaT")) if values.dtype.kind == "M" else values.tolist()
         elif hasattr(values, "__array__"):
             values = np.asarray(values)
         elif hasattr(values, "to_numpy"):
@@ -227,6 +240,10 @@ def _family(kind: type) -> str:
         return "i"
     narrow = issubclass(kind, float) or (issubclass(kind, np.floating) and np.dtype(kind).itemsize <= 8)
     return "f" if narrow else "?"
+
+
+def _has_zone(date: Any) -> bool:
+    return isinstance(date, datetime.datetime) and date.utcoffset() is not None
 
 
 def _hint(kind: type) -> str:
@@ -295,43 +312,11 @@ def _short(value: Any) -> str:
 
 
 def as_text(value: Any) -> str:
-    """A text, a date (see :func:`date_texts`) or ``None`` as a column of texts has it.
-
-    Of a date with a time zone the moment is kept, in UTC: ``"2024-01-31T12:00:00+00:00"``.
-    """
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, np.datetime64):
-        text: str = date_texts(np.asarray([value]))[0].item()
-        return text
-    if not isinstance(value, datetime.datetime):
-        return str(value.isoformat())
-    if value.tzinfo is None:
-        return _without_fraction(value.isoformat()).removesuffix("T00:00:00")
-    moment = value.astimezone(datetime.timezone.utc).replace(tzinfo=None)
-    return f"{_without_fraction(moment.isoformat())}+00:00"
-
-
-def date_texts(dates: NDArray[np.datetime64]) -> NDArray[np.str_]:
-    """Dates in ISO 8601, as short as they can be: ``"2024-01-31"``, ``"2024-01-31T12:00:00.5"``; sorts as they do.
-
-    Args:
-        dates: (m,) ``datetime64`` of any unit.
-
-    Returns:
-        (m,) text; empty where a date is missing.
-    """
-    unit = np.datetime_data(dates.dtype)[0]
-    if unit in ("Y", "M", "W"):
-        dates = dates.astype("<M8[D]")
-    elif unit in ("h", "m"):
-        dates = dates.astype("<M8[s]")
-    texts = [_without_fraction(text).removesuffix("T00:00:00") for text in np.datetime_as_string(dates).tolist()]
-    return np.asarray(["" if text == "NaT" else text for text in texts], dtype=np.str_)
-
-
-def _without_fraction(text: str) -> str:
-    """Without zeros at the end of its fraction of a second."""
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    """A text, a date (see :func:`date_text`) or ``None`` as a column of texts has it."""
+    if isinstance(value, (np.datetime64, datetime.datetime)):
+        aware = _has_zone(value)
+        moment: datetime.datetime = as_dates([value])[0].item()
+        return date_text(moment.replace(tzinfo=datetime.timezone.utc) if aware else moment)
+    if isinstance(value, datetime.date):
+        return date_text(value)
+    return "" if value is None else str.__str__(value)

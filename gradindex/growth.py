@@ -213,7 +213,7 @@ def _check_columns(store: GradientStore, task: Task) -> None:
 
 
 def _equal(one: NDArray[Any], other: NDArray[Any]) -> bool:
-    return np.array_equal(one, other, equal_nan=one.dtype.kind == other.dtype.kind == "f")
+    return np.array_equal(one, other, equal_nan=one.dtype.kind == other.dtype.kind and one.dtype.kind in "fM")
 
 
 def _type_of(store: GradientStore, name: str) -> str | None:

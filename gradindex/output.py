@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import re
@@ -53,6 +54,22 @@ def printable(text: str) -> str:
     )
 
 
+def date_text(date: datetime.date) -> str:
+    """A date in ISO 8601, as short as it can be: ``2024-01-31`` (also for midnight), ``2024-01-31T08:30:00.25``."""
+    if not isinstance(date, datetime.datetime):
+        return date.isoformat()
+    text = date.replace(tzinfo=None).isoformat()
+    text = text.rstrip("0") if "." in text else text
+    return text.removesuffix("T00:00:00") if date.tzinfo is None else f"{text}{date.isoformat()[-len('+00:00') :]}"
+
+
+def plain(value: Any) -> Any:
+    """A value as a cell shows it: dates as text, what is missing as nothing."""
+    if isinstance(value, datetime.date):
+        return date_text(value)
+    return "" if value is None or value != value else value
+
+
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Records of the same keys as an aligned text table: numbers to the right, texts to the left."""
     return "\n".join(table_lines(lambda: records))
@@ -71,7 +88,7 @@ def table_lines(records: Callable[[], Iterable[Mapping[str, Any]]]) -> Iterator[
     for count, record in enumerate(records(), 1):
         if count == 1:
             kept = [[printable(name) for name in record]]
-            widths, left = [len(name) for name in kept[0]], [isinstance(value, str) for value in record.values()]
+            widths, left = [len(name) for name in kept[0]], [_to_left(value) for value in record.values()]
         cells = _cells(record)
         widths = [width if width > len(cell) else len(cell) for width, cell in zip(widths, cells, strict=True)]
         if count <= _KEPT:
@@ -87,10 +104,14 @@ def table_lines(records: Callable[[], Iterable[Mapping[str, Any]]]) -> Iterator[
             yield _aligned(cells, widths, left)
 
 
+def _to_left(value: Any) -> bool:
+    return value is None or isinstance(value, (str, datetime.date))
+
+
 def _cells(record: Mapping[str, Any]) -> list[str]:
     """As text; what is missing is left blank."""
     return [
-        printable(str(value)) if not isinstance(value, float) else f"{value:.5g}" if value == value else ""
+        printable(str(plain(value))) if not isinstance(value, float) else f"{value:.5g}" if value == value else ""
         for value in record.values()
     ]
 
@@ -101,11 +122,17 @@ def _aligned(line: list[str], widths: list[int], left: list[bool]) -> str:
 
 
 def to_json(value: Any) -> str:
-    """Strict JSON, in ASCII: NaN and infinity, which JSON lacks, as ``null``."""
+    """Strict JSON, in ASCII: NaN and infinity, which JSON lacks, as ``null``; dates as text."""
     try:
-        return json.dumps(value, allow_nan=False)
+        return json.dumps(value, allow_nan=False, default=_date)
     except ValueError:
-        return json.dumps(_finite(value), allow_nan=False)
+        return json.dumps(_finite(value), allow_nan=False, default=_date)
+
+
+def _date(value: Any) -> str:
+    if isinstance(value, datetime.date):
+        return date_text(value)
+    raise TypeError(f"{type(value).__name__} is nothing that JSON has")
 
 
 def _finite(value: Any) -> Any:
@@ -117,7 +144,8 @@ def _finite(value: Any) -> Any:
 
 
 def csv_cell(value: Any) -> Any:
-    """A value that no spreadsheet runs: a text that begins as a formula does gets ``'`` before it, unless a number."""
+    """:func:`plain`, that no spreadsheet runs: a text that begins as a formula gets ``'`` first, unless a number."""
+    value = plain(value)
     if isinstance(value, str) and value.startswith(_FORMULA) and not _NUMBER.fullmatch(value):
         return f"'{value}"
     return value

@@ -183,13 +183,13 @@ class Task:
         return (self.layers,) if isinstance(self.layers, str) else None if self.layers is None else tuple(self.layers)
 
     def column_arrays(self, role: str, positions: Sequence[int] | NDArray[np.int64] | None = None) -> Arrays:
-        """Columns of ``"train"`` or ``"query"`` examples, of all or some, as NumPy arrays (strings as ``str_``)."""
+        """Columns of ``"train"`` or ``"query"`` examples, of all or some, as NumPy arrays of their types."""
         n = self.n_train if role == "train" else self.n_query
         chosen = np.arange(n) if positions is None else np.asarray(positions, dtype=np.int64)
         return {name: column.take(chosen) for name, column in self._by_place[role].items()}
 
     def column_types(self) -> dict[str, str]:
-        """Types of the columns of ``train`` in NumPy's notation, little-endian; ``"U"`` for text."""
+        """Types of the columns of ``train`` in NumPy's notation, such as ``"<i8"``; ``"U"`` for text."""
         return {name: column.kind for name, column in self._by_place["train"].items()}
 
     @functools.cached_property

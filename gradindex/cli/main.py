@@ -18,7 +18,7 @@ import click
 
 from .. import __version__
 from ..errors import GradIndexError, UserCodeError
-from ..output import csv_cell, printable, to_json
+from ..output import csv_cell, plain, printable, to_json
 
 # Commands that go on where they were when they are given again.
 _RESUMABLE = ("build", "add", "add-checkpoint", "compact", "merge")
@@ -207,7 +207,7 @@ def show(
     else:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="strict")  # for a program, what cannot be written is an error
-        cell: Callable[[Any], Any] = csv_cell if form == "csv" else lambda value: value
+        cell: Callable[[Any], Any] = csv_cell if form == "csv" else plain
         writer = csv.writer(sys.stdout)
         writer.writerow(map(cell, names))
         writer.writerows(map(cell, record.values()) for record in records)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..columns import as_text, is_missing, values_of
+from ..dates import NotKeptError, as_dates, read_date
 from ..errors import ArgumentError
 from ..store import GradientStore, runs
 
 # Values of a column that are looked at together.
 _AT_ONCE = 1 << 16
 _WORDS = {"U": "text", "b": "true or false", "i": "a whole number", "u": "a whole number", "f": "a number"}
+_WORDS["M"] = "a date, such as 2024-01-31 or 2024-01-31T08:30:00"
 
 # By column a value or several, any of which will do.
 Where = Mapping[str, Any]
@@ -64,8 +67,8 @@ class Allowed:
             return None
         column, values = self.store.column(self.differs, ids)[None], self.values[:, None]
         mask: NDArray[np.bool_] = column != values
-        if column.dtype.kind == values.dtype.kind == "f":  # what is missing differs from every value, not from itself
-            mask &= ~(np.isnan(column) & np.isnan(values))
+        if column.dtype.kind in "fM" and values.dtype.kind in "fM":
+            mask &= ~(np.isnan(column) & np.isnan(values))  # what is missing differs from every value, not from itself
         return mask
 
 
@@ -116,7 +119,7 @@ def matching(store: GradientStore, where: Where, ids: NDArray[np.int64] | None =
         for name, values in wanted.items():
             column = store.column(name, some)
             right = np.isin(column, values)
-            some = some[right | np.isnan(column) if values.dtype.kind == "f" and np.isnan(values).any() else right]
+            some = some[right | np.isnan(column) if values.dtype.kind in "fM" and np.isnan(values).any() else right]
         found.append(some)
     return np.concatenate(found)
 
@@ -173,8 +176,12 @@ def _fraction(text: str) -> float:
     return float(text) if text else float("nan")
 
 
+def _moment(text: str) -> np.datetime64:
+    return read_date(text) if text else np.datetime64("NaT")
+
+
 # By the kind of a column, how a text becomes a value; no text at all asks for what is missing.
-_READ: Mapping[str, Callable[[str], Any]] = {"i": int, "u": int, "f": _fraction, "b": _boolean}
+_READ: Mapping[str, Callable[[str], Any]] = {"i": int, "u": int, "f": _fraction, "b": _boolean, "M": _moment}
 
 
 def _pieces(store: GradientStore, ids: NDArray[np.int64] | None) -> Iterator[NDArray[np.int64]]:
@@ -202,11 +209,18 @@ def _of_type(name: str, kind: np.dtype[Any], given: Any) -> NDArray[Any]:
     for value in values_of(given):
         if is_missing(value):
             # A column of other kinds has none that is missing.
-            if kind.kind in "Uf":
-                fitting.append("" if kind.kind == "U" else np.nan)
+            if kind.kind in "UfM":
+                fitting.append({"U": "", "f": np.nan, "M": np.datetime64("NaT")}[kind.kind])
+            continue
+        if kind.kind == "M":
+            with suppress(NotKeptError):  # no example can have it
+                fitting.append(_date(name, value))
             continue
         if kind.kind == "U" and isinstance(value, (datetime.date, np.datetime64)):
-            value = as_text(value)
+            try:
+                value = as_text(value)
+            except NotKeptError:
+                continue
         value = value.item() if isinstance(value, np.generic) else value
         boolean = isinstance(value, bool)
         right = {
@@ -215,15 +229,30 @@ def _of_type(name: str, kind: np.dtype[Any], given: Any) -> NDArray[Any]:
             "f": isinstance(value, (int, float)) and not boolean,
         }.get(kind.kind, isinstance(value, int) and not boolean)
         if not right:
-            asked = " ".join(repr(value).split())[:80]
-            raise ArgumentError(
-                f"The column {name} holds {_WORDS[kind.kind]}, but where asks for {asked}, "
-                f"which is a {type(value).__name__}. Give a value, or a list of values, of the column's type."
-            )
+            raise _not_of_type(name, kind.kind, value)
         if kind.kind in "iu" and not np.iinfo(kind).min <= value <= np.iinfo(kind).max:
             continue  # no example can have it
         fitting.append(value)
     return np.array(fitting, dtype=np.str_ if kind.kind == "U" else kind)
+
+
+def _date(name: str, value: Any) -> np.datetime64:
+    """A date, or its text, as a column of dates has it."""
+    if isinstance(value, (datetime.date, np.datetime64)):
+        date: np.datetime64 = as_dates([value])[0]
+        return date
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return read_date(value)
+    raise _not_of_type(name, "M", value)
+
+
+def _not_of_type(name: str, kind: str, value: Any) -> ArgumentError:
+    asked = " ".join(repr(value).split())[:80]
+    return ArgumentError(
+        f"The column {name} holds {_WORDS[kind]}, but where asks for {asked}, which is a {type(value).__name__}. "
+        "Give a value, or a list of values, of the column's type."
+    )
 
 
 def _values_to_differ_from(
@@ -237,7 +266,7 @@ def _values_to_differ_from(
             "Give Task(query_columns=...) and ask by position; items given by hand have no columns."
         )
     values = query_columns[name]
-    if (values.dtype.kind == "U") != (kind == "U"):
+    if values.dtype.kind != kind and {values.dtype.kind, kind} & {"U", "M"}:
         raise ArgumentError(
             f"The column {name} holds {_WORDS[kind]} for training examples and {_WORDS[values.dtype.kind]} for "
             "queries, so all would differ. Give both the same type."

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DependencyError
-from ..output import printable, shown_as, table_lines
+from ..output import plain, printable, shown_as, table_lines
 from ..report import Card, Section, Tile, cards_html, write_page
 
 SIGN = (
@@ -67,8 +67,9 @@ class Hits:
         measure: what the scores are, ``"TracInCP scores"`` or cosines of the gradients behind them.
         queries: what to call each query.
         stages: what the answer went through, in order.
-        columns: by name (n_query, w), of the training examples; 0 or empty behind a short answer. In tables, records
-            and pages a column that is called as one of an answer's own keys, such as ``id``, is ``columns.id``.
+        columns: by name (n_query, w), of the training examples; 0, NaT or empty behind a short answer. In tables,
+            records and pages a column that is called as one of an answer's own keys, such as ``id``, is
+            ``columns.id``. Dates are ``datetime64[us]``, in records ``datetime.datetime``.
         query_columns: by name (n_query,), of the queries.
         show_train: what a person should see of a training id, where the task says so.
         show_query: the same for the position of a query in this answer.
@@ -204,8 +205,10 @@ class LookedUp(Mapping[str, NDArray[Any]]):
 
 
 def placed(values: NDArray[Any], there: NDArray[np.bool_]) -> NDArray[Any]:
-    """Values (m,) where ``there`` (n_query, w) is true, in the order of rows; 0 or empty elsewhere."""
+    """Values (m,) where ``there`` (n_query, w) is true, in the order of rows; 0, NaT or empty elsewhere."""
     whole = np.zeros(there.shape, dtype=values.dtype)
+    if values.dtype.kind == "M":
+        whole[:] = np.datetime64("NaT")
     whole[there] = values
     return whole
 
@@ -240,7 +243,9 @@ def text_lines(answers: Sequence[Hits]) -> Iterator[str]:
     """The lines of :func:`as_text`, as they are made."""
     first = answers[0]
     for row, query in enumerate(first.queries):
-        about = [f"{name} {values[row]}" for name, values in first.query_columns.items() if _is_there(values[row])]
+        about = [
+            f"{name} {_shown(values[row])}" for name, values in first.query_columns.items() if _is_there(values[row])
+        ]
         about += [f'"{text}"' for text in [_in_words(first.show_query, row)] if text]
         heading = printable(f"{query} ({', '.join(about)})" if about else query)
         for answer in answers:
@@ -309,11 +314,17 @@ def _tile(
 ) -> Tile:
     flags = [name for name, value in values.items() if isinstance(value, np.bool_) and value]
     lines = [
-        f"{name} {value}" for name, value in values.items() if not isinstance(value, np.bool_) and _is_there(value)
+        f"{name} {_shown(value)}"
+        for name, value in values.items()
+        if not isinstance(value, np.bool_) and _is_there(value)
     ]
     return Tile(None if show is None else show(which), title, lines, flags, score)
 
 
+def _shown(value: Any) -> Any:
+    return plain(value.item()) if isinstance(value, np.datetime64) else value
+
+
 def _is_there(value: Any) -> bool:
-    """Whether a column has a value: neither NaN nor the empty text."""
+    """Whether a column has a value: neither NaN, NaT nor the empty text."""
     return bool(value == value) and not (isinstance(value, str) and not value)

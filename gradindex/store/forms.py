@@ -7,6 +7,7 @@ name never leads out of the folder, and a size is never more than the file that 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..dates import DATES, STORED_DATES
 from ..schema import (
     LARGEST,
     anything,
@@ -36,10 +38,12 @@ from .encoding import ROW_TYPES, STORED
 
 _DIGEST = text("[0-9a-f]{64}", "a SHA-256 in hexadecimal")
 _NAME = text(r"\d{4,9}-\d{5,9}", "the name of a shard, such as 0001-00000")
-# Of NumPy; "U" stands for text in a manifest, which shards keep as bytes.
-_TYPE = text(r"[<>|=]?([biufcS]\d{1,9}|[mM]8(\[\d*\w+\])?)", "a type in NumPy's notation")
-_COLUMN_TYPE = text(r"U|[<>|=]?([biufc]\d{1,2}|[mM]8(\[\d*\w+\])?)", "a type in NumPy's notation, or U")
+# Of NumPy; "U" stands for text in a manifest, which shards keep as bytes, and dates are numbers there.
+_TYPE = text(r"[<>|=]?[biufcS]\d{1,9}", "a type in NumPy's notation")
+_COLUMN_TYPE = text(rf"U|[<>|=]?[biufc]\d{{1,2}}|{re.escape(DATES)}", f"a type in NumPy's notation, {DATES} or U")
 _SIZE = whole(0, 1 << 48)
+# In "needs": a reader of before would take a column of dates for damaged.
+DATES_NEED = "dates"
 # Far more than a machine has, and few enough for it to refuse.
 _MOST_ROWS = 1 << 40
 _THREADS, _ROWS = whole(1, 4096), whole(1, _MOST_ROWS)
@@ -174,6 +178,11 @@ _seal = record(
 )
 
 
+def needs_of(described: Mapping[str, Any]) -> list[str]:
+    """What a reader must know to read such a store, besides version 1."""
+    return [DATES_NEED] if DATES in described["columns"].values() else []
+
+
 def check_manifest(value: Any) -> None:
     """Refuse what is no manifest.
 
@@ -182,6 +191,7 @@ def check_manifest(value: Any) -> None:
     """
     _manifest(value)
     _check_described(value)
+    _check_needs(value["needs"], value)
     last = -1
     for place, entry in enumerate(value["shards"]):
         at = f"shards[{place}]"
@@ -202,6 +212,7 @@ def check_pending(value: Any) -> None:
     """
     _pending(value)
     _check_described(value["after"], "after.")
+    _check_needs(value["needs"], value["after"])
     names = [planned["name"] for planned in value["plan"]] + [entry["name"] for entry in value["keep"]]
     if len(set(names)) < len(names):
         raise ValueError("a shard is planned twice")
@@ -302,10 +313,17 @@ class Expected:
                 raise ValueError(f"{name} is missing, or not of the shape and type that the manifest asks for")
         for column, kind in manifest["columns"].items():
             place = found.get(f"columns/{column}")
-            # "S" is text; the type of numbers is the manifest's.
+            # "S" is text, dates are numbers; the type of numbers is the manifest's.
+            kind = STORED_DATES if kind == DATES else kind
             sound = place is not None and len(place["shape"]) == 1
             if place is None or not sound or (place["dtype"][:2] != "|S" if kind == "U" else place["dtype"] != kind):
                 raise ValueError(f"columns/{column} is missing, or not of the type that the manifest asks for")
+
+
+def _check_needs(needs: Sequence[str], described: Mapping[str, Any]) -> None:
+    for feature in needs_of(described):
+        if feature not in needs:
+            raise ValueError(f"needs lacks {json.dumps(feature)}, but columns have some")
 
 
 def _check_described(value: Mapping[str, Any], before: str = "") -> None:

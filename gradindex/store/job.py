@@ -28,7 +28,7 @@ from ..files import discard, is_there, leftovers, locked, own_file, read_checked
 from . import runs
 from .claiming import Part, begin_unfinished, check_part, clean, end_unfinished, unused_number
 from .container import Spec
-from .forms import Expected, check_manifest, check_pending, check_seal
+from .forms import Expected, check_manifest, check_pending, check_seal, needs_of
 from .layout import shard_bytes
 from .manifest import (
     FORMAT,
@@ -112,7 +112,7 @@ class Job:
                 return job
             first = unused_number(folder, generation)
             named = [{"name": f"{first:04d}-{number:05d}", **planned} for number, planned in enumerate(plan)]
-            header = {"format": FORMAT, "version": VERSION, "needs": [], "job": kind}
+            header = {"format": FORMAT, "version": VERSION, "needs": needs_of(after), "job": kind}
             pending = {**header, "after": {**after, "generation": generation}, "plan": named, "keep": list(keep)}
             pending["supersedes"] = superseded
             try:
@@ -276,7 +276,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     for before, after in itertools.pairwise(shards):
         if before["last"] >= after["first"]:
             raise StoreError(f"{folder}: the ids of {before['name']} and {after['name']} overlap.")
-    whole = {"format": FORMAT, "version": VERSION, "needs": [], **manifest}
+    whole = {"format": FORMAT, "version": VERSION, "needs": needs_of(manifest), **manifest}
     try:
         check_manifest(whole)  # what could not be read is never written
     except ValueError as error:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dates import DATES, STORED_DATES
 from ..errors import StoreError
 from . import runs
 from .container import BLOCK_BYTES, Spec
@@ -37,7 +38,9 @@ def row_specs(after: Mapping[str, Any], count: int) -> dict[str, Spec]:
 
 
 def as_stored(column: NDArray[Any], kind: str) -> NDArray[Any]:
-    """A column as a shard holds it: text in UTF-8, padded with zeros; numbers in the column's type."""
+    """A column as a shard holds it: text in UTF-8, padded with zeros; numbers in its type; dates as numbers."""
+    if kind == DATES:
+        return column.astype(DATES).view(STORED_DATES)
     if kind != "U":
         return column.astype(kind)
     encoded = column if column.dtype.kind == "S" else np.char.encode(column.astype(str), "utf-8")

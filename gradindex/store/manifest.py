@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import StoreError
 from ..files import checked, digest_of, is_there, read_checked, read_text
-from .forms import check_manifest, check_pending, check_unfinished
+from .forms import DATES_NEED, check_manifest, check_pending, check_unfinished
 
 FORMAT, VERSION = "gradindex-store", 1
 MANIFEST, PENDING, LOCK, LOG = "manifest.json", "pending.json", "lock", "log.jsonl"
@@ -17,7 +17,7 @@ SHARDS, INDEX = "shards", "index"
 # Beside a plan: names of the shards that are of no manifest yet, for when the plan is taken away.
 UNFINISHED = "unfinished.json"
 # What a manifest may list under "needs": parts of the format that came after version 1 and cannot be ignored.
-FEATURES: tuple[str, ...] = ()
+FEATURES = (DATES_NEED,)
 
 # What changes with the shards; a change keeps all else, also what a later version may have added.
 CHANGING = ("format", "version", "generation", "shards", "sha256")

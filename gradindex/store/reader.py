@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dates import DATES
 from ..errors import ArgumentError, StoreChangedError, StoreError, check_k
 from ..files import is_there, signature
 from ..progress import progress
@@ -188,13 +189,18 @@ class GradientStore:
         return self._values("losses", ids, (self.n_checkpoints,))
 
     def column(self, name: str, ids: NDArray[np.int64] | None = None) -> NDArray[Any]:
-        """The values of a column: of all ids (n_train,), or of ``ids`` in their shape and order."""
+        """The values of a column: of all ids (n_train,), or of ``ids`` in their shape and order.
+
+        Texts are ``str_``, dates ``datetime64[us]`` (NaT where there is none), which ``tolist()`` makes ``datetime``.
+        """
         if name not in self.columns:
             raise ArgumentError(f"The store has no column {name!r}. It has: {', '.join(self.columns) or 'none'}.")
         if ids is None:
-            return self._values(f"columns/{name}", None, ())
-        ids = runs.as_ids(ids)
-        return self._values(f"columns/{name}", ids.ravel(), ()).reshape(ids.shape)
+            values = self._values(f"columns/{name}", None, ())
+        else:
+            ids = runs.as_ids(ids)
+            values = self._values(f"columns/{name}", ids.ravel(), ()).reshape(ids.shape)
+        return values.view(DATES) if self.manifest["columns"][name] == DATES else values
 
     def longest(self, name: str) -> int:
         """The most bytes that a text of a column takes in UTF-8, at least 1."""
