@@ -23,6 +23,8 @@ from .output import date_text
 _PIECE = 8192
 # Bytes of a text in UTF-8: a shard gives every text the room of its longest.
 _LONGEST_TEXT = 1 << 16
+# A text that is missing, among texts: a character that Unicode will never give a meaning. Other readers see it so.
+MISSING_TEXT = "\uffff"
 # Whole numbers up to here are the same as float64.
 _EXACT = 1 << 53
 
@@ -180,6 +182,11 @@ class Column:
                     f"{self._name} holds a text of {size:,} bytes (at place {place}), but at most {_LONGEST_TEXT:,} "
                     "are stored. Shorten it: Task(show=...) shows whole examples without storing them."
                 )
+            if text == MISSING_TEXT:
+                raise TaskError(
+                    f"{self._name} holds the text {text!a} (at place {place}), which stands for a missing one in the "
+                    "store. Give None."
+                )
             if text.endswith("\0"):
                 raise TaskError(
                     f"{self._name} holds a text that ends in a zero character (at place {place}), which pads texts in "
@@ -319,4 +326,12 @@ def as_text(value: Any) -> str:
         return date_text(moment.replace(tzinfo=datetime.timezone.utc) if aware else moment)
     if isinstance(value, datetime.date):
         return date_text(value)
-    return "" if value is None else str.__str__(value)
+    return MISSING_TEXT if value is None else str.__str__(value)
+
+
+def with_gaps(values: NDArray[Any]) -> NDArray[Any]:
+    """Texts with NaN for those that are missing, as objects; other values, and texts without gaps, as they are."""
+    if values.dtype.kind != "U":
+        return values
+    missing = values == MISSING_TEXT
+    return np.where(missing, np.array(np.nan, dtype=object), values) if missing.any() else values

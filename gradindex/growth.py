@@ -205,7 +205,7 @@ def _check_columns(store: GradientStore, task: Task) -> None:
     differing = [name for name in {**types, **store.manifest["columns"]} if types.get(name) != _type_of(store, name)]
     if not differing:
         now = task.column_arrays("train", ids)
-        differing = [name for name in types if not _equal(now[name], store.column(name, ids))]
+        differing = [name for name in types if not _equal(now[name], store.column_as_stored(name, ids))]
     if differing:
         raise MismatchError(
             f"The task does not match {store.folder}: columns differ ({', '.join(differing)}). Give the same columns."

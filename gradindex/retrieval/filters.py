@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..columns import as_text, is_missing, values_of
+from ..columns import MISSING_TEXT, as_text, is_missing, values_of
 from ..dates import NotKeptError, as_dates, read_date
 from ..errors import ArgumentError
 from ..store import GradientStore, runs
@@ -65,7 +65,7 @@ class Allowed:
         """(n_query, len(ids)): which of these ids, all of them in :attr:`ids`, may answer; ``None`` for all."""
         if self.differs is None:
             return None
-        column, values = self.store.column(self.differs, ids)[None], self.values[:, None]
+        column, values = self.store.column_as_stored(self.differs, ids)[None], self.values[:, None]
         mask: NDArray[np.bool_] = column != values
         if column.dtype.kind in "fM" and values.dtype.kind in "fM":
             mask &= ~(np.isnan(column) & np.isnan(values))  # what is missing differs from every value, not from itself
@@ -117,7 +117,7 @@ def matching(store: GradientStore, where: Where, ids: NDArray[np.int64] | None =
     found = [np.empty(0, dtype=np.int64)]
     for some in _pieces(store, ids):
         for name, values in wanted.items():
-            column = store.column(name, some)
+            column = store.column_as_stored(name, some)
             right = np.isin(column, values)
             some = some[right | np.isnan(column) if values.dtype.kind in "fM" and np.isnan(values).any() else right]
         found.append(some)
@@ -142,6 +142,8 @@ def parse_where(store: GradientStore, conditions: Sequence[tuple[str, str]]) -> 
         except (ValueError, KeyError):
             raise ArgumentError(f"The column {name} holds {_WORDS[kind]}, but got {text!r}.") from None
         where.setdefault(name, []).append(value)
+        if value == "":  # no text at all asks for what is missing as well
+            where[name].append(None)
     return where
 
 
@@ -210,7 +212,7 @@ def _of_type(name: str, kind: np.dtype[Any], given: Any) -> NDArray[Any]:
         if is_missing(value):
             # A column of other kinds has none that is missing.
             if kind.kind in "UfM":
-                fitting.append({"U": "", "f": np.nan, "M": np.datetime64("NaT")}[kind.kind])
+                fitting.append({"U": MISSING_TEXT, "f": np.nan, "M": np.datetime64("NaT")}[kind.kind])
             continue
         if kind.kind == "M":
             with suppress(NotKeptError):  # no example can have it

@@ -209,6 +209,8 @@ def placed(values: NDArray[Any], there: NDArray[np.bool_]) -> NDArray[Any]:
     whole = np.zeros(there.shape, dtype=values.dtype)
     if values.dtype.kind == "M":
         whole[:] = np.datetime64("NaT")
+    if values.dtype.kind == "O":
+        whole[:] = ""
     whole[there] = values
     return whole
 

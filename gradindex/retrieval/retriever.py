@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..columns import with_gaps
 from ..errors import ArgumentError, StoreChangedError, StoreError
 from ..forking import one_thread_in_children
 from ..gradients import HALF, Engine, Precision
@@ -259,7 +260,7 @@ class Retriever:
             stages=answer.stages,
             measure=self._measure,
             columns=_columns(store, ids),
-            query_columns={} if group else asked.examples.columns,
+            query_columns={} if group else {n: with_gaps(v) for n, v in asked.examples.columns.items()},
             show_train=None if show is None else lambda i: self.task.shown(self.task.examples([i])[0], f"id {i}"),
             show_query=None
             if show is None or group

@@ -82,7 +82,7 @@ def _to_numpy(store: GradientStore, path: Path, temporary: Path) -> None:
         with storing(path):
             for name, array in {"ids": ids, **values}.items():
                 with (temporary / f"{name}.npy").open("ab") as file:
-                    file.write(np.ascontiguousarray(array, dtype=shapes[name][0]).tobytes())
+                    file.write(np.ascontiguousarray(_without_gaps(array), dtype=shapes[name][0]).tobytes())
     with storing(path):
         for made in temporary.rglob("*.npy"):
             flush(made)
@@ -120,7 +120,12 @@ def _to_parquet(store: GradientStore, path: Path, temporary: Path) -> None:
         put_in_place((temporary, path))
 
 
+def _without_gaps(array: NDArray[Any]) -> NDArray[Any]:
+    """Texts with the empty one for those that are missing, which arrays of texts have no value for."""
+    return np.where(array == array, array, "").astype(np.str_) if array.dtype.kind == "O" else array
+
+
 def _arrow(pa: Any, array: NDArray[Any]) -> Any:
     if array.ndim == 1:
-        return pa.array(array)
+        return pa.array(array, from_pandas=array.dtype.kind == "O")  # with nulls for texts that are missing
     return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..columns import with_gaps
 from ..dates import DATES
 from ..errors import ArgumentError, StoreChangedError, StoreError, check_k
 from ..files import is_there, signature
@@ -191,8 +192,13 @@ class GradientStore:
     def column(self, name: str, ids: NDArray[np.int64] | None = None) -> NDArray[Any]:
         """The values of a column: of all ids (n_train,), or of ``ids`` in their shape and order.
 
-        Texts are ``str_``, dates ``datetime64[us]`` (NaT where there is none), which ``tolist()`` makes ``datetime``.
+        Texts are ``str_``, or objects where some are missing (NaN); dates are ``datetime64[us]`` (NaT where there is
+        none), which ``tolist()`` makes ``datetime``.
         """
+        return with_gaps(self.column_as_stored(name, ids))
+
+    def column_as_stored(self, name: str, ids: NDArray[np.int64] | None = None) -> NDArray[Any]:
+        """The same with ``MISSING_TEXT`` for texts that are missing, so that all are of one type."""
         if name not in self.columns:
             raise ArgumentError(f"The store has no column {name!r}. It has: {', '.join(self.columns) or 'none'}.")
         if ids is None:
