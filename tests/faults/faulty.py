@@ -52,11 +52,11 @@ def all_questions(folder):
 
 
 def lasting(folder):
-    """All files but the log, with their bytes."""
+    """All files but the log and locks, in which a killed process leaves its number, with their bytes."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in ("log.jsonl",)
+        if path.is_file() and path.name not in ("log.jsonl", "lock")
     }
 
 

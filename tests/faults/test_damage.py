@@ -166,8 +166,8 @@ def test_no_forged_file_leads_to_more_than_one_line(states, faults, tmp_path):
     (template / "unfinished.json").write_text(json.dumps(faulty.with_checksum(unfinished)))
     names = sorted(str(path.relative_to(template)) for path in template.rglob("*.json"))
     assert len(names) == 7
-    refused = 0
-    for number in faults("forged files", 120):
+    refused = tried = 0
+    for number in faults("forged files", 84):
         generator = random.Random(f"forged {number}")
         shutil.copytree(template, folder)
         path = folder / names[number % len(names)]
@@ -179,9 +179,9 @@ def test_no_forged_file_leads_to_more_than_one_line(states, faults, tmp_path):
         lines = [said(lambda: faulty.all_questions(folder))]
         lines += [said(lambda: gradindex.store.remove(folder, [1])), said(lambda: gradindex.store.compact(folder))]
         lines += [said(lambda: GradientStore(folder).verify())]
-        refused += any(lines)
+        refused, tried = refused + any(lines), tried + 1
         shutil.rmtree(folder)
-    assert refused > 40
+    assert refused > tried / 3
 
 
 def unfinished_plan(states, tmp_path):
@@ -269,8 +269,9 @@ def test_what_is_no_file_is_one_line_and_no_hang(states, nursery, faults, tmp_pa
         said(lambda folder=folder: faulty.all_questions(folder))
         lines = [said(lambda folder=folder: gradindex.store.compact(folder))]
         lines += [said(lambda folder=folder: gradindex.store.remove(folder, [1]))]
-        code, message = nursery.run("build", folder, seconds=SECONDS)
-        assert code in (0, 1), (name, message)
+        if "/" not in name:
+            code, message = nursery.run("build", folder, seconds=SECONDS)
+            assert code in (0, 1), (name, message)
         if name.startswith("lock"):
             assert any(lines), name
             assert stat.S_IFMT((folder / name).lstat().st_mode) == kind

@@ -49,7 +49,7 @@ def made(folder):
 
 
 def test_a_kill_at_any_file_event_loses_nothing(nursery, states, ends, faults, tmp_path):
-    for number in faults("kills at a file event", 45):
+    for number in faults("kills at a file event", 27):
         generator = random.Random(f"kill {number}")
         command = list(BEFORE)[number % len(BEFORE)]
         events, before, after, files = ends[command]
@@ -75,7 +75,7 @@ def test_a_kill_at_any_file_event_loses_nothing(nursery, states, ends, faults, t
 
 
 def test_a_full_disk_loses_nothing(nursery, states, ends, faults, tmp_path):
-    for number in faults("full disks", 24):
+    for number in faults("full disks", 14):
         generator = random.Random(f"disk {number}")
         command = [name for name in BEFORE if name not in ("repair", "export")][number % (len(BEFORE) - 2)]
         _, before, after, files = ends[command]
@@ -92,7 +92,7 @@ def test_a_full_disk_loses_nothing(nursery, states, ends, faults, tmp_path):
 
 
 def test_a_limit_on_the_size_of_files_loses_nothing(nursery, states, ends, faults, tmp_path):
-    for number in faults("limits on the size of files", 18):
+    for number in faults("limits on the size of files", 7):
         generator = random.Random(f"limit {number}")
         command = [name for name in BEFORE if name not in ("repair", "export")][number % (len(BEFORE) - 2)]
         _, before, after, files = ends[command]

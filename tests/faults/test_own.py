@@ -71,6 +71,7 @@ def test_a_folder_with_anothers_file_is_refused_and_left_as_it_is(task, tmp_path
     with pytest.raises(StoreError, match=r"is not empty and holds no gradindex store. Choose another folder"):
         gradindex.build(task, place, **OPTIONS)
     assert faulty.lasting(tmp_path) == before
+    assert (place / name).read_text() == "what a person wrote\n"
     assert [path.name for path in place.iterdir()] == [name.split("/")[0]]
 
 
