@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 import gradindex
 from gradindex import building, files
 from gradindex.errors import ArgumentError, MismatchError, NonFiniteGradientError, StoreError, UserCodeError
+from gradindex.gradients import Engine
 from gradindex.projection import Projection
 
 OPTIONS = {"projection": Projection(dim=8), "batch_size": 2, "shard_rows": 4}
@@ -71,16 +72,29 @@ def test_an_interrupted_build_goes_on_and_ends_as_if_nothing_had_happened(task, 
     monkeypatch.setattr(gradindex.Task, "check_reads_repeat", lambda self: None)
     monkeypatch.setattr(gradindex.Task, "data_fingerprint", lambda self: "always the same")
     whole = gradindex.build(task, tmp_path / "whole", **OPTIONS)
-    data = Counted(task.train, bad=9)
+    data, check = Counted(task.train), Engine.check_routes
+
+    def checked(self, ids=None):
+        check(self, ids)
+        data.bad, data.reads = 9, []  # the check has read it: the drive goes later
+
+    monkeypatch.setattr(Engine, "check_routes", checked)
     with pytest.raises(UserCodeError, match="Reading training example 9 failed: OSError: the network drive is gone"):
         gradindex.build(replace(task, train=data), tmp_path / "store", **OPTIONS)
     with pytest.raises(StoreError, match=r"has not finished \(2 of 3 shards\)"):
         gradindex.GradientStore(tmp_path / "store")
-    data.bad, data.reads = None, []
+    monkeypatch.setattr(Engine, "check_routes", check)
+    with Engine(replace(task, train=data)) as engine:
+        data.bad, data.reads = None, []
+        engine.check_routes()
+    checking = len(data.reads)
+    data.reads = []
     store = gradindex.build(replace(task, train=data), tmp_path / "store", **OPTIONS)
     assert capsys.readouterr().err == f"{tmp_path / 'store'}: going on, 8 of 12 rows are there\n"
-    # Two to check the routes, one of each shard that is there for its loss, then the missing shard alone.
-    assert data.reads == [0, 11, 0, 4, 8, 9, 10, 11]
+    # After the check one of each shard that is there, for its loss; then the missing shard alone, with spot checks.
+    after = data.reads[checking:]
+    assert after[:4] == [0, 4, 8, 9]
+    assert set(after[4:]) == {*after[4:], 10, 11} <= {8, 9, 10, 11} and len(after) == 6 + 3
     assert everything(store.folder) == everything(whole.folder)
     assert store.verify() == []
 
