@@ -5,6 +5,7 @@ import torch
 import toys
 from test_traps import check_against_autograd
 from torch import nn
+from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from gradindex.factors import Formed
@@ -109,6 +110,73 @@ class Offsets(Bag):
         return self.head(torch.tanh(hidden))
 
 
+class Bags(nn.Module):
+    """Bags of all examples in one list; ``call(words, weights, indices, offsets)`` makes a vector of each."""
+
+    def __init__(self, call, **options):
+        super().__init__()
+        self.words, self.head, self.call = nn.EmbeddingBag(9, 5, **options), nn.Linear(5, 3), call
+
+    def forward(self, batch):
+        indices, offsets, weights = batch
+        return self.head(torch.tanh(self.call(self.words, indices, offsets, weights)))
+
+
+def by_words(words, indices, offsets, weights):
+    return words(indices, offsets)
+
+
+def weighted(words, indices, offsets, weights):
+    return words(indices, offsets=offsets, per_sample_weights=weights)
+
+
+def to_the_end(words, indices, offsets, weights):
+    return words(input=indices, offsets=torch.cat([offsets, offsets.new_tensor([len(indices)])]))
+
+
+def functionally(words, indices, offsets, weights):
+    return functional.embedding_bag(indices, words.weight, offsets, mode="sum")
+
+
+def in_halves(words, indices, offsets, weights):
+    """Two bags for each example, the second one empty."""
+    return words(indices, torch.stack([offsets, offsets], 1).flatten()).unflatten(0, (-1, 2)).sum(1)
+
+
+BAGS = {
+    "sums": (by_words, {"mode": "sum"}, "embedding bag"),
+    "means": (by_words, {}, "embedding bag"),
+    "means with padding": (by_words, {"padding_idx": -3}, "embedding bag"),
+    "sums with padding, sparse": (by_words, {"mode": "sum", "padding_idx": 2, "sparse": True}, "embedding bag"),
+    "weighted sums": (weighted, {"mode": "sum"}, "embedding bag"),
+    "last offset": (to_the_end, {"mode": "mean", "include_last_offset": True}, "embedding bag"),
+    "maxima": (by_words, {"mode": "max"}, "loop"),
+    "functional": (functionally, {}, "loop"),
+    "two bags each": (in_halves, {"mode": "sum"}, "loop"),
+}
+
+
+def in_one_list(items):
+    bags = [words for words, _, _ in items]
+    ends = torch.tensor([len(words) for words in bags]).cumsum(0)
+    offsets = torch.cat([ends.new_zeros(1), ends[:-1]])
+    weights = torch.cat([weight for _, weight, _ in items])
+    return (torch.cat(bags), offsets, weights), torch.tensor([label for _, _, label in items])
+
+
+@pytest.mark.parametrize("lengths", [[1] * 3 + [4, 0, 1, 2, 1, 0, 1, 1, 1], [3, 2, 0, 1, 5, 4, 2, 2, 3, 3, 2, 3]])
+@pytest.mark.parametrize("case", BAGS)
+def test_bags_by_offsets_equal_autograd(tmp_path, case, lengths):
+    call, options, route = BAGS[case]
+    generator = torch.Generator().manual_seed(4)
+    items = [
+        (torch.randint(9, (n,), generator=generator), torch.rand(n, generator=generator).double(), i % 3)
+        for i, n in enumerate(lengths)
+    ]
+    task = toys.make_task(tmp_path, Bags(call, **options), train=items, query=items[:4], collate=in_one_list)
+    assert next(iter(check_against_autograd(task).values())) == route
+
+
 EMBEDDINGS = {
     "embedding": (Bag(nn.Embedding(9, 5)), "embedding"),
     "padding": (Bag(nn.Embedding(9, 5, padding_idx=0)), "embedding"),
@@ -117,7 +185,7 @@ EMBEDDINGS = {
     "bag of means": (Bag(nn.EmbeddingBag(9, 5, padding_idx=0)), "embedding bag"),
     "bag of sums": (Bag(nn.EmbeddingBag(9, 5, mode="sum")), "embedding bag"),
     "bag of maxima": (Bag(nn.EmbeddingBag(9, 5, mode="max")), "loop"),
-    "bags by offsets": (Offsets(nn.EmbeddingBag(9, 5, mode="sum")), "loop"),
+    "bags by offsets": (Offsets(nn.EmbeddingBag(9, 5, mode="sum")), "embedding bag"),
 }
 
 

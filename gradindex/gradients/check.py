@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import training_names
+from ..errors import TaskError, training_names
 from ..factors import Gradients, Layer
 from ..memory import in_halves
 from ..tree import extent, preserved_random_state, shapes
@@ -19,6 +19,7 @@ from . import uses
 from .examples import answerable, blamed, check_examples, refuse_non_finite
 from .functional import LossModule, loop_gradients, vmap_gradients
 from .layers import general_layer
+from .reentrant import refuse_reentrant
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -95,6 +96,7 @@ def _check(
             items, names = answerable(engine, items, names)
         with blamed(engine, items, names, role):
             check_examples(engine, items, names, role)
+            refuse_reentrant(wrapper, engine.states[-1], engine.parameters, engine.singles(items[:1])[0])
             must = 2 if alike else len(items)  # where all are of one shape, one pair tells of all
             for first in range(0, len(items), 2):
                 if first >= must and not unseen:
@@ -181,9 +183,12 @@ def _replanned(
         engine.run_hooked(-1, items, keep, wrapper, unscaled, lenient=True)
     except Exception:  # an expanded output or a watched use that the model cannot go on with
         used = any(layer.route in uses.ROUTES for layer in engine.layers)
-        if not engine.hooks.shares and not used:
+        if engine.hooks.shares or used:
+            return [_slower(engine, x)[0] if x.route in uses.ROUTES else x for x in engine.layers], False
+        if not any(layer.hooked for layer in engine.layers):
             raise
-        return [_slower(engine, x)[0] if x.route in uses.ROUTES else x for x in engine.layers], False
+        # Hooks cannot go through this model at all; the general routes then raise whatever is really wrong.
+        return [x for layer in engine.layers for x in (_general(engine, layer) if layer.hooked else [layer])], False
     engine.run_general(-1, items, keep, wrapper, unscaled)
     tolerance = TOLERANCE[engine.dtype]
     total = sum(float(gradient.double().square().sum()) for gradient in truth.values()) ** 0.5
@@ -201,9 +206,18 @@ def _slower(engine: Engine, layer: Layer) -> list[Layer]:
     """What to try next for a layer."""
     if layer.route == "vmap":
         return [replace(layer, route="loop")]
+    if layer.route == "loop":
+        raise TaskError(
+            f"The gradient of {layer.name} is another one when it is computed without those of other parameters (does "
+            "a function of the model change what it computes by what requires a gradient?). Leave it out, with layers=."
+        )
     if layer.route in uses.ROUTES:
-        return [general_layer(engine.model, layer.parameters[0], "vmap")]
+        return _general(engine, layer)
     return [uses.used_layer(engine.model, name) for name in layer.parameters]
+
+
+def _general(engine: Engine, layer: Layer) -> list[Layer]:
+    return [general_layer(engine.model, name, "vmap") for name in layer.parameters]
 
 
 def _pick_general_route(engine: Engine, wrapper: LossModule, items: list[Any]) -> list[Layer]:

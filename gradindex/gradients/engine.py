@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -25,7 +25,7 @@ from ..tree import map_tensors, tensors
 from ..weights import negligible
 from . import uses
 from .check import check_queries, check_routes
-from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, State, loop_gradients, vmap_gradients
+from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, State, as_real, loop_gradients, vmap_gradients
 from .hooks import Consume, Hooks
 from .layers import plan_layers, refuse_what_hides
 from .precision import HALF, LOSS_SCALES, Precision, check_precision, usable
@@ -92,8 +92,9 @@ class Engine:
         self.layers = plan_layers(self.model, self.parameters)
         # A tensor shared under several names is given once, so that all of its uses follow it.
         unique = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
-        # Buffers that checkpoints leave out go to the device as well.
-        kept = {name: tensor for name, tensor in self.model.named_buffers() if name not in self.model.state_dict()}
+        # Buffers that checkpoints leave out go to the device as well; copies, which the model may write to.
+        saved = self.model.state_dict()
+        kept = {name: tensor.clone() for name, tensor in self.model.named_buffers() if name not in saved}
         # All checkpoints stay in memory: each example is read once and runs through all of them. Each file is read
         # once: weights, rates, moments and digest are of the same bytes.
         self.states: list[State] = []
@@ -113,6 +114,7 @@ class Engine:
         self._scales = [{name: eta**0.5 for name, eta in rates.items()} for rates in self.learning_rates]
         self._weights: dict[tuple[int, int], Tensor] = {}
         self._training: list[tuple[nn.Module, bool]] = []
+        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
         self._stack = contextlib.ExitStack()
         self._entered = False
         self.hooks = Hooks(self.model, self.layers, self.dtype)
@@ -150,6 +152,7 @@ class Engine:
         lock.acquire()  # while hooks are on a model and other tensors in it, no other thread may use it
         self._lock = lock
         self._training = [(module, module.training) for module in self.model.modules()]
+        self._attributes = [(module, dict(vars(module))) for module in self.model.modules()]
         self.model.eval()
         if self.device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in self.model.modules()):
             # cuDNN refuses the backward pass of a recurrent layer in eval mode; torch's own kernels do not.
@@ -166,7 +169,19 @@ class Engine:
         self._stack.close()
         for module, training in self._training:
             module.training = training
+        self._take_back_tensors()
         self._lock.release()
+
+    def _take_back_tensors(self) -> None:
+        """Give modules their plain tensors back, such as caches and the weight that old weight norm computes."""
+        for module, attributes in self._attributes:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and value is not attributes.get(name):
+                    if name in attributes:
+                        vars(module)[name] = attributes[name]
+                    else:
+                        del vars(module)[name]
+        self._attributes = []
 
     def replan(self, layers: Sequence[Layer], shares: bool) -> None:
         """Take other routes from now on; ``shares`` as in :class:`Hooks`."""
@@ -232,10 +247,10 @@ class Engine:
         """
         state, batch = self.states[checkpoint], self.batch(items)
 
-        def losses() -> Tensor:
-            return wrapper.losses(state, batch, len(items))
+        def through(then: Callable[[Tensor], Tensor]) -> Tensor:
+            return wrapper.through(state, batch, len(items), then)
 
-        return self.hooks.run(losses, state, scales, len(items), consume, loss_scale, lenient)
+        return self.hooks.run(through, state, scales, len(items), consume, loss_scale, lenient)
 
     def run_general(
         self,
@@ -312,9 +327,8 @@ class Engine:
             return torch.ones((), dtype=self.dtype, device=self.device)
         if (checkpoint, number) not in self._weights:
             layer = self.layers[number]
-            roots = {
-                name: (self._moments[checkpoint][name].sqrt() + _ADAM_EPSILON).rsqrt() for name in layer.parameters
-            }
+            moments = {name: as_real(self._moments[checkpoint][name]) for name in layer.parameters}
+            roots = {name: (squares.sqrt() + _ADAM_EPSILON).rsqrt() for name, squares in moments.items()}
             self._weights[checkpoint, number] = self.cast(self.as_matrix(layer, roots, batched=False))
         return self._weights[checkpoint, number]
 

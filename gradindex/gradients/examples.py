@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 MIXED, _REPEATED = {torch.float32: 2e-3, torch.float64: 1e-8}, 1e-5
 # What torch says where a norm has no running statistics.
 _OVER_BATCH = "more than 1 value per channel"
+# What it says where a tensor is of another type than the weights.
+_OTHER_TYPE = re.compile(r"same dtype|expected scalar type|expected m1 and m2|[Ii]nput type .* should be the same")
 
 
 def check_examples(engine: Engine, items: list[Any], names: Sequence[str], role: str) -> None:
@@ -211,16 +214,18 @@ def _located(
             _losses(engine, wrapper, [item], [name])
         except UserCodeError as own:
             cause = own.__cause__ or own
-            return failed(f"{own.what} on {_lower(name)}", cause, _hint(own.what, [item], cause))
-    hint = _hint(error.what, items, cause)
+            return failed(f"{own.what} on {_lower(name)}", cause, _hint(engine, own.what, [item], cause))
+    hint = _hint(engine, error.what, items, cause)
     if len(items) > 1:
         hint = f"{hint or 'Each of them works alone.'} {_alone(role)}."
     return failed(f"{error.what} on {_lower(joined_names(names))}", cause, hint)
 
 
-def _hint(what: str, items: Sequence[Any], cause: BaseException) -> str:
+def _hint(engine: Engine, what: str, items: Sequence[Any], cause: BaseException) -> str:
     if _OVER_BATCH in str(cause):
         return "It normalises over the batch, so that no example has a gradient of its own: use running statistics."
+    if _OTHER_TYPE.search(str(cause)) and what != COLLATE:
+        return _fixed_type(engine, str(cause))
     if what != COLLATE:
         return ""
     found = [shapes(item) for item in items]
@@ -228,6 +233,18 @@ def _hint(what: str, items: Sequence[Any], cause: BaseException) -> str:
     if other is None:
         return "Give Task(collate=...) that makes a batch of such examples, or a data set of tensors."
     return f"They differ in shape ({_plain(found[0])} and {_plain(other)}): give Task(collate=...) that pads them."
+
+
+def _fixed_type(engine: Engine, message: str) -> str:
+    """What to do about a type that the model's code fixes, where its weights are of another one here."""
+    running, other = ("float32", "float64") if engine.dtype == torch.float32 else ("float64", "float32")
+    way_out = "Cast to the type of the weights instead, such as x.to(self.weight.dtype)"
+    if set(re.findall("double|bfloat16|half|float", message.lower())) == {"double", "float"}:
+        way_out += f", or choose precision={other!r}"
+    return (
+        f"This is at {engine.at}. Weights and inputs are of {running} here, so a type that the code fixes (.half(), "
+        f".double(), .to(torch.bfloat16)) does not fit them. {way_out}."
+    )
 
 
 def _plain(shape: tuple[Any, ...]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ LOSS, QUERY_LOSS, BACKWARD, COLLATE = "The loss", "The query loss", "The backwar
 
 # Tensors by name, each name with "model." in front.
 State = Mapping[str, Tensor]
+
+_Result = TypeVar("_Result")
 
 
 class LossModule(nn.Module):
@@ -38,15 +40,27 @@ class LossModule(nn.Module):
         self.loss = loss
         self._half, self._name = half, name
 
-    def forward(self, batch: Any) -> Tensor:
-        """(batch,) the losses with the weights that are in the model now."""
+    def forward(self, batch: Any, then: Callable[[Any], _Result]) -> _Result:
+        """What ``then`` makes of the losses (batch,) with the weights that are in the model now."""
         device = next(self.model.parameters()).device.type
         half = contextlib.nullcontext() if self._half is None else torch.autocast(device, self._half)
         with half, user_code(self._name):
-            return self.loss(self.model, batch)
+            losses = self.loss(self.model, batch)
+        return then(losses)
 
     def losses(self, state: State, batch: Any, n: int) -> Tensor:
         """(n,) the losses with other weights in the model, for the time of the call.
+
+        Raises:
+            LossError: the loss is not one number per example.
+        """
+        return self.through(state, batch, n, lambda losses: losses)
+
+    def through(self, state: State, batch: Any, n: int, then: Callable[[Tensor], _Result]) -> _Result:
+        """What ``then`` makes of the losses (n,) while the other weights are still in the model.
+
+        A backward pass belongs there: activation checkpointing, and whatever else runs parts of the model again
+        on the way back, must meet the weights of the way forward.
 
         torch's own tie_weights swaps a module that stands in the model under two names twice and
         puts the swapped tensor back; so each module is swapped once, under its first name, and
@@ -60,15 +74,36 @@ class LossModule(nn.Module):
         for prefix, module in self.named_modules():
             own = (*module.named_parameters(prefix, False, False), *module.named_buffers(prefix, False, False))
             swapped.update({name: state[first[id(tensor)]] for name, tensor in own if first[id(tensor)] in state})
-        losses: Any = functional_call(self, swapped, (batch,), tie_weights=False)
-        if not isinstance(losses, Tensor):
-            raise LossError(f"The loss returned a {type(losses).__name__}, but must return a tensor of shape ({n},).")
-        if losses.shape != (n,):
-            raise LossError(
-                f"The loss has shape {tuple(losses.shape)}, but must be per example, of shape ({n},) "
-                f"for a batch of {n}. Use reduction='none' and no mean over the batch."
-            )
-        return losses
+
+        def checked(losses: Any) -> _Result:
+            if not isinstance(losses, Tensor):
+                raise LossError(
+                    f"The loss returned a {type(losses).__name__}, but must return a tensor of shape ({n},)."
+                )
+            if losses.shape != (n,):
+                raise LossError(
+                    f"The loss has shape {tuple(losses.shape)}, but must be per example, of shape ({n},) "
+                    f"for a batch of {n}. Use reduction='none' and no mean over the batch."
+                )
+            return then(losses)
+
+        result: _Result = functional_call(self, swapped, (batch, checked), tie_weights=False)
+        return result
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor with real and imaginary parts as a last axis of two; any other as it is.
+
+    The inner product of two such gradients is that of the real parameters that a step of training moves.
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def as_direction(numbers: Tensor, parameter: Tensor) -> Tensor:
+    """What :func:`as_real` laid out, flat or not, in the shape and kind of the parameter."""
+    if parameter.is_complex():
+        return torch.view_as_complex(numbers.reshape(*parameter.shape, 2).contiguous())
+    return numbers.reshape(parameter.shape)
 
 
 def vmap_gradients(
@@ -76,7 +111,8 @@ def vmap_gradients(
 ) -> list[Tensor]:
     """(n, *shape) for each name, in one pass vectorised over the first axis of every tensor of the batch.
 
-    The losses are multiplied by ``loss_scale``, and the gradients divided by it.
+    The losses are multiplied by ``loss_scale``, and the gradients divided by it. Those of complex parameters are real,
+    see :func:`as_real`.
     """
     parts = tensors(batch)
     if any(part.ndim == 0 or len(part) != n for part in parts):
@@ -89,7 +125,7 @@ def vmap_gradients(
 
     tracked = {f"model.{name}": state[f"model.{name}"] for name in names}
     found = vmap(grad(one), in_dims=(None, *([0] * len(parts))))(tracked, *parts)
-    return [found[f"model.{name}"].detach() / loss_scale for name in names]
+    return [as_real(found[f"model.{name}"].detach()) / loss_scale for name in names]
 
 
 def loop_gradients(
@@ -99,13 +135,15 @@ def loop_gradients(
     rows = []
     for single in singles:
         tracked = {f"model.{name}": state[f"model.{name}"].detach().requires_grad_() for name in names}
+        leaves = list(tracked.values())
+
+        def backward(losses: Tensor, leaves: list[Tensor] = leaves) -> list[Tensor]:
+            if not losses.requires_grad:
+                return [torch.zeros_like(leaf) for leaf in leaves]
+            with user_code(BACKWARD):
+                return list(torch.autograd.grad(losses.sum() * loss_scale, leaves, materialize_grads=True))
+
         with torch.enable_grad():
-            losses = wrapper.losses({**state, **tracked}, single, 1)
-            if losses.requires_grad:
-                leaves = list(tracked.values())
-                with user_code(BACKWARD):
-                    found = torch.autograd.grad(losses.sum() * loss_scale, leaves, materialize_grads=True)
-                rows.append([gradient.to_dense() / loss_scale for gradient in found])  # embeddings may be sparse
-            else:
-                rows.append([torch.zeros_like(value) for value in tracked.values()])
+            row = wrapper.through({**state, **tracked}, single, 1, backward)
+        rows.append([as_real(gradient.to_dense()) / loss_scale for gradient in row])  # embeddings may be sparse
     return [torch.stack(column) for column in zip(*rows, strict=True)]

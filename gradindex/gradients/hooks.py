@@ -39,6 +39,8 @@ class Hooks:
         # By layer, a call each: what makes its gradients from that of its output, and that, once it is there.
         self._calls: dict[int, list[tuple[uses.Make, Tensor | None]]] = {}
         self._leaves: list[Tensor] = []
+        # From the forward pass on, and from the backward pass on.
+        self._running = False
         self._receive: Callable[[int, int, Tensor], None] | None = None
         self._n = 0
         # Uses, by layer and function, that went unwatched when the gradients were found right.
@@ -71,7 +73,7 @@ class Hooks:
 
     def run(
         self,
-        losses: Callable[[], Tensor],
+        through: Callable[[Callable[[Tensor], Tensor]], Tensor],
         state: Mapping[str, Tensor],
         scales: Mapping[str, float],
         n: int,
@@ -82,7 +84,8 @@ class Hooks:
         """Forward and backward, each layer's gradients consumed as soon as they are there.
 
         Args:
-            losses: the forward pass of the batch: (n,).
+            through: the forward pass of the batch; what it is given takes the losses (n,), while the model still
+                has the tensors that it ran with.
             state: the tensors that it runs with.
             scales: by parameter, what its gradients are multiplied by.
             n: examples in the batch.
@@ -111,6 +114,8 @@ class Hooks:
         def finish(number: int) -> None:
             self.at = f"the gradients of {self._layers[number].name or 'the model'}"
             calls = self._calls.pop(number)
+            if lenient and any(delta is not None and len(delta) != n for _, delta in calls):
+                return  # called on something else than the examples, too; the check moves such a layer
             try:
                 parts = [make(delta) for make, delta in calls if delta is not None]
             except Exception:  # a shape that the rule does not know; the check moves such a layer
@@ -119,25 +124,30 @@ class Hooks:
             else:
                 consume(number, concatenated(parts))
 
-        self._receive, self._n, self._scales = receive, n, scales
+        def backward(found: Tensor) -> Tensor:
+            self._judge(mode.unknown, lenient)
+            # What runs again from here on (activation checkpointing) must do as before, and is no other call. The
+            # function mode does not meet it: torch takes it off for autograd.grad.
+            self._receive = receive
+            leaves = list(self._leaves)
+            if leaves and found.requires_grad:
+                torch.autograd.grad(found.sum() * loss_scale, leaves, allow_unused=True)
+            return found.detach()
+
+        self._running, self._n, self._scales = True, n, scales
         tensors = {number: (layer, state[f"model.{layer.parameters[0]}"]) for number, layer in self._used.items()}
         mode = uses.Uses(tensors, n, self._watch_use)
         try:
-            with torch.enable_grad():
-                with mode if tensors else contextlib.nullcontext():
-                    found = losses()
-                self._judge(mode.unknown, lenient)
-                leaves = list(self._leaves)
-                if leaves and found.requires_grad:
-                    torch.autograd.grad(found.sum() * loss_scale, leaves, allow_unused=True)
+            with torch.enable_grad(), mode if tensors else contextlib.nullcontext():
+                losses = through(backward)
             for number in list(self._calls):
                 if any(delta is not None for _, delta in self._calls[number]):
                     finish(number)  # a call whose output the loss does not use sends no gradient
         finally:
-            self._receive = None
+            self._running, self._receive = False, None
             self._calls.clear()
             self._leaves.clear()
-        return found.detach()
+        return losses
 
     def _judge(self, unknown: set[tuple[int, str]], lenient: bool) -> None:
         """Uses that were there when the gradients were found right (such as of a shape) do not matter; new ones do."""
@@ -154,13 +164,15 @@ class Hooks:
     def _called(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        if self._receive is None:
+        if not (self._running and torch.is_grad_enabled()):  # under no_grad no gradient comes back
             return None
-        inputs = args[0] if args else next(iter(kwargs.values()))
+        name = "input" if "input" in kwargs else next(iter(kwargs), "")
+        inputs, others = (args[0], args[1:]) if args else (kwargs[name], ())
+        named = kwargs if args else {key: value for key, value in kwargs.items() if key != name}
         if self.shares and output.shape[:1] == (1,) and self._n > 1:
             output = output.expand(self._n, *output.shape[1:])
             inputs = inputs.expand(self._n, *inputs.shape[1:])
-        saved = RULES[self._layers[number].route].saved(module, inputs)
+        saved = RULES[self._layers[number].route].saved(module, inputs, *others, **named)
         return self._watch(number, partial(self._by_rule, number, module, saved), output)
 
     def _by_rule(self, number: int, module: nn.Module, saved: Any, delta: Tensor) -> Gradients:
@@ -180,8 +192,11 @@ class Hooks:
             # A first tracked layer: autograd starts here and keeps nothing below. The clone
             # lets an in-place activation follow, which a leaf forbids.
             leaf = output.detach().requires_grad_()
-            self._leaves.append(leaf)
             output = leaf.view_as(leaf) if 0 in leaf.stride() else leaf.clone()
+            if self._receive is None:
+                self._leaves.append(leaf)
+        if self._receive is not None:
+            return output
         calls = self._calls.setdefault(number, [])
         receive = partial(self._received, number, len(calls))
         calls.append((make, None))

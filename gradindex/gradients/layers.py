@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import TaskError
 from ..factors import Layer
+from .functional import as_real
 from .rules import RULES, SINGLE
 from .uses import used_layer
 
@@ -49,7 +50,7 @@ def refuse_without_gradient(model: nn.Module, names: Sequence[str]) -> None:
     """
     for name in names:
         dtype = model.get_parameter(name).dtype
-        if not dtype.is_floating_point:
+        if not (dtype.is_floating_point or dtype.is_complex):
             raise TaskError(f"The parameter {name} is of {dtype}, which has no gradient. Leave it out, with layers=.")
 
 
@@ -68,10 +69,13 @@ def plan_layers(model: nn.Module, selected: Sequence[str]) -> list[Layer]:
         own = dict(module.named_parameters(recurse=False))
         names = tuple(name for name in own if _joined(path, name) in wanted)
         known = set(own) <= {"weight", "bias"} and all(owners[id(own[name])] == 1 for name in names)
-        if known and names:
+        if known and names and not any(parameter.is_complex() for parameter in own.values()):
             layers += _hooked(path, module, names)
     taken = {name for layer in layers for name in layer.parameters}
-    layers += [used_layer(model, name) for name in selected if name not in taken]
+    for name in selected:
+        if name not in taken:
+            is_complex = model.get_parameter(name).is_complex()  # of which hooks know nothing
+            layers.append(general_layer(model, name, "vmap") if is_complex else used_layer(model, name))
     order = {name: position for position, name in enumerate(selected)}
     return sorted(layers, key=lambda layer: order[layer.parameters[0]])
 
@@ -91,8 +95,8 @@ def _joined(path: str, name: str) -> str:
 
 
 def general_layer(model: nn.Module, parameter: str, route: str) -> Layer:
-    """A parameter on a general route: its gradient is one row."""
-    return Layer(parameter, (parameter,), 1, model.get_parameter(parameter).numel(), route)
+    """A parameter on a general route: its gradient is one row, of a complex one the real and imaginary parts."""
+    return Layer(parameter, (parameter,), 1, as_real(model.get_parameter(parameter)).numel(), route)
 
 
 def refuse_what_hides(model: nn.Module) -> None:

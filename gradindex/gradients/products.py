@@ -18,7 +18,7 @@ from ..tree import preserved_random_state
 from .check import TOLERANCE
 from .engine import Engine
 from .examples import blamed
-from .functional import LossModule, State, loop_gradients
+from .functional import LossModule, State, as_direction, as_real, loop_gradients
 
 # With more queries than this, the per-example gradients of the layers on general routes cost less than
 # a pass for each query; a loop over examples is dearer.
@@ -191,9 +191,8 @@ class Products:
                 directions = {}
                 for number, name in general.items():
                     value, gradients = state[f"model.{name}"], queries[checkpoint][number]
-                    directions[f"model.{name}"] = gradients.gradient[query].reshape(value.shape) * engine.scale(
-                        checkpoint, name
-                    )
+                    direction = gradients.gradient[query] * engine.scale(checkpoint, name)
+                    directions[f"model.{name}"] = as_direction(direction, value)
                 along = _ROUTES[self.route](wrapper, state, directions, engine.batch(items), len(items))
                 yield along.to(engine.dtype)
 
@@ -204,7 +203,8 @@ class Products:
         names = [layer.parameters[0] for layer in engine.layers if not layer.hooked]
         with preserved_random_state():
             truth = loop_gradients(wrapper, state, names, engine.singles(items))
-            directions = {f"model.{name}": gradient[0] for name, gradient in zip(names, truth, strict=True)}
+            keys = [f"model.{name}" for name in names]
+            directions = {key: as_direction(found[0], state[key]) for key, found in zip(keys, truth, strict=True)}
             rows = torch.cat([gradient.flatten(1) for gradient in truth], 1).double()
             expected, norms = rows @ rows[0], rows.square().sum(1)
             allowed = TOLERANCE[engine.dtype] * (norms * norms[0]).sqrt()
@@ -237,11 +237,14 @@ def _double_backward(wrapper: LossModule, state: State, directions: Mapping[str,
     """The same as d/du <grad of sum_z u_z l_z, v>."""
     with _plain_kernels(), torch.enable_grad():
         tracked = {name: state[name].detach().requires_grad_() for name in directions}
-        losses = wrapper.losses({**state, **tracked}, batch, n)
-        u = torch.ones_like(losses, requires_grad=True)
-        gradients = torch.autograd.grad((u * losses).sum(), list(tracked.values()), create_graph=True)
-        products = [(g * v).sum() for g, v in zip(gradients, directions.values(), strict=True)]
-        return torch.autograd.grad(torch.stack(products).sum(), u)[0]
+
+        def derivative(losses: Tensor) -> Tensor:
+            u = torch.ones_like(losses, requires_grad=True)
+            gradients = torch.autograd.grad((u * losses).sum(), list(tracked.values()), create_graph=True)
+            products = [(as_real(g) * as_real(v)).sum() for g, v in zip(gradients, directions.values(), strict=True)]
+            return torch.autograd.grad(torch.stack(products).sum(), u)[0]
+
+        return wrapper.through({**state, **tracked}, batch, n, derivative)
 
 
 # In the order in which they are tried.

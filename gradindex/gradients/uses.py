@@ -124,7 +124,7 @@ class Uses(TorchFunctionMode):
 
     def _watched(self, tracked: _Tracked, make: Make, output: Tensor) -> Tensor:
         self._met += 1
-        return self._watch(tracked.number, make, output)
+        return self._watch(tracked.number, make, output) if torch.is_grad_enabled() else output
 
     def _elementwise(self, func: Any, args: Any, kwargs: Any, place: int, tracked: _Tracked) -> Any:
         shapes = [value.shape for value in args if isinstance(value, Tensor)]

@@ -23,8 +23,11 @@ class Rule(Protocol):
     def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
         """Rows and columns of the gradient of these parameters together, or ``None``: not by this rule."""
 
-    def saved(self, module: nn.Module, inputs: Tensor) -> Any:
-        """What to keep of the forward pass, while a checkpoint's tensors are in the module."""
+    def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **named: Any) -> Any:
+        """What to keep of the forward pass, while a checkpoint's tensors are in the module.
+
+        ``others`` and ``named`` are what the module was called with besides its input.
+        """
 
     def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
         """Gradients of the tracked parameters, each times its scale; ``delta`` is the output's gradient."""
@@ -38,7 +41,7 @@ class Plain:
 
     takes_half = False
 
-    def saved(self, module: nn.Module, inputs: Tensor) -> Any:
+    def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **named: Any) -> Any:
         """The input. See :class:`Rule`."""
         return inputs.detach()
 

@@ -149,7 +149,7 @@ class ChannelBias(Plain):
             return None
         return module.out_channels, 1
 
-    def saved(self, module: nn.Module, inputs: Tensor) -> Any:
+    def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **named: Any) -> Any:
         """Nothing. See :class:`Rule`."""
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...factors import Factors, Gradients, Lookups
@@ -29,10 +30,10 @@ class TransposedLinear(Linear):
 
     def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
         """See :class:`Rule`."""
-        weight = getattr(module, "weight", None)
-        if type(module).__name__ != "Conv1D" or not hasattr(module, "nf") or not isinstance(weight, Tensor):
+        if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):  # asking for a computed weight computes it
             return None
-        return weight.shape[1], columns(weight.shape[0], names)
+        weight = getattr(module, "weight", None)
+        return (weight.shape[1], columns(weight.shape[0], names)) if isinstance(weight, Tensor) else None
 
     def as_matrix(self, name: str, gradient: Tensor) -> Tensor:
         """See :class:`Rule`."""
@@ -50,7 +51,7 @@ class Embedding:
             return None
         return module.embedding_dim, module.num_embeddings
 
-    def saved(self, module: nn.Module, inputs: Tensor) -> Any:
+    def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **named: Any) -> Any:
         """See :class:`Rule`."""
         return inputs
 
@@ -69,7 +70,7 @@ class Embedding:
 
 
 class EmbeddingBag(Embedding):
-    """Sums and means of bags of equal length, one bag an example; bags given by offsets take the general route."""
+    """Sums (weighted or not) and means of bags, one bag an example: rows of equal length, or a list with offsets."""
 
     def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
         """See :class:`Rule`."""
@@ -77,11 +78,40 @@ class EmbeddingBag(Embedding):
             return None
         return (module.embedding_dim, module.num_embeddings) if module.mode in ("sum", "mean") else None
 
+    def saved(
+        self,
+        module: nn.Module,
+        inputs: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        *others: Any,
+        **named: Any,
+    ) -> Any:
+        """Words, offsets and the words' weights. See :class:`Rule`."""
+        assert isinstance(module, nn.EmbeddingBag)
+        if offsets is not None and module.include_last_offset:
+            offsets = offsets[:-1]
+        return inputs, offsets, None if per_sample_weights is None else per_sample_weights.detach()
+
     def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
         """See :class:`Rule`."""
         assert isinstance(module, nn.EmbeddingBag)
-        saved = saved if saved.ndim == 2 else saved.reshape(len(delta), -1)
+        words, offsets, weights = saved
+        shares = torch.ones_like(words, dtype=delta.dtype) if weights is None else weights
+        if offsets is not None:
+            words, shares = _as_rows(words, shares, offsets.long())
+        if module.padding_idx is not None:
+            shares = shares * (words != module.padding_idx)
         if module.mode == "mean":
-            counted = saved != (-1 if module.padding_idx is None else module.padding_idx)
-            delta = delta / counted.sum(1, keepdim=True).clamp_min(1)
-        return super().gradients(module, saved, delta[:, None].expand(-1, saved.shape[1], -1), scales)
+            shares = shares / shares.sum(1, keepdim=True).clamp_min(1)
+        return Lookups(words.long(), delta[:, None] * shares[:, :, None] * scales["weight"], module.num_embeddings)
+
+
+def _as_rows(words: Tensor, shares: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """(bags, longest) words and shares of bags that lie in one list; what fills a shorter bag has the share 0."""
+    ends = torch.cat([offsets[1:], offsets.new_tensor([len(words)])])
+    longest = int((ends - offsets).max())
+    places = offsets[:, None] + torch.arange(longest, device=offsets.device)
+    inside = places < ends[:, None]
+    places = places.where(inside, 0)
+    return words[places], shares[places] * inside

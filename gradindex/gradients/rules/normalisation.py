@@ -32,7 +32,7 @@ class Normalisation:
             return None
         return module.get_parameter(names[0]).numel(), len(names)
 
-    def saved(self, module: nn.Module, inputs: Tensor) -> Any:
+    def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **named: Any) -> Any:
         """The input, and the running statistics of this checkpoint. See :class:`Rule`."""
         return inputs.detach(), getattr(module, "running_mean", None), getattr(module, "running_var", None)
 
