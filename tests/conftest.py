@@ -1,4 +1,25 @@
-"""Options of the whole suite."""
+"""Options of the whole suite, and what several files of it look at."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("GRADINDEX_DATA", TOP.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def quick_forms(tmp_path_factory):
+    """What `scripts/bench/all.sh --quick` printed, as a completed process, and the folder of its results.
+
+    Every script runs once in the checks: tests of one script look at what it left here.
+    """
+    out = tmp_path_factory.mktemp("quick")
+    command = ["bash", str(TOP / "scripts" / "bench" / "all.sh"), "--quick", "--out", str(out)]
+    environment = os.environ | {"GRADINDEX_DATA": str(DATA)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True), out
 
 
 def pytest_addoption(parser):

@@ -30,10 +30,10 @@ def make_task(folder: Path, rows: int, epochs: int) -> gradindex.Task:
 
     torch.manual_seed(0)
     for step in range(epochs):
-        torch.save(cifar10.make_model().state_dict(), folder / f"step_{step + 1}.pt")
+        torch.save(cifar10.make_model(cifar10.width()).state_dict(), folder / f"step_{step + 1}.pt")
     data = torch.utils.data.TensorDataset(torch.randn(rows, 3, 32, 32), torch.randint(10, (rows,)))
     checkpoints = gradindex.find_checkpoints(folder, learning_rate=0.1)
-    return gradindex.Task(cifar10.make_model(), cifar10.loss, data, checkpoints, layers="8")
+    return gradindex.Task(cifar10.make_model(cifar10.width()), cifar10.loss, data, checkpoints, layers="8")
 
 
 class Clock:

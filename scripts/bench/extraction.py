@@ -3,6 +3,7 @@
 Every round times each contestant once, in turn; a figure is the median over rounds of the ratio within a round.
 Weights are random: nothing here depends on their values. Ours runs as it does by default, which for this network is
 with the channels last in memory; bars compare with the layout that torch has by default, figures also with our own.
+The quick form has an eighth of the width, batches of 4 and two rounds.
 
     python scripts/bench/extraction.py [--quick] [--json] [--data DIR] [--save FILE]
 """
@@ -30,17 +31,17 @@ from gradindex.projection import Projection
 from gradindex.projection.sides import sizes
 from gradindex.rows import RowMaker
 
-BATCH = 64
+BATCH, QUICK_BATCH = 64, 4
 
 
-def make_task(folder: Path, layers: str) -> gradindex.Task:
+def make_task(folder: Path, layers: str, batch: int) -> gradindex.Task:
     """One batch of random pictures and one checkpoint."""
     import cifar10
 
     torch.manual_seed(0)
-    model = cifar10.make_model()
+    model = cifar10.make_model(cifar10.width())
     torch.save(model.state_dict(), folder / "step_1.pt")
-    data = torch.utils.data.TensorDataset(torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,)))
+    data = torch.utils.data.TensorDataset(torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,)))
     checkpoints = gradindex.find_checkpoints(folder, learning_rate=0.1)
     return gradindex.Task(model, cifar10.loss, data, checkpoints, layers=layers)
 
@@ -48,10 +49,10 @@ def make_task(folder: Path, layers: str) -> gradindex.Task:
 class Contestants:
     """What is timed, each on the same batch."""
 
-    def __init__(self, folder: Path, precision: str) -> None:
+    def __init__(self, folder: Path, precision: str, batch: int) -> None:
         self.precision = precision
-        self.whole, self.last = (make_task(folder, layers) for layers in ("*", "8"))
-        self.items = [self.whole.train[i] for i in range(BATCH)]
+        self.whole, self.last = (make_task(folder, layers, batch) for layers in ("*", "8"))
+        self.items = [self.whole.train[i] for i in range(batch)]
         self.batch = self.whole.collate(self.items)
         # By whether the channels come last.
         self.models = {False: copy.deepcopy(self.whole.model), True: copy.deepcopy(self.whole.model)}
@@ -90,7 +91,7 @@ class Contestants:
             )
         }
         maker = RowMaker(engine, projection, bases, norms)
-        return lambda: maker.rows(self.items, [""] * BATCH, "train")
+        return lambda: maker.rows(self.items, [""] * len(self.items), "train")
 
     def products(self) -> Callable[[], Any]:
         """Exact scores of the batch against one query whose gradients are there."""
@@ -99,7 +100,7 @@ class Contestants:
         query = [Formed(torch.randn(1, layer.rows, layer.columns)) for layer in engine.layers]
 
         def run() -> torch.Tensor:
-            scores = torch.zeros(BATCH)
+            scores = torch.zeros(len(self.items))
 
             def consume(number: int, gradients: Gradients) -> None:
                 for part, some in gradients.parts():
@@ -118,10 +119,10 @@ def timed(action: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def measure(precision: str, rounds: int) -> dict[str, list[float]]:
+def measure(precision: str, rounds: int, batch: int) -> dict[str, list[float]]:
     """Seconds of each contestant in each round."""
     with tempfile.TemporaryDirectory() as folder:
-        contestants = Contestants(Path(folder), precision)
+        contestants = Contestants(Path(folder), precision, batch)
         fitted = Projection("fitted", 256 * 17)
         actions = {
             "forward": contestants.forward,
@@ -144,10 +145,10 @@ def measure(precision: str, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def peak_bytes(what: str, into: Any) -> None:
+def peak_bytes(what: str, batch: int, into: Any) -> None:
     """Peak memory of a process that does one thing, above what it had before."""
     with tempfile.TemporaryDirectory() as folder:
-        contestants = Contestants(Path(folder), "float32")
+        contestants = Contestants(Path(folder), "float32", batch)
         action = contestants.step if what == "step" else contestants.rows(contestants.whole, Projection(), "exact")
         before = peak_resident_bytes()
         action()
@@ -163,15 +164,15 @@ def peak_resident_bytes() -> int:
 def main() -> None:
     """Measure and print."""
     bench = Bench("Extraction: ResNet-9, batches of 64", __doc__)
-    rounds = 5 if bench.quick else 15
+    rounds, batch = (2, QUICK_BATCH) if bench.quick else (15, BATCH)
     for precision in ("float32", "bfloat16"):
-        seconds = measure(precision, rounds)
+        seconds = measure(precision, rounds, batch)
 
         def ratio(name: str, base: str, seconds: dict[str, list[float]] = seconds) -> float:
             return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
         for name in ("forward", "step", "forward, channels last", "step, channels last"):
-            bench.figure(f"{precision}: {name}", statistics.median(seconds[name]) / BATCH * 1e3, "ms an example")
+            bench.figure(f"{precision}: {name}", statistics.median(seconds[name]) / batch * 1e3, "ms an example")
         bench.bar(
             f"{precision}: last layer rows / forward", ratio("last layer rows", "forward"), "x", 1.10, at_most=True
         )
@@ -195,7 +196,7 @@ def main() -> None:
     peaks = {}
     for what in ("step", "rows"):
         queue = multiprocessing.get_context("spawn").Queue()
-        process = multiprocessing.get_context("spawn").Process(target=peak_bytes, args=(what, queue))
+        process = multiprocessing.get_context("spawn").Process(target=peak_bytes, args=(what, batch, queue))
         process.start()
         peaks[what] = queue.get()
         process.join()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import shlex
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +24,16 @@ import numpy as np
 
 TOP = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(TOP / "scripts" / "tasks"))
+MODULES = {"traker": "trak"}  # packages that are imported by another name
+
+
+def _keep_apart(quick: bool) -> None:
+    """Give the quick form a cache of its own, which goes with the process; the full form has no part in it."""
+    os.environ.pop("GRADINDEX_QUICK", None)
+    if quick:
+        folder = tempfile.mkdtemp(prefix="gradindex-quick-")
+        os.environ["GRADINDEX_QUICK"] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 class Bench:
@@ -57,6 +71,12 @@ class Bench:
         for name, names in self._parts.items():
             parser.add_argument(f"--{name}", nargs="+", choices=list(names), default=list(names))
         self.options = parser.parse_args()
+        save = self.options.save
+        if self.options.quick and save and save.resolve().is_relative_to(TOP / "docs"):
+            parser.error(
+                f"--save is {save}, but --quick measures stand-ins, which are not for docs. Save it elsewhere."
+            )
+        _keep_apart(self.options.quick)
         if self.options.data:
             os.environ["GRADINDEX_DATA"] = str(self.options.data)
         self.title = title
@@ -80,8 +100,27 @@ class Bench:
         """A figure with a target, which is a floor unless ``at_most``."""
         holds = value <= target if at_most else value >= target
         self.bars.append({"name": name, "value": float(value), "unit": unit, "target": target, "holds": bool(holds)})
+        if "GRADINDEX_BARS" in os.environ:  # a file that all.py reads, also after a crash
+            with Path(os.environ["GRADINDEX_BARS"]).open("a") as file:
+                file.write(json.dumps({**self.bars[-1], "at_most": at_most}) + "\n")
         sign = "at most" if at_most else "at least"
         print(f"{name}: {value:.4g} {unit} ({sign} {target}) {'holds' if holds else 'MISSED'}", flush=True)
+
+    def installed(self, peers: Sequence[str]) -> list[str]:
+        """Those of these packages that are there; the quick form says what it leaves out.
+
+        Raises:
+            SystemExit: one is missing, and this is not the quick form.
+        """
+        missing = [name for name in peers if importlib.util.find_spec(MODULES.get(name, name)) is None]
+        if missing and not self.quick:
+            raise SystemExit(
+                f"{', '.join(missing)} is not installed. Run this with an environment that has "
+                "scripts/bench/peers.txt (scripts/bench/all.sh makes one)."
+            )
+        if missing:
+            print(f"quick: left out, for it is not installed: {', '.join(missing)}", file=sys.stderr, flush=True)
+        return [name for name in peers if name not in missing]
 
     def row(self, table: str, values: Mapping[str, Any]) -> None:
         """A row of a table; all rows of a table have the same columns."""
@@ -104,7 +143,9 @@ class Bench:
             )
 
     def _machine(self) -> dict[str, str]:
-        return {**machine(self.packages), "load of others at the start": f"{self.load:.1f}"}
+        about = {**machine(self.packages), "load of others at the start": f"{self.load:.1f}"}
+        stand_ins = getattr(sys.modules.get("reference"), "STAND_INS", [])
+        return {**about, "stand-ins": "; ".join(stand_ins)} if stand_ins else about
 
     @property
     def command(self) -> str:
@@ -183,9 +224,16 @@ def machine(packages: Sequence[str] = ()) -> dict[str, str]:
         ]
         processor = f"{names[0]}, {len(names)} cores" if names else processor
     names = ("gradindex", "torch", "faiss-cpu", "numpy", "h5py", *packages)
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    versions = [f"{name} {version}" for name in names if (version := _version(name))]
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "processor": processor,
         "versions": f"Python {platform.python_version()}, {', '.join(versions)}",
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

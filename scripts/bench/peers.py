@@ -1,8 +1,9 @@
 """Rows of ResNet-9 against other libraries: Captum's projected last layer, TRAK's and dattri's whole gradients.
 
 Every contestant has a process of its own and does the same examples, checkpoints and dimensions; a round runs each of
-them once, in turn and alone; figures are medians of ratios within a round. Needs the libraries of peers.txt, best in
-an environment of their own:
+them once, in turn and alone; figures are medians of ratios within a round. The quick form has an eighth of the width,
+fewer examples and checkpoints, and leaves out libraries that are not installed. The full form needs those of peers.txt,
+best in an environment of their own (all.sh makes it):
 
     python -m venv peers && peers/bin/pip install -c constraints.txt -r scripts/bench/peers.txt -e .[cpu]
     peers/bin/python scripts/bench/peers.py [--quick] [--json] [--data DIR] [--save FILE]
@@ -32,17 +33,18 @@ from gradindex.gradients import Engine
 from gradindex.projection import Projection
 from gradindex.rows import RowMaker
 
-DIM, BATCH, CHECKPOINTS = 1024, 64, 5
+DIM, BATCH, CHECKPOINTS, QUICK_CHECKPOINTS = 1024, 64, 5, 2
 PEERS = ("captum", "traker", "dattri")
 
 
 def make_task(folder: Path, n: int) -> gradindex.Task:
     """Random pictures and weights: the time does not depend on them."""
     import cifar10
+    import reference
 
     torch.manual_seed(0)
-    for step in range(CHECKPOINTS):
-        model = cifar10.make_model()
+    for step in range(QUICK_CHECKPOINTS if reference.quick() else CHECKPOINTS):
+        model = cifar10.make_model(cifar10.width())
         torch.save(model.state_dict(), folder / f"step_{step}.pt")
     data = TensorDataset(torch.randn(n, 3, 32, 32), torch.randint(10, (n,)))
     checkpoints = gradindex.find_checkpoints(folder, learning_rate=1.0)
@@ -145,7 +147,7 @@ def vmapped(task: gradindex.Task) -> Callable[[], Any]:
 
     def run() -> torch.Tensor:
         gradients = vmap(grad(loss), (None, 0, 0))(parameters, x, y)
-        rows = torch.zeros(BATCH, DIM)
+        rows = torch.zeros(len(x), DIM)
         for gradient in gradients.values():
             for piece in gradient.flatten(1).split(8192, 1):
                 signs = torch.randint(0, 2, (piece.shape[1], DIM), dtype=torch.int8).float().mul_(2).sub_(1)
@@ -204,14 +206,18 @@ def medians(names: Sequence[str], whole: bool, n: int, rounds: int) -> dict[tupl
 def main() -> None:
     """Measure and print."""
     bench = Bench("Extraction against peers: ResNet-9", __doc__, packages=PEERS)
-    n = 256 if bench.quick else 1024
-    found = medians(["captum", "float32", "bfloat16"], False, n, 3 if bench.quick else 5)
-    bench.bar("last layer, float32: Captum's set-up / ours", found["captum", "float32"], "x", 1.3)
-    bench.bar("last layer, bfloat16: Captum's set-up / ours (bar: with AMX)", found["captum", "bfloat16"], "x", 3.0)
-    found = medians(["vmap", "trak", "dattri", "float32"], True, BATCH, 2 if bench.quick else 3)
-    bench.bar("all layers, float32: vmap(grad) and a dense map / ours", found["vmap", "float32"], "x", 10.0)
-    bench.bar("all layers, float32: TRAK's features / ours", found["trak", "float32"], "x", 10.0)
-    bench.bar("all layers, float32: dattri's projected TracIn / ours", found["dattri", "float32"], "x", 10.0)
+    present = bench.installed(PEERS)
+    n, batch = (16, 16) if bench.quick else (1024, BATCH)
+    if "captum" in present:
+        found = medians(["captum", "float32", "bfloat16"], False, n, 2 if bench.quick else 5)
+        bench.bar("last layer, float32: Captum's set-up / ours", found["captum", "float32"], "x", 1.3)
+        bench.bar("last layer, bfloat16: Captum's set-up / ours (bar: with AMX)", found["captum", "bfloat16"], "x", 3.0)
+    others = {"vmap": "vmap(grad) and a dense map"}
+    others |= {"trak": "TRAK's features"} if "traker" in present else {}
+    others |= {"dattri": "dattri's projected TracIn"} if "dattri" in present else {}
+    found = medians([*others, "float32"], True, batch, 2 if bench.quick else 3)
+    for name, what in others.items():
+        bench.bar(f"all layers, float32: {what} / ours", found[name, "float32"], "x", 10.0)
     bench.finish()
 
 

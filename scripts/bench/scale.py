@@ -2,7 +2,8 @@
 
 Truth is exact TracInCP of the tracked parameters. Each store's index is tuned with queries of the test set, and judged
 with others. A query's own gradient is not timed. The features that the stores are made of take an hour to compute
-(scripts/tasks/augmented.py) and are kept, like the stores, outside the checkout (GRADINDEX_CACHE).
+(scripts/tasks/augmented.py) and are kept, like the stores, outside the checkout (GRADINDEX_CACHE); the quick form makes
+4,000 small ones.
 
     python scripts/bench/scale.py [--parts augmented pseudo_classes ...] [--quick] [--save FILE]
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 import faiss
 import numpy as np
-from harness import Bench, timed
+from harness import Anonymous, Bench, timed
 from numpy.typing import NDArray
 from stores import store_of, task_of
 from torch.utils.data import Subset
@@ -34,7 +35,7 @@ from gradindex.index.shapes import fitted_directions
 from gradindex.projection import Projection
 from gradindex.retrieval.candidates import Candidates
 
-K, TUNED, JUDGED, BATCH = 100, 1000, 500, 100
+K, TUNED, QUICK_TUNED, JUDGED, BATCH = 100, 1000, 200, 500, 100
 PARTS = ("augmented", "pseudo_classes", "cifar10", "float16", "mnist", "growth", "all_layers")
 # What a row of the store may take, in KiB.
 ROOM = {"augmented": 3.5, "float16": 1.8}
@@ -70,9 +71,12 @@ class Case:
     }
 
     def __init__(self, name: str, quick: bool = False) -> None:
-        self.name, n = name, {"augmented": 1_281_167, "cifar10": 50_000, "float16": 50_000}.get(name)
+        import augmented
+
+        sizes = augmented.sizes()
+        self.name, self.quick = name, quick
+        n = {"augmented": sizes.train, "cifar10": sizes.pictures, "float16": sizes.pictures}.get(name)
         source = "augmented" if n else name
-        n = 10_000 if quick and n else n
         task = task_of(source, n)
         # 9 x 5 numbers a checkpoint leave the room for factors in float16.
         small = {"projection": Projection("fitted", 45), "factors": "float16"} if name == "float16" else {}
@@ -82,6 +86,11 @@ class Case:
         self.judged = min(40 if quick else JUDGED, half)
         self.recall, *self.limits = self.BARS[name]
         self.promised = self.limits[1] is not None
+
+
+def tuned(quick: bool) -> int:
+    """How many queries an index is tuned with."""
+    return QUICK_TUNED if quick else TUNED
 
 
 def _with_queries(task: gradindex.Task, positions: range) -> gradindex.Task:
@@ -176,24 +185,35 @@ def answered(truth: Truth, rows: NDArray[np.float32], ids: NDArray[np.int64], si
 
 
 def made(case: Case) -> tuple[float, float]:
-    """Make the index in a process of its own: seconds, and its peak of anonymous gigabytes."""
+    """Make the index in a process of its own: seconds, and its peak of anonymous gigabytes.
+
+    The quick form does so once, for a process takes longer to start than a small index.
+    """
+    if case.quick and case.name != "augmented":
+        with Anonymous() as memory:
+            return index_of(case), memory.peak_gb
     program = f"""
-import json, sys, time
+import json, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from harness import Anonymous
-from scale import Case
-from gradindex import evaluation, load
-case = Case({case.name!r}, {case.judged < JUDGED!r})
+from scale import Case, index_of
+case = Case({case.name!r}, {case.quick!r})
 with Anonymous() as memory:
-    started = time.perf_counter()
-    retriever = load(case.store.folder, case.tuning, use_index=False)
-    evaluation.index(case.store.folder, recall=case.recall, k={K}, n_query={TUNED}, retriever=retriever)
-    taken = time.perf_counter() - started
+    taken = index_of(case)
 print(json.dumps([taken, memory.peak_gb]))
 """
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
     taken, peak = json.loads(done.stdout.splitlines()[-1])
     return taken, peak
+
+
+def index_of(case: Case) -> float:
+    """Make the index, and say in how many seconds."""
+    started = time.perf_counter()
+    retriever = gradindex.load(case.store.folder, case.tuning, use_index=False)
+    n_query = tuned(case.quick)
+    evaluation.index(case.store.folder, recall=case.recall, k=K, n_query=n_query, retriever=retriever)
+    return time.perf_counter() - started
 
 
 def sizes(bench: Bench, name: str, store: gradindex.GradientStore) -> None:
@@ -241,15 +261,15 @@ def index_alone(
 
 def growth(bench: Bench) -> None:
     """Time of a query against the number of rows, each store with its own index, and the exponent."""
-    counts = [3_000, 10_000] if bench.quick else [10_000, 100_000, 1_000_000]
+    counts = [1000, 4000] if bench.quick else [10_000, 100_000, 1_000_000]
     medians = []
     for n in counts:
         store, task = store_of("augmented", n), task_of("augmented", n)
         half = task.n_query // 2
         tuning = gradindex.load(store.folder, _with_queries(task, range(half)), use_index=False)
-        evaluation.index(store.folder, recall=0.99, k=K, n_query=TUNED, retriever=tuning)
+        evaluation.index(store.folder, recall=0.99, k=K, n_query=tuned(bench.quick), retriever=tuning)
         retriever = gradindex.load(store.folder, _with_queries(task, range(half, 2 * half)))
-        singles = [retriever.ask([position]) for position in range(100)]
+        singles = [retriever.ask([position]) for position in range(20 if bench.quick else 100)]
         medians.append(np.median([timed(partial(retriever.search, asked, K), 1) for asked in singles]))
         bench.figure(f"{n:,} rows: a query, median ({retriever.search_note})", float(medians[-1]), "ms")
     exponent = np.polyfit(np.log(counts), np.log(medians), 1)[0]
@@ -258,19 +278,19 @@ def growth(bench: Bench) -> None:
 
 def all_layers(bench: Bench) -> None:
     """No exact factors: the index against a full scan, both against exact products, and what re-scoring takes."""
-    name, task = "all layers of ResNet-9, 50,000 rows", task_of("all_layers")
-    store = store_of("all_layers")
-    evaluation.index(store.folder, recall=0.99, k=K, n_query=JUDGED)
+    task, store = task_of("all_layers"), store_of("all_layers")
+    name = f"all layers of ResNet-9, {store.n_train:,} rows"
+    evaluation.index(store.folder, recall=0.99, k=K, n_query=QUICK_TUNED if bench.quick else JUDGED)
     retriever = gradindex.load(store.folder, task)
     print(retriever.search_note, flush=True)
-    asked = retriever.ask(range(200))
+    asked = retriever.ask(range(20 if bench.quick else 200))
     for kind in ("proponents", "opponents"):
         found = retriever.search(asked, K, kind=kind, rerank="rows").ids
         true = gradindex.load(store.folder, task, use_index=False).search(asked, K, kind=kind, rerank="rows").ids
         recalls = np.array([np.isin(a, b).mean() for a, b in zip(found, true, strict=True)])
         bench.bar(f"{name}: recall@{K} of {kind} against all rows", float(recalls.mean()), "share", 0.99)
     items, n_query = [task.query[i] for i in range(20)], 20  # type: ignore[index]  # the task has queries
-    sample = np.sort(np.random.default_rng(0).choice(store.ids, 10_000, replace=False))
+    sample = np.sort(np.random.default_rng(0).choice(store.ids, store.n_train // 5, replace=False))
     started = time.perf_counter()
     exact = gradindex.exact_scores(task, items, sample)
     taken = time.perf_counter() - started
@@ -280,7 +300,7 @@ def all_layers(bench: Bench) -> None:
         best = np.argsort(-sign * estimates, axis=1)
         for found in (20, 60, 200):  # of a fifth of the rows: as the top-100 of all among the best 100, 300, 1,000
             share = evaluation.recall_at_k(sign * exact, best[:, :found], 20).mean()
-            what = f"true top-20 of 10,000 rows among the best {found} by rows"
+            what = f"true top-20 of {len(sample):,} rows among the best {found} by rows"
             bench.figure(f"{name}: {what}, {kind}", float(share), "share")
     single = retriever.ask([0])
     for candidates in (K, 3 * K):

@@ -3,7 +3,8 @@
 Every index holds the same vectors: the store's rows turned to their fitted directions. Queries are training examples,
 half of them with a flipped label, each without itself; a true hit is one of the 100 largest (for opponents: smallest)
 exact TracInCP scores. Recall is the share of these among the best 500, which exact scores then settle. One query at a
-time. Indexes are kept in GRADINDEX_CACHE/search, for a graph of 1.28 million rows takes a quarter of an hour.
+time. Indexes are kept in GRADINDEX_CACHE/search, for a graph of 1.28 million rows takes a quarter of an hour. The quick
+form makes small tasks of its own, at most 5,000 rows.
 
     python scripts/bench/search.py [--sets mnist cifar10 pseudo_classes augmented] [--quick] [--json] [--save FILE]
 """
@@ -37,10 +38,10 @@ SETS: dict[str, tuple[str, int | None, int, int]] = {
     "augmented": ("augmented", 1_281_167, 64, 1024),
 }
 TITLES = {
-    "mnist": "MNIST, all layers, 20,000 rows",
-    "cifar10": "CIFAR-10, last layer, 50,000 rows",
-    "pseudo_classes": "1,000 clusters, last layer, 250,000 rows",
-    "augmented": "CIFAR-10 augmented, last layer, 1,281,167 rows",
+    "mnist": "MNIST, all layers",
+    "cifar10": "CIFAR-10, last layer",
+    "pseudo_classes": "1,000 clusters, last layer",
+    "augmented": "CIFAR-10 augmented, last layer",
 }
 Search = Callable[[NDArray[np.float32], int], NDArray[np.int64]]
 
@@ -48,24 +49,28 @@ Search = Callable[[NDArray[np.float32], int], NDArray[np.int64]]
 def main() -> None:
     """Measure, print, draw."""
     bench = Bench("Search on gradient rows", __doc__, ["matplotlib"], parts={"sets": list(SETS)})
-    curves = {name: measure_set(bench, name) for name in bench.options.sets}
+    curves = dict(measure_set(bench, name) for name in bench.options.sets)
     if bench.options.save:
         draw(curves, bench.options.save.with_suffix(".png"))
     bench.finish()
 
 
-def measure_set(bench: Bench, name: str) -> list[dict[str, Any]]:
-    """One point for each index and effort: recall of both kinds, of clean and of flipped queries, and time."""
+def measure_set(bench: Bench, name: str) -> tuple[str, list[dict[str, Any]]]:
+    """A title; for each index and effort recall of both kinds, of clean and of flipped queries, and time."""
+    import augmented
+
     source, n_train, dim, lists = SETS[name]
-    store = store_of(source, 10_000 if bench.quick and source == "augmented" else n_train)
     if bench.quick:
-        lists //= 8
-    truth, flipped = queries_of(store, 40 if bench.quick else QUERIES)
+        dim, lists = min(dim, 64), lists // 8
+        n_train = augmented.sizes().pictures if name == "cifar10" else None
+    store = store_of(source, n_train)
+    title = f"{TITLES[name]}, {store.n_train:,} rows"
+    truth, flipped = queries_of(store, 24 if bench.quick else QUERIES)
     sample = store.rows(np.sort(np.random.default_rng(0).choice(store.ids, min(SAMPLE, store.n_train), replace=False)))
     norms = np.sqrt(store.self_influence().sum(1))
     spread = np.quantile(norms, [0.9, 0.99]) / np.median(norms)
-    bench.figure(f"{TITLES[name]}: norm of a gradient, 90th percentile against the median", spread[0], "x")
-    bench.figure(f"{TITLES[name]}: norm of a gradient, 99th percentile against the median", spread[1], "x")
+    bench.figure(f"{title}: norm of a gradient, 90th percentile against the median", spread[0], "x")
+    bench.figure(f"{title}: norm of a gradient, 99th percentile against the median", spread[1], "x")
     directions = fitted_directions(sample, dim)
     asked = np.ascontiguousarray(truth.rows @ directions)
     points = []
@@ -89,8 +94,8 @@ def measure_set(bench: Bench, name: str) -> list[dict[str, Any]]:
                for which, mask in (("clean", ~flipped), ("flipped", flipped))},
         }  # fmt: skip
         points.append(point)
-        bench.row(TITLES[name], point)
-    return points
+        bench.row(title, point)
+    return title, points
 
 
 def queries_of(store: gradindex.GradientStore, count: int) -> tuple[Truth, NDArray[np.bool_]]:
@@ -185,7 +190,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, len(curves), figsize=(4.6 * len(curves), 7.6), squeeze=False, sharey=True)
-    for column, (name, points) in enumerate(curves.items()):
+    for column, (title, points) in enumerate(curves.items()):
         labels = list(dict.fromkeys(_generic(point["index"]) for point in points))
         for row, kind in enumerate(("proponents", "opponents")):
             axis = axes[row, column]
@@ -202,7 +207,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axis.set_ylim(0, 1.03)
             axis.axhline(0.99, color="0.6", linewidth=0.8, linestyle=":")
             axis.grid(True, alpha=0.3)
-            axis.set_title(f"{TITLES[name]}\n{kind}" if row == 0 else kind, fontsize=9)
+            axis.set_title(f"{title}\n{kind}" if row == 0 else kind, fontsize=9)
             axis.set_xlabel("milliseconds a query")
         axes[0, column].tick_params(labelbottom=True)
     for row in (0, 1):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from harness import TOP  # noqa: F401  # puts scripts/tasks on the path
-from reference import cache_folder
+from reference import cache_folder, quick
 
 import gradindex
 from gradindex.projection import Projection
@@ -33,7 +33,7 @@ def task_of(name: str, n_train: int | None = None) -> gradindex.Task:
     if name == "all_layers":
         task = cifar10.all_layers()
         return replace(task, checkpoints=[task.checkpoints[epoch - 1] for epoch in augmented.AFTER_EPOCHS])
-    return augmented.ten_classes(n_train or augmented.N_TRAIN)
+    return augmented.ten_classes(n_train)
 
 
 def store_of(name: str, n_train: int | None = None, **changed: Any) -> gradindex.GradientStore:
@@ -47,11 +47,17 @@ def store_of(name: str, n_train: int | None = None, **changed: Any) -> gradindex
     task = task_of(name, n_train)
     options: dict[str, Any] = {"shard_rows": 262_144, **TEN_CLASSES}
     if name == "mnist":
-        options |= {"projection": Projection("fitted", 669), "row_type": "float32"}
+        # Fitting takes most of the time of so small a store.
+        projection = Projection(dim=134) if quick() else Projection("fitted", 669)
+        options |= {"projection": projection, "row_type": "float32"}
     elif name == "pseudo_classes":
-        options |= {"projection": Projection("fitted", 1000)}
+        options |= {"projection": Projection("fitted", 100 if quick() else 1000)}
     elif name == "all_layers":
-        options |= {"projection": Projection("fitted", 1024), "factors": None, "precision": "bfloat16"}
+        options |= {
+            "projection": Projection("fitted", 256 if quick() else 1024),
+            "factors": None,
+            "precision": "bfloat16",
+        }
         options |= {"self_influence": "projected", "shard_rows": 8192}
     words = [f"{value.kind}-{value.dim}" if isinstance(value, Projection) else str(value) for value in changed.values()]
     label = "-".join([name, *([str(n_train)] if n_train else []), *words])

@@ -166,7 +166,7 @@ def main() -> None:
     import reference
 
     epochs = 4 if experiment.quick else EPOCHS
-    districts = read(reference.data_folder() / "california_housing.csv")
+    districts = read(reference.data_file("california_housing.csv"))
     n = len(districts.targets)
     order = np.random.default_rng(SEED).permutation(n)
     train_rows, test_rows = np.sort(order[: n * 4 // 5]), np.sort(order[n * 4 // 5 :])

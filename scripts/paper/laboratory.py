@@ -77,7 +77,7 @@ class DataSet:
         data = {name: torch.from_numpy(values) for name, values in mnist.data().items()}
         every = image_archive("mnist")["train_labels"]
         true = torch.from_numpy(np.asarray(every[mnist.chosen_rows()]))
-        n = slice(0, len(true), 8 if quick else 1)
+        n = slice(0, len(true), 2 if quick else 1)
         train = partial(mnist.train, epochs=10 if quick else mnist.EPOCHS)
         images, tests = data["images"][n], (data["query_images"], data["query_labels"])
         return cls(

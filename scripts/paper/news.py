@@ -148,7 +148,7 @@ def load_texts(experiment: Experiment) -> tuple[Texts, Texts, list[str]]:
     if all(given):
         train_texts, test_texts = map(read, given)
     else:
-        texts = read(reference.data_folder() / "ag_news_7600.csv")
+        texts = read(reference.data_file("ag_news_7600.csv"))
         order = np.random.default_rng(SEED).permutation(len(texts.labels))
         held_out = len(order) // 10
         train_texts, test_texts = texts.take(np.sort(order[held_out:])), texts.take(np.sort(order[:held_out]))

@@ -3,7 +3,8 @@
 Pictures go once through the trained ResNet-9 of ``cifar10.py`` (bfloat16, as it was trained) at three of its
 checkpoints; the 256 features of each are kept in float16, and the tracked last layer is a task on them. The labels are
 those that it was trained with, 10% of them flipped. The harder ``pseudo_classes`` splits each class of 250,000 of the
-rows into 100 clusters and trains a layer for these 1,000 anew, for rows of ten classes have few directions.
+rows into 100 clusters and trains a layer for these 1,000 anew, for rows of ten classes have few directions. In the
+quick form of a script, 4,000 rows of 1,000 coloured digits, and 50 clusters.
 
     python scripts/tasks/augmented.py --part 1/2     # features; both halves side by side take 45 minutes on 2 cores
     gradindex build scripts/tasks/augmented.py:ten_classes --out /tmp/augmented --projection fitted --dim 128
@@ -12,8 +13,11 @@ rows into 100 clusters and trains a layer for these 1,000 anew, for rows of ten 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ import cifar10
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from reference import cache_folder, once
+from reference import cache_folder, once, quick
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import Dataset
@@ -30,10 +34,34 @@ from torch.utils.data import Dataset
 from gradindex import Checkpoint, Recorder, Task, find_checkpoints
 
 VERSION = "augmented-1"  # raise it when anything below changes the features
-N_TRAIN, N_PSEUDO, PSEUDO_CLASSES = 1_281_167, 250_000, 1000
 AFTER_EPOCHS = (2, 4, 5)  # the learning rate has all but ended at the sixth
 SHIFT, BRIGHTNESS, SEED, BATCH = 4, 0.3, 7, 50
 PSEUDO_EPOCHS, PSEUDO_RATE, PSEUDO_BATCH = 6, 0.5, 500
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the tasks are.
+
+    Args:
+        pictures: that a round goes through.
+        train: rows of :func:`ten_classes`, by default.
+        pseudo: rows of :func:`pseudo_classes`.
+        classes: of :func:`pseudo_classes`.
+    """
+
+    pictures: int
+    train: int
+    pseudo: int
+    classes: int
+
+
+FULL, QUICK = Sizes(50_000, 1_281_167, 250_000, 1000), Sizes(1000, 4000, 4000, 50)
+
+
+def sizes() -> Sizes:
+    """Those of the full form, or of the quick one."""
+    return QUICK if quick() else FULL
 
 
 def augment(images: NDArray[np.uint8], which: NDArray[np.int64], brightness: NDArray[Any]) -> NDArray[np.uint8]:
@@ -66,22 +94,26 @@ def _backbones() -> list[nn.Module]:
     saved = cifar10.task().checkpoints
     found = []
     for epoch in AFTER_EPOCHS:
-        model = cifar10.make_model()
+        model = cifar10.make_model(cifar10.width())
         model.load_state_dict(saved[epoch - 1].load(model))
         model.eval()
         for block in [part for part in model.modules() if isinstance(part, nn.Sequential)]:
             if len(block) > 1 and isinstance(block[1], nn.BatchNorm2d):
                 block[0], block[1] = fuse_conv_bn_eval(block[0], block[1]), nn.Identity()
-        found.append(model[:-1].to(torch.bfloat16).to(memory_format=torch.channels_last))
+        found.append(model[:-1].to(cifar10.precision()).to(memory_format=torch.channels_last))
     return found
+
+
+def _n_features() -> int:
+    return 4 * cifar10.width()
 
 
 @torch.no_grad()
 def _features(backbones: list[nn.Module], images: NDArray[np.uint8]) -> NDArray[np.float16]:
     """(n, 3, 256) of pictures."""
-    found = np.empty((len(images), len(backbones), 256), dtype=np.float16)
+    found = np.empty((len(images), len(backbones), _n_features()), dtype=np.float16)
     for start in range(0, len(images), BATCH):
-        batch = cifar10.normalise(torch.from_numpy(images[start : start + BATCH])).to(torch.bfloat16)
+        batch = cifar10.normalise(torch.from_numpy(images[start : start + BATCH])).to(cifar10.precision())
         batch = batch.contiguous(memory_format=torch.channels_last)
         for number, backbone in enumerate(backbones):
             found[start : start + BATCH, number] = backbone(batch).float().numpy()
@@ -93,9 +125,9 @@ def features_folder() -> Path:
     return cache_folder() / VERSION
 
 
-def rounds(n_train: int = N_TRAIN) -> int:
-    """How many times all pictures are gone through."""
-    return -(-n_train // 50_000)
+def rounds(n_train: int | None = None) -> int:
+    """How many times all pictures are gone through, by default for all rows."""
+    return -(-(n_train or sizes().train) // sizes().pictures)
 
 
 def make_features(part: int = 0, parts: int = 1) -> None:
@@ -130,7 +162,7 @@ class Head(nn.Module):
     def __init__(self, classes: int, at: int = 0) -> None:
         super().__init__()
         self.register_buffer("at", torch.tensor([at]))
-        self.layer = nn.Linear(256, classes)
+        self.layer = nn.Linear(_n_features(), classes)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits."""
@@ -156,6 +188,8 @@ class Features(Dataset[tuple[Tensor, Tensor]]):
 def _arrays(n_train: int) -> tuple[list[NDArray[np.float16]], NDArray[np.float16]]:
     folder = features_folder()
     needed = [folder / f"round_{number:02d}.npy" for number in range(rounds(n_train))] + [folder / "queries.npy"]
+    if quick():
+        make_features()
     missing = [path.name for path in needed if not path.exists()]
     if missing:
         raise FileNotFoundError(
@@ -166,15 +200,16 @@ def _arrays(n_train: int) -> tuple[list[NDArray[np.float16]], NDArray[np.float16
     return train, queries
 
 
-def ten_classes(n_train: int = N_TRAIN) -> Task:
-    """The last layer of the reference network with its bias, at three checkpoints."""
+def ten_classes(n_train: int | None = None) -> Task:
+    """The last layer of the reference network with its bias, at three checkpoints; by default all rows."""
+    n_train = n_train or sizes().train
     train, queries = _arrays(n_train)
     arrays = cifar10.data()
     classes, query_labels = arrays["classes"], arrays["query_labels"]
 
     def fill(folder: Path) -> None:
         for number, checkpoint in enumerate(cifar10.task().checkpoints[epoch - 1] for epoch in AFTER_EPOCHS):
-            model, head = cifar10.make_model(), Head(10, number)
+            model, head = cifar10.make_model(cifar10.width()), Head(10, number)
             weights = checkpoint.load(model)
             head.layer.load_state_dict({"weight": weights["8.weight"], "bias": weights["8.bias"]})
             rate = checkpoint.learning_rates(["8.weight"])["8.weight"]
@@ -216,15 +251,16 @@ def _clusters(features: NDArray[Any], each: int) -> tuple[NDArray[np.int64], NDA
 
 def pseudo_classes() -> Task:
     """1,000 classes on the features of the last of the three checkpoints."""
-    train, queries = _arrays(N_PSEUDO)
+    n_train, classes = sizes().pseudo, sizes().classes
+    train, queries = _arrays(n_train)
     arrays = cifar10.data()
-    coarse = np.tile(arrays["labels"], rounds(N_PSEUDO))[:N_PSEUDO]
-    each = PSEUDO_CLASSES // 10
+    coarse = np.tile(arrays["labels"], rounds(n_train))[:n_train]
+    each = classes // 10
 
     def fill(folder: Path) -> None:
-        features = np.concatenate([part[:, -1] for part in train])[:N_PSEUDO].astype(np.float32)
+        features = np.concatenate([part[:, -1] for part in train])[:n_train].astype(np.float32)
         asked = np.asarray(queries[:, -1], dtype=np.float32)
-        labels, query_labels = np.empty(N_PSEUDO, dtype=np.int64), np.empty(len(asked), dtype=np.int64)
+        labels, query_labels = np.empty(n_train, dtype=np.int64), np.empty(len(asked), dtype=np.int64)
         for label in range(10):
             mine = np.flatnonzero(coarse == label)
             found, centroids = _clusters(features[mine], each)
@@ -234,29 +270,29 @@ def pseudo_classes() -> Task:
             query_labels[those] = label * each + distances.argmin(1)
         np.save(folder / "labels.npy", labels)
         np.save(folder / "query_labels.npy", query_labels)
-        _train_head(features, labels, folder)
+        _train_head(features, labels, classes, folder)
 
     folder = once(cache_folder() / "checkpoints" / f"{VERSION}-pseudo", fill)
     labels, query_labels = np.load(folder / "labels.npy"), np.load(folder / "query_labels.npy")
     return Task(
         name="augmented CIFAR-10 in 1,000 clusters",
-        model=Head(PSEUDO_CLASSES, len(AFTER_EPOCHS) - 1),
+        model=Head(classes, len(AFTER_EPOCHS) - 1),
         loss=cifar10.loss,
         train=Features(train, labels),
         query=Features([queries], query_labels),
         checkpoints=find_checkpoints(folder / "*.pt")[1::2],
         layers="layer",
-        columns={"label": labels, "flipped": np.tile(arrays["flipped"], rounds(N_PSEUDO))[:N_PSEUDO]},
+        columns={"label": labels, "flipped": np.tile(arrays["flipped"], rounds(n_train))[:n_train]},
         query_columns={"label": query_labels},
     )
 
 
-def _train_head(features: NDArray[Any], labels: NDArray[np.int64], folder: Path) -> None:
+def _train_head(features: NDArray[Any], labels: NDArray[np.int64], classes: int, folder: Path) -> None:
     """Momentum SGD with a cosine schedule on the layer alone; a checkpoint after each epoch."""
     rows, targets = torch.from_numpy(features), torch.from_numpy(labels)
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        head = Head(PSEUDO_CLASSES, len(AFTER_EPOCHS) - 1)
+        head = Head(classes, len(AFTER_EPOCHS) - 1)
         optimizer = torch.optim.SGD(head.parameters(), lr=PSEUDO_RATE, momentum=0.9)
         steps = PSEUDO_EPOCHS * -(-len(rows) // PSEUDO_BATCH)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=PSEUDO_RATE / 20)
@@ -278,7 +314,16 @@ def main() -> None:
     """Compute features."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="1/1", help="the I-th of N parts, beside others, one thread each")
-    part, parts = (int(number) for number in parser.parse_args().part.split("/"))
+    parser.add_argument("--quick", action="store_true", help="alone: features of some digits, in a folder that goes")
+    options = parser.parse_args()
+    if options.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["GRADINDEX_QUICK"] = folder
+            make_features()
+            task = ten_classes()
+            print(f"{task.name}: {task.n_train:,} rows, {task.n_query:,} queries")
+        return
+    part, parts = (int(number) for number in options.part.split("/"))
     torch.set_num_threads(1 if parts > 1 else torch.get_num_threads())
     make_features(part - 1, parts)
 

@@ -1,7 +1,8 @@
 """Reference task MNIST MLP: 784-256-128-10, all 235,146 parameters, 20,000 rows with 10% flipped labels.
 
 SGD with learning rate 0.1, batch 100, 20 epochs; checkpoints after epochs 4, 8, 12, 16 and 20;
-queries are the first 500 test images. Trained once (about half a minute) and cached.
+queries are the first 500 test images. Trained once (about half a minute) and cached. In the quick form of a script,
+5,000 rows and 10 epochs.
 
     gradindex build scripts/tasks/mnist.py:task --out /tmp/mnist
 """
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference import cache_folder, flip_labels, image_archive, once
+from reference import cache_folder, flip_labels, image_archive, once, quick
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
@@ -23,6 +24,7 @@ from torch.utils.data import TensorDataset
 from gradindex import Recorder, Task, find_checkpoints
 
 N_TRAIN, N_QUERY, EPOCHS, BATCH, LEARNING_RATE, SEED = 20_000, 500, 20, 100, 0.1, 0
+QUICK_N_TRAIN, QUICK_EPOCHS = 5000, 10
 MEAN, STD = 0.1307, 0.3081  # of the MNIST training pixels
 VERSION = "mnist-mlp-2"  # raise it when anything below changes what is trained
 
@@ -42,7 +44,8 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def chosen_rows() -> np.ndarray[Any, Any]:
     """(20,000,) which of MNIST's training images are the task's."""
-    return np.sort(np.random.default_rng(SEED).permutation(60_000)[:N_TRAIN])
+    n = len(image_archive("mnist")["train_labels"])
+    return np.sort(np.random.default_rng(SEED).permutation(n)[: QUICK_N_TRAIN if quick() else N_TRAIN])
 
 
 def data() -> dict[str, np.ndarray[Any, Any]]:
@@ -114,7 +117,8 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def _train_reference(folder: Path) -> None:
     arrays = {name: torch.from_numpy(values) for name, values in data().items()}
-    model = train(folder, arrays["images"], arrays["labels"])
+    epochs = QUICK_EPOCHS if quick() else EPOCHS
+    model = train(folder, arrays["images"], arrays["labels"], epochs=epochs)
     reached = accuracy(model, arrays["query_images"], arrays["query_labels"])
     print(f"trained MNIST MLP: test accuracy {reached:.4f}", file=sys.stderr)
 

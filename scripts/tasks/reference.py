@@ -1,4 +1,4 @@
-"""What the reference tasks share: where data and trained checkpoints are, decoding, label flips."""
+"""What the reference tasks share: where data and trained checkpoints are, stand-ins, decoding, label flips."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import stand_in
 from numpy.typing import NDArray
 
 Arrays = dict[str, NDArray[Any]]
@@ -25,13 +26,49 @@ def data_folder() -> Path:
     return Path(os.environ.get("GRADINDEX_DATA", default))
 
 
+STAND_INS: list[str] = []
+"""What stands in for what, in this process."""
+
+
+def quick() -> bool:
+    """Whether the quick form of a script is running: tasks are small and kept apart, absent data have stand-ins."""
+    return "GRADINDEX_QUICK" in os.environ
+
+
 def cache_folder() -> Path:
-    """Where decoded data and trained checkpoints are kept: ``GRADINDEX_CACHE``, by default ``~/.cache/gradindex``."""
+    """Where trained checkpoints and the like are kept: ``GRADINDEX_CACHE``, by default ``~/.cache/gradindex``.
+
+    The quick form of a script has a folder of its own (``GRADINDEX_QUICK``), so that nothing of it is taken for
+    the real thing.
+    """
+    return Path(os.environ["GRADINDEX_QUICK"]) if quick() else _lasting_folder()
+
+
+def _lasting_folder() -> Path:
     return Path(os.environ.get("GRADINDEX_CACHE", Path.home() / ".cache" / "gradindex"))
+
+
+def data_file(name: str) -> Path:
+    """A table of the data folder; in the quick form a stand-in where it is not there."""
+    path = data_folder() / name
+    if path.is_file() or not quick():
+        return path
+    made = cache_folder() / name
+    _say(f"made-up rows stand in for {name}, which is not in {data_folder()}")
+    getattr(stand_in, made.stem)(made)
+    return made
+
+
+def _say(what: str) -> None:
+    if what not in STAND_INS:
+        STAND_INS.append(what)
+        print(f"quick: {what}", file=sys.stderr, flush=True)
 
 
 def image_archive(name: str) -> Arrays:
     """Decode ``<name>.tar.xz`` (``train/<class>/*``, ``test/<class>/*``) once, then map it.
+
+    The quick form has digits in place of CIFAR-10, and of MNIST where it is not there.
 
     Returns:
         ``train_images``, ``test_images`` uint8 (n, h, w) or (n, h, w, 3), ``train_labels``,
@@ -42,9 +79,12 @@ def image_archive(name: str) -> Arrays:
         FileNotFoundError: the archive is not there; names the variable to set.
     """
     keys = ["classes"] + [f"{part}_{what}" for part in ("train", "test") for what in ("images", "labels")]
-    cached = cache_folder() / "data" / name
+    archive, cached = data_folder() / f"{name}.tar.xz", _lasting_folder() / "data" / name
+    if quick() and (name != "mnist" or not (cached.is_dir() or archive.is_file())):
+        why = "is not there" if name == "mnist" else "takes long to decode"
+        _say(f"digits stand in for {name}.tar.xz, which {why}")
+        return stand_in.images(name)
     if not cached.is_dir():
-        archive = data_folder() / f"{name}.tar.xz"
         if not archive.is_file():
             raise FileNotFoundError(
                 f"{archive} does not exist. Set GRADINDEX_DATA to the folder that holds {archive.name}."
