@@ -292,6 +292,24 @@ def test_a_loss_may_take_its_batch_apart_and_change_it(tmp_path, loss, alone):
     assert all(torch.equal(item[name], kept[name]) for item, kept in zip(train, before, strict=True) for name in kept)
 
 
+def no_gradient(model, batch):
+    with torch.no_grad():
+        return toys.cross_entropy(model, batch)
+
+
+def detached(model, batch):
+    return toys.cross_entropy(model, batch).detach()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"loss": no_gradient}, "The loss of 8 examples"), ({"query_loss": detached}, "The query loss of 4 examples")],
+)
+def test_a_loss_without_any_gradient_is_refused(tmp_path, options, message):
+    with pytest.raises(TaskError, match=f"{message} tried depends on none of the tracked parameters"):
+        gradindex.build(toys.make_task(tmp_path, **options), tmp_path / "store")
+
+
 def test_computing_in_float64_for_a_while_leaves_an_engine_as_it_was(tmp_path):
     task = toys.make_task(tmp_path)
     with Engine(task) as engine:

@@ -96,6 +96,7 @@ def _check(
             items, names = answerable(engine, items, names)
         with blamed(engine, items, names, role):
             check_examples(engine, items, names, role)
+            _refuse_detached(engine, wrapper, items, role)
             refuse_reentrant(wrapper, engine.states[-1], engine.parameters, engine.singles(items[:1])[0])
             must = 2 if alike else len(items)  # where all are of one shape, one pair tells of all
             for first in range(0, len(items), 2):
@@ -128,6 +129,21 @@ def _spread(ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """Up to ``count`` evenly spaced ones, the first and the last among them."""
     spread: NDArray[np.int64] = ids[np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(np.int64))]
     return spread
+
+
+def _refuse_detached(engine: Engine, wrapper: LossModule, items: list[Any], role: str) -> None:
+    """Refuse a loss that no tracked parameter is connected with: all rows would be zeros."""
+    state, names = engine.states[-1], [f"model.{name}" for name in engine.parameters]
+    tracked = {name: state[name].detach().requires_grad_() for name in names}
+    with torch.enable_grad():
+        for single in engine.singles(items):
+            if wrapper.losses({**state, **tracked}, single, 1).requires_grad:
+                return
+    raise TaskError(
+        f"The {'query ' * (role == 'query')}loss of {len(items)} examples tried depends on none of the tracked "
+        "parameters (is it computed under no_grad, or from detached values?), so there is nothing to trace. Track "
+        "other layers, with layers=, or let gradients through."
+    )
 
 
 def _check_some(
