@@ -17,14 +17,13 @@ from torch import Tensor
 
 from .dates import DATES, NotKeptError, as_dates
 from .errors import ArgumentError, TaskError, user_code
+from .gaps import MISSING_TEXT
 from .output import date_text
 
 # Values that are looked at together: a list of long texts never becomes one array.
 _PIECE = 8192
 # Bytes of a text in UTF-8: a shard gives every text the room of its longest.
 _LONGEST_TEXT = 1 << 16
-# A text that is missing, among texts: a character that Unicode will never give a meaning. Other readers see it so.
-MISSING_TEXT = "\uffff"
 # Whole numbers up to here are the same as float64.
 _EXACT = 1 << 53
 
@@ -327,11 +326,3 @@ def as_text(value: Any) -> str:
     if isinstance(value, datetime.date):
         return date_text(value)
     return MISSING_TEXT if value is None else str.__str__(value)
-
-
-def with_gaps(values: NDArray[Any]) -> NDArray[Any]:
-    """Texts with NaN for those that are missing, as objects; other values, and texts without gaps, as they are."""
-    if values.dtype.kind != "U":
-        return values
-    missing = values == MISSING_TEXT
-    return np.where(missing, np.array(np.nan, dtype=object), values) if missing.any() else values

@@ -20,9 +20,10 @@ from click.testing import CliRunner
 
 import gradindex
 from gradindex.cli.main import main
-from gradindex.columns import Column, with_gaps
+from gradindex.columns import Column
 from gradindex.dates import DATES, read_date
 from gradindex.errors import ArgumentError, MismatchError, TaskError
+from gradindex.gaps import with_gaps
 from gradindex.growth import repair
 from gradindex.output import date_text
 from gradindex.projection import Projection

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..columns import MISSING_TEXT, as_text, is_missing, values_of
+from ..columns import as_text, is_missing, values_of
 from ..dates import NotKeptError, as_dates, read_date
 from ..errors import ArgumentError
+from ..gaps import MISSING_TEXT
 from ..store import GradientStore, runs
 
 # Values of a column that are looked at together.

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..columns import with_gaps
 from ..errors import ArgumentError, StoreChangedError, StoreError
 from ..forking import one_thread_in_children
+from ..gaps import with_gaps
 from ..gradients import HALF, Engine, Precision
 from ..index import require
 from ..matching import check_task

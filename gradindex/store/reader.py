@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..columns import with_gaps
 from ..dates import DATES
 from ..errors import ArgumentError, StoreChangedError, StoreError, check_k
 from ..files import is_there, signature
+from ..gaps import with_gaps
 from ..progress import progress
 from . import runs
 from .bases import Bases, read_bases
