@@ -3,7 +3,7 @@
 Truth is exact TracInCP of the tracked parameters. Each store's index is tuned with queries of the test set, and judged
 with others. A query's own gradient is not timed. The features that the stores are made of take an hour to compute
 (scripts/tasks/augmented.py) and are kept, like the stores, outside the checkout (GRADINDEX_CACHE); the quick form makes
-4,000 small ones.
+4,000 small ones, and takes three of the parts unless it is told which.
 
     python scripts/bench/scale.py [--parts augmented pseudo_classes ...] [--quick] [--save FILE]
 """
@@ -35,8 +35,9 @@ from gradindex.index.shapes import fitted_directions
 from gradindex.projection import Projection
 from gradindex.retrieval.candidates import Candidates
 
-K, TUNED, QUICK_TUNED, JUDGED, BATCH = 100, 1000, 200, 500, 100
+K, TUNED, QUICK_TUNED, JUDGED, BATCH = 100, 1000, 40, 500, 100
 PARTS = ("augmented", "pseudo_classes", "cifar10", "float16", "mnist", "growth", "all_layers")
+QUICK_PARTS = ("augmented", "growth", "all_layers")  # the others take the same way
 # What a row of the store may take, in KiB.
 ROOM = {"augmented": 3.5, "float16": 1.8}
 
@@ -44,7 +45,11 @@ ROOM = {"augmented": 3.5, "float16": 1.8}
 def main() -> None:
     """Measure and print."""
     bench = Bench("Retrieval at scale", __doc__, parts={"parts": PARTS})
-    for part in bench.options.parts:
+    parts = bench.options.parts
+    if bench.quick and parts == list(PARTS):
+        parts = QUICK_PARTS
+        print(f"quick: {', '.join(parts)}; others with --parts", flush=True)
+    for part in parts:
         if part in OTHERS:
             OTHERS[part](bench)
         else:
@@ -83,7 +88,7 @@ class Case:
         self.store = store_of(source, n, **small)
         half = task.n_query // 2
         self.tuning, self.judging = (_with_queries(task, range(start, start + half)) for start in (0, half))
-        self.judged = min(40 if quick else JUDGED, half)
+        self.judged = min(24 if quick else JUDGED, half)
         self.recall, *self.limits = self.BARS[name]
         self.promised = self.limits[1] is not None
 
