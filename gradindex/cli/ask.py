@@ -167,6 +167,12 @@ def _count(_: click.Context, __: click.Parameter, value: str | None) -> int | st
         raise click.BadParameter(f"{value!r} is neither a whole number nor all.") from None
 
 
+def _matching(store: GradientStore, where: list[tuple[str, str]]) -> NDArray[np.int64]:
+    from ..retrieval.filters import matching, parse_where  # which need torch
+
+    return matching(store, parse_where(store, where))
+
+
 @click.command("self-influence")
 @FOLDER
 @click.option("-k", callback=_count, metavar="K", help="How many, or all; by default 20, or all if there are fewer.")
@@ -180,14 +186,13 @@ def self_influence(folder: Path, k: int | str | None, where: list[tuple[str, str
     Example: gradindex self-influence /tmp/mnist -k 20
     """
     from ..errors import StoreChangedError
-    from ..retrieval.filters import matching, parse_where
     from ..retrieval.hits import NOTHING
     from ..store import GradientStore as Store
     from ..store import asked_again, followed
 
     def found() -> tuple[GradientStore, NDArray[np.int64], NDArray[np.float64]]:
         store = Store(folder)
-        only = matching(store, parse_where(store, where)) if where else None
+        only = _matching(store, where) if where else None
         count = min(20, store.n_train) if k is None else store.n_train if k == "all" else int(k)
         return store, *store.top_self_influence(count, only)
 
