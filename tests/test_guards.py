@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 import gradindex
 from gradindex.errors import ArgumentError, MismatchError, StoreError, TaskError
 from gradindex.projection import Projection
-from gradindex.store import GradientStore, Job, runs
+from gradindex.store import GradientStore, Job, runs, sealing
 from gradindex.store import job as files_of
 from gradindex.store.encoding import decode, encode
 
@@ -258,8 +258,14 @@ def test_fitted_stores_are_merged_when_one_takes_the_bases_of_the_other(task, tm
 def test_what_a_later_version_adds_is_kept_by_changes(task, tmp_path):  # noqa: F811
     store = gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
     with pytest.MonkeyPatch.context() as patch:
-        specs = files_of.row_specs
-        patch.setattr(files_of, "row_specs", lambda after, n: {**specs(after, n), "later/extra": ((n,), "<i4")})
+        specs, append = sealing.row_specs, sealing.ShardWriter.append
+
+        def with_extra(self, rows, *others):
+            self.raw.put("later/extra", self._place, np.zeros(len(rows)))
+            append(self, rows, *others)
+
+        patch.setattr(sealing, "row_specs", lambda after, n: {**specs(after, n), "later/extra": ((n,), "<i4")})
+        patch.setattr(sealing.ShardWriter, "append", with_extra)
         gradindex.add(task, store.folder)
     manifest = GradientStore(store.folder).manifest
     del manifest["sha256"]
@@ -271,9 +277,14 @@ def test_what_a_later_version_adds_is_kept_by_changes(task, tmp_path):  # noqa: 
     assert sum("later/extra" in arrays for arrays in kept) >= 3
 
 
-def test_a_log_that_cannot_be_written_stops_nothing(task, tmp_path):  # noqa: F811
-    (tmp_path / "store" / "log.jsonl").mkdir(parents=True)
+def test_a_log_that_cannot_be_written_stops_nothing(task, tmp_path, monkeypatch):  # noqa: F811
+    def refused(path, *args):
+        assert path.name == "log.jsonl"
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files_of, "own_file", refused)
     assert gradindex.build(task, tmp_path / "store", **OPTIONS).verify() == []
+    assert not (tmp_path / "store" / "log.jsonl").exists()
 
 
 def test_scattered_removals_stay_quick(tmp_path):
