@@ -268,10 +268,10 @@ def test_unknown_ids_and_columns_are_refused(built):
 
 def test_a_non_finite_gradient_leaves_finished_shards(task, tmp_path):
     x, y = (tensor.clone() for tensor in task.train.tensors)
-    x[9] = float("nan")
+    x[8] = float("nan")  # none of those that are looked at before
     bad = replace(task, train=TensorDataset(x, y))
     for finished_before in (2, 2):  # the second run meets the same example, and harms nothing
-        with pytest.raises(NonFiniteGradientError, match="Training example 9 .* checkpoint 0"):
+        with pytest.raises(NonFiniteGradientError, match="Training example 8 .* checkpoint 0"):
             gradindex.build(bad, tmp_path / "store", **OPTIONS)
         assert len(shards(tmp_path / "store")) == finished_before
 
@@ -303,7 +303,7 @@ def test_workers_read_the_same_examples(task, built, tmp_path):
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"shard_rows": 0}, {"workers": -1}])
 def test_impossible_sizes_are_refused(task, tmp_path, options):
-    with pytest.raises(ArgumentError, match="must be at least"):
+    with pytest.raises(ArgumentError, match="must be at least|must be from 0 to"):
         gradindex.build(task, tmp_path / "store", **options)
 
 
