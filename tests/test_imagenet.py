@@ -358,7 +358,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(few, tmp_path, change, error,
 
 def test_a_network_of_another_number_of_classes_is_refused(few, tmp_path):
     (tmp_path / "imagenet" / "train" / made.synset(9)).mkdir()
-    with pytest.raises(TaskError, match=r"gives scores of shape \(2, 3\), but train has 4 folders"):
+    with pytest.raises(TaskError, match=r"gives scores of shape \(1, 3\), but train has 4 folders"):
         build.main([*few, "--out", str(tmp_path / "store")])
 
 
