@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold: lint and format, types, import rules, tests (README's and docs' commands among them).
-# Arguments are handed on to pytest, and then the tests as other processors run them are left out:
-# bash scripts/test.sh -k store
+# Arguments are handed on to pytest: bash scripts/test.sh -k store
+# Beside it, for it takes longer than three minutes: bash scripts/test_processors.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -11,4 +11,3 @@ environment cpu,dev
 "$venv/mypy"
 "$venv/lint-imports" --no-logo || { echo "An import points up, or a package has a second owner: docs/architecture.md." >&2; exit 1; }
 "$venv/python" -m pytest -q "$@"
-[ $# -gt 0 ] || "$venv/python" scripts/processors.py
