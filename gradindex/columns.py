@@ -1,7 +1,7 @@
 """Columns: one value for each example, taken by its place, whatever holds the values and whatever labels it has.
 
 A column is stored as numbers, dates (:mod:`gradindex.dates`) or text. What is missing becomes NaN among numbers, NaT
-among dates and the empty text among texts.
+among dates and a character of its own among texts, read again as NaN (:mod:`gradindex.gaps`).
 """
 
 from __future__ import annotations

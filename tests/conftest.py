@@ -3,11 +3,19 @@
 import os
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 TOP = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("GRADINDEX_DATA", TOP.parent / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def environment_stays():
+    """What a test, or a script that it runs, sets in the environment is gone for the next."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -96,8 +96,8 @@ def _check(
             items, names = answerable(engine, items, names)
         with blamed(engine, items, names, role):
             check_examples(engine, items, names, role)
-            _refuse_detached(engine, wrapper, items, role)
             refuse_reentrant(wrapper, engine.states[-1], engine.parameters, engine.singles(items[:1])[0])
+            _refuse_detached(engine, wrapper, items, role)
             must = 2 if alike else len(items)  # where all are of one shape, one pair tells of all
             for first in range(0, len(items), 2):
                 if first >= must and not unseen:

@@ -328,5 +328,5 @@ def _shown(value: Any) -> Any:
 
 
 def _is_there(value: Any) -> bool:
-    """Whether a column has a value: neither NaN, NaT nor the empty text."""
+    """Whether a column has a value: neither missing nor the empty text."""
     return bool(value == value) and not (isinstance(value, str) and not value)
