@@ -235,6 +235,11 @@ def test_all_pictures_ranked_by_self_influence(whole, folder, tmp_path, capsys):
     assert rows[0]["path"] == whole.column("path", np.array([int(rows[0]["id"])]))[0]
     assert len(capsys.readouterr().out.splitlines()) == 1 + 4 + 1
     assert page.read_text().count('<img src="data:image/png') == 4
+    self_influence.main([str(whole.folder), *places, "-k", "4"])  # its own are replaced
+    table.write_text("somebody's own")
+    with pytest.raises(StoreError, match="was not written by gradindex for this"):
+        self_influence.main([str(whole.folder), *places, "-k", "4"])
+    assert table.read_text() == "somebody's own"
 
 
 def test_the_check_goes_on_where_it_was_and_sees_what_was_replaced(folder, tmp_path, monkeypatch):

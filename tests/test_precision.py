@@ -1,5 +1,6 @@
 """Precision, device, and norms by projection: what they change, and what they leave."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -120,6 +121,48 @@ def test_buffers_that_checkpoints_leave_out_keep_their_values(tmp_path):
     with torch.no_grad():
         expected = toys.cross_entropy(task.model, (x.float(), y))
     np.testing.assert_allclose(gradindex.build(task, tmp_path / "store").losses()[:, 2], expected, rtol=1e-5)
+
+
+class Averaging(nn.Module):
+    """Goes on averaging its inputs in eval mode, in place and anew, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("spread", torch.ones(6))
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x):
+        output = self.linear((x - self.mean) / self.spread.abs() + self.calls)
+        self.mean.mul_(0.5).add_(0.5 * x.detach().mean(0))
+        self.spread = self.spread + x.detach().abs().mean(0)
+        self.calls += 1
+        return output
+
+
+def test_no_row_depends_on_what_the_model_wrote_to_its_buffers_for_those_before(tmp_path):
+    task = toys.make_task(tmp_path, Averaging())
+    before = {name: tensor.clone() for name, tensor in task.model.named_buffers()}
+    stores = [
+        gradindex.build(task, tmp_path / f"of {size}", projection=WHOLE, batch_size=size, precision="float64")
+        for size in (1, 5)
+    ]
+    expected = np.zeros((12, 12))
+    for checkpoint, rate in zip(task.checkpoints, toys.RATES, strict=True):
+        gradients = []
+        for x, y in task.train:
+            model = copy.deepcopy(task.model).double()
+            model.load_state_dict(checkpoint.load(task.model))
+            loss = toys.cross_entropy(model, (x.double()[None], y[None])).sum()
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        gradients = torch.stack(gradients).numpy()
+        expected += rate * gradients @ gradients.T
+    for store in stores:
+        rows = store.rows(np.arange(12)).astype(np.float64)
+        np.testing.assert_allclose(rows @ rows.T, expected, rtol=1e-4, atol=1e-6)
+    for name, tensor in task.model.named_buffers():
+        assert torch.equal(tensor, before[name]), name
 
 
 @pytest.mark.gpu

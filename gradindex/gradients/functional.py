@@ -66,11 +66,15 @@ class LossModule(nn.Module):
         puts the swapped tensor back; so each module is swapped once, under its first name, and
         gets the tensor of the first shared name.
 
+        A model may write to its buffers, even in eval mode (averages, counters, caches); each call begins with the
+        checkpoint's, so that no example depends on those before it.
+
         Raises:
             LossError: the loss is not one number per example.
         """
         first = {id(tensor): name for name, tensor in (*self.named_parameters(), *self.named_buffers())}
-        swapped = {}
+        written = {name: state[name].clone() for name, _ in self.named_buffers() if name in state}
+        state, swapped = {**state, **written}, {}
         for prefix, module in self.named_modules():
             own = (*module.named_parameters(prefix, False, False), *module.named_buffers(prefix, False, False))
             swapped.update({name: state[first[id(tensor)]] for name, tensor in own if first[id(tensor)] in state})

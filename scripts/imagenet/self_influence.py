@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 import gradindex
 from gradindex.errors import check_k
-from gradindex.files import replacing, storing
-from gradindex.output import table
+from gradindex.files import storing
+from gradindex.output import csv_cell, new_file, table
 from gradindex.report import Card, Section, Tile, write_page
 
 NOTE = "TracInCP of a picture with itself, never negative; high for mislabelled, rare and ambiguous pictures"
@@ -41,12 +41,14 @@ def main(argv: Sequence[str]) -> None:
     note = f"{store.manifest['self_influence']} {NOTE}"
     print(f"{table(first)}\n{note}")
     if options.csv:
-        with storing(options.csv), replacing(options.csv) as temporary, temporary.open("w", newline="") as file:
+        ours = ",".join(first[0]).encode()
+        with storing(options.csv), new_file(options.csv, ours) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(first[0]))
             writer.writeheader()
             for start in range(0, len(ids), _AT_ONCE):
                 some = slice(start, start + _AT_ONCE)
-                writer.writerows(_records(store, ids[some], scores[some], start + 1))
+                for record in _records(store, ids[some], scores[some], start + 1):
+                    writer.writerow({name: csv_cell(value) for name, value in record.items()})
         print(options.csv, file=sys.stderr)
     if options.html:
         prepare = preparation(options)
