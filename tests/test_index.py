@@ -1,6 +1,5 @@
 """The index: exact inner products, both signs, a fixed order of ties, and nothing damaged is read."""
 
-import importlib.metadata
 import sys
 
 import numpy as np
@@ -108,8 +107,22 @@ def test_faiss_gpu_without_its_cuda_wheels_is_explained(monkeypatch):
         require()
 
 
-def test_two_faiss_packages_are_refused(monkeypatch):
-    both = {"faiss": ["faiss-gpu", "faiss-cpu", "faiss-cpu"]}
-    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: both)
-    with pytest.raises(DependencyError, match="faiss-cpu and faiss-gpu are both installed"):
+def installed(folder, name, module):
+    """A package as pip leaves it."""
+    info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "top_level.txt").write_text(f"{module}\n")
+
+
+def test_two_faiss_packages_are_refused(tmp_path, monkeypatch):
+    installed(tmp_path, "faiss-gpu-cu99", "faiss")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DependencyError, match="faiss-[cg]pu.* and faiss-gpu-cu99 are both installed"):
         require()
+
+
+def test_packages_that_only_sound_like_faiss_are_no_second_one(tmp_path, monkeypatch):
+    installed(tmp_path, "faiss-helpers", "helpers_of_faiss")
+    monkeypatch.syspath_prepend(tmp_path)
+    require()
