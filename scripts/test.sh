@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must hold: lint and format, types, import rules, tests (README's and docs' commands among them).
-# Arguments are handed on to pytest: bash scripts/test.sh -k store
+# Arguments are handed on to pytest: bash scripts/test.sh -k store. A process for each core, so one thread in each.
 # Beside it, for it takes longer than three minutes: bash scripts/test_processors.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,4 +10,4 @@ environment cpu,dev
 "$venv/ruff" format --check .
 "$venv/mypy"
 "$venv/lint-imports" --no-logo || { echo "An import points up, or a package has a second owner: docs/architecture.md." >&2; exit 1; }
-"$venv/python" -m pytest -q "$@"
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$venv/python" -m pytest -q -n auto --dist worksteal "$@"

@@ -1,7 +1,10 @@
 """Options of the whole suite, and what several files of it look at."""
 
+import fcntl
 import os
+import pickle
 import subprocess
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -22,15 +25,48 @@ def environment_stays():
 def quick_forms(tmp_path_factory):
     """What `scripts/bench/all.sh --quick` printed, as a completed process, and the folder of its results.
 
-    Every script runs once in the checks: tests of one script look at what it left here.
+    Every script runs once in the checks, whichever of the processes that share them asks first: tests of one script
+    look at what it left here.
     """
-    out = tmp_path_factory.mktemp("quick")
-    command = ["bash", str(TOP / "scripts" / "bench" / "all.sh"), "--quick", "--out", str(out)]
-    environment = os.environ | {"GRADINDEX_DATA": str(DATA)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True), out
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    out, done = shared / "quick", shared / "quick.pickle"
+    with (shared / "quick.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            command = ["bash", str(TOP / "scripts" / "bench" / "all.sh"), "--quick", "--out", str(out)]
+            environment = os.environ | {"GRADINDEX_DATA": str(DATA)}
+            done.write_bytes(pickle.dumps(subprocess.run(command, env=environment, capture_output=True, text=True)))
+    return pickle.loads(done.read_bytes()), out
+
+
+def pytest_collection_modifyitems(items):
+    """The scripts' quick forms last: they take as many processes as there are cores."""
+    items.sort(key=lambda item: "quick_forms" in item.fixturenames)
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("faults", "tests/faults: kills, damages, full disks, forged files, absurd commands")
     group.addoption("--faults", type=int, metavar="N", help="How many faults of each kind to try; by default a few.")
     group.addoption("--faults-from", type=int, default=0, metavar="I", help="Begin with the I-th fault of each kind.")
+
+
+def pytest_configure(config):
+    config.faults_tried = Counter()
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes that share the tests
+        session.config.workeroutput["faults"] = dict(session.config.faults_tried)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.faults_tried.update(getattr(node, "workeroutput", {}).get("faults", {}))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.faults_tried:
+        terminalreporter.write_sep("-", "faults tried")
+        for kind, count in sorted(config.faults_tried.items()):
+            terminalreporter.write_line(f"{count:8,} {kind}")

@@ -4,11 +4,7 @@ The i-th fault of a kind is the same whenever it is tried, so that a long run ca
 (``--faults 100 --faults-from 300``) and a fault that was found can be tried alone.
 """
 
-from collections import Counter
-
 import pytest
-
-_TRIED = Counter()
 
 
 @pytest.fixture(scope="session")
@@ -19,17 +15,10 @@ def faults(request):
     def numbers(kind, few):
         first, count = config.getoption("--faults-from"), config.getoption("--faults")
         for number in range(first, first + (few if count is None else count)):
-            _TRIED[kind] += 1
+            config.faults_tried[kind] += 1
             yield number
 
     return numbers
-
-
-def pytest_terminal_summary(terminalreporter):
-    if _TRIED:
-        terminalreporter.write_sep("-", "faults tried")
-        for kind, count in sorted(_TRIED.items()):
-            terminalreporter.write_line(f"{count:8,} {kind}")
 
 
 @pytest.fixture(scope="session")
