@@ -1,9 +1,10 @@
 """Run every benchmark and experiment, each in a process of its own, and sum up: times, failures, bars that fall short.
 
-``--quick`` takes the quick forms, two at a time with one thread each: they need neither data nor peers, and their bars
-are of stand-ins on a busy machine, so they only hint. The full forms take hours and run one at a time; their results
-stay in GRADINDEX_CACHE/results, under a digest of the code that made them, so that running this again goes on with
-what is missing. Copy a result to docs/results/ by hand. Peers get an environment of their own in GRADINDEX_CACHE.
+``--quick`` takes the quick forms, one for each core at a time with one thread each: they need neither data nor peers,
+share the small tasks that they train, and their bars are of stand-ins on a busy machine, so they only hint. The full
+forms take hours and run one at a time; their results stay in GRADINDEX_CACHE/results, under a digest of the code that
+made them, so that running this again goes on with what is missing. Copy a result to docs/results/ by hand. Peers get
+an environment of their own in GRADINDEX_CACHE.
 
 The exit code says whether every script ran to its end, not whether the bars hold.
 
@@ -90,16 +91,19 @@ def main(argv: Sequence[str]) -> int:
         python = sys.executable
         if not options.quick and NEED_PEERS & set(chosen):
             python = str(peers_environment())
-        outcomes = run_all(chosen, folder, options, python)
+        shared = Path(temporary) / "tasks" if options.quick else None
+        outcomes = run_all(chosen, folder, shared, options.jobs, python)
         return sum_up(outcomes, folder, options.quick)
 
 
-def run_all(chosen: Sequence[str], folder: Path, options: argparse.Namespace, peers_python: str) -> list[Outcome]:
+def run_all(
+    chosen: Sequence[str], folder: Path, shared: Path | None, jobs: int | None, peers_python: str
+) -> list[Outcome]:
     """Each in its turn; a line as it ends."""
 
     def one(name: str) -> Outcome:
         python = peers_python if name in NEED_PEERS else sys.executable
-        outcome = run(name, folder, options.quick, python)
+        outcome = run(name, folder, shared, python)
         how = "was done before" if outcome.kept else "" if outcome.status == 0 else f"FAILED ({outcome.status})"
         times = f"{outcome.seconds:7.1f} s, {outcome.processor_seconds:6.1f} s of a processor"
         print(f"{times}  {name}  {how}".rstrip(), flush=True)
@@ -108,12 +112,20 @@ def run_all(chosen: Sequence[str], folder: Path, options: argparse.Namespace, pe
         return outcome
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(options.jobs or (cores if options.quick else 1)) as pool:
+    with ThreadPoolExecutor(jobs or (1 if shared is None else cores)) as pool:
         return list(pool.map(one, chosen))
 
 
-def run(name: str, folder: Path, quick: bool, python: str) -> Outcome:
-    """Run a script, unless the folder has its result."""
+def run(name: str, folder: Path, shared: Path | None, python: str) -> Outcome:
+    """Run a script, unless the folder has its result.
+
+    Args:
+        name: folder and name.
+        folder: of results.
+        shared: what quick forms keep their small tasks in; ``None`` for the full form.
+        python: the interpreter.
+    """
+    quick = shared is not None
     done, log, bars = (folder / f"{name}.{ending}" for ending in ("done", "log", "bars"))
     log.parent.mkdir(parents=True, exist_ok=True)
     if done.exists() and not quick:
@@ -124,7 +136,7 @@ def run(name: str, folder: Path, quick: bool, python: str) -> Outcome:
         command += ["--save", str(folder / f"{name}.{'json' if name.startswith('paper') else 'md'}")]
     environment = os.environ | {"GRADINDEX_BARS": str(bars)}
     if quick:
-        environment["OMP_NUM_THREADS"] = "1"
+        environment |= {"OMP_NUM_THREADS": "1", "GRADINDEX_QUICK_SHARED": str(shared)}
     started = time.perf_counter()
     with log.open("w") as file:
         process = subprocess.Popen(

@@ -28,12 +28,17 @@ MODULES = {"traker": "trak"}  # packages that are imported by another name
 
 
 def _keep_apart(quick: bool) -> None:
-    """Give the quick form a cache of its own, which goes with the process; the full form has no part in it."""
+    """Give the quick form a cache of its own, which goes with the process; the full form has no part in it.
+
+    Several quick forms may share one, which whoever runs them names in GRADINDEX_QUICK_SHARED.
+    """
     os.environ.pop("GRADINDEX_QUICK", None)
     if quick:
-        folder = tempfile.mkdtemp(prefix="gradindex-quick-")
+        folder = os.environ.get("GRADINDEX_QUICK_SHARED")
+        if folder is None:
+            folder = tempfile.mkdtemp(prefix="gradindex-quick-")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["GRADINDEX_QUICK"] = folder
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 class Bench:

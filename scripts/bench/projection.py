@@ -38,7 +38,7 @@ def main() -> None:
     items = [task.query[i] for i in queries]
     task = replace(task, query=Subset(task.query, queries), query_columns={})
     if bench.quick:
-        task = replace(task, train=Subset(task.train, range(1000)), columns={})
+        task = replace(task, train=Subset(task.train, range(1000)), columns={}, checkpoints=task.checkpoints[-2:])
     truth = gradindex.exact_scores(task, items)
     pairs = np.random.default_rng(0).permutation(truth.size)[:100_000]
     for kind, dim, among_500, among_1000 in CASES[:2] if bench.quick else CASES:

@@ -318,7 +318,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         with tempfile.TemporaryDirectory() as folder:
-            os.environ["GRADINDEX_QUICK"] = folder
+            os.environ["GRADINDEX_QUICK"] = os.environ.get("GRADINDEX_QUICK_SHARED", folder)
             make_features()
             task = ten_classes()
             print(f"{task.name}: {task.n_train:,} rows, {task.n_query:,} queries")

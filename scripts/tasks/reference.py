@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import tarfile
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,25 +113,14 @@ def _decode(archive: Path, folder: Path) -> None:
         np.save(folder / f"{split}_labels.npy", np.array([classes.index(label) for label, _ in chosen], dtype=np.int64))
 
 
-def once(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Call ``fill`` on an empty folder and rename it to ``folder``; do nothing where ``folder`` is there."""
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            fill(temporary)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
 class BusyError(Exception):
     """Another process fills that folder just now."""
 
 
 def resumable(folder: Path, fill: Callable[[Path], None], wait: bool = True) -> Path:
-    """As :func:`once`, but ``fill`` finds what an interrupted call left, and processes take turns.
+    """Call ``fill`` on a folder and rename it to ``folder``; do nothing where ``folder`` is there.
+
+    Processes take turns; ``fill`` finds what an interrupted call left.
 
     Raises:
         BusyError: another process is at it, and ``wait`` is false.
@@ -153,6 +141,17 @@ def resumable(folder: Path, fill: Callable[[Path], None], wait: bool = True) -> 
         elif unfinished.is_dir():
             unfinished.rmdir()
     return folder
+
+
+def once(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """As :func:`resumable`, but ``fill`` begins with an empty folder."""
+
+    def anew(unfinished: Path) -> None:
+        for left in unfinished.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        fill(unfinished)
+
+    return resumable(folder, anew)
 
 
 def flip_labels(
