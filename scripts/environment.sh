@@ -24,13 +24,26 @@ environment() {
   fi
   # Installing again is skipped while nothing that decides about it has changed.
   want=$(cat "$top/setup.cfg" "$top/pyproject.toml" "$top/constraints.txt" | cksum)
-  stamp=$top/.venv/.installed-${extras//,/-}
-  if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
-    echo "installing gradindex[$extras] (the first time downloads PyTorch, about 200 MB)" >&2
-    (cd "$top" && "$venv/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]") || {
-      echo "Installing failed; see the lines above. Is there a network, and room on the disk?" >&2
-      return 1
-    }
-    echo "$want" >"$stamp"
-  fi
+  for stamp in "$top"/.venv/.installed-*; do
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && among "$extras" "${stamp##*/.installed-}"; then
+      return 0
+    fi
+  done
+  echo "installing gradindex[$extras] (the first time downloads PyTorch, about 200 MB)" >&2
+  (cd "$top" && "$venv/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]") || {
+    echo "Installing failed; see the lines above. Is there a network, and room on the disk?" >&2
+    return 1
+  }
+  echo "$want" >"$top/.venv/.installed-${extras//,/-}"
+}
+
+# Whether each of the extras $1 (a,b) is one of those that a stamp is named after, $2 (a-b-c).
+among() {
+  local extra
+  for extra in ${1//,/ }; do
+    case "-$2-" in
+      *"-$extra-"*) ;;
+      *) return 1 ;;
+    esac
+  done
 }

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-environment cpu,dev
+environment cpu,demo,dev  # with the demo's, so that its test installs nothing beside others
 "$venv/ruff" check .
 "$venv/ruff" format --check .
 "$venv/mypy"

@@ -22,22 +22,39 @@ def environment_stays():
 
 
 @pytest.fixture(scope="session")
-def quick_forms(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """``made_once(name, make)``: a folder that ``make`` fills, once for all processes that share the tests."""
+
+    def made(name, make):
+        shared = tmp_path_factory.getbasetemp()
+        shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+        folder, done = shared / name, shared / f"{name}.done"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                folder.mkdir(exist_ok=True)
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def quick_forms(made_once):
     """What `scripts/bench/all.sh --quick` printed, as a completed process, and the folder of its results.
 
-    Every script runs once in the checks, whichever of the processes that share them asks first: tests of one script
-    look at what it left here.
+    Every script runs once in the checks: tests of one script look at what it left here.
     """
-    shared = tmp_path_factory.getbasetemp()
-    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
-    out, done = shared / "quick", shared / "quick.pickle"
-    with (shared / "quick.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
-            command = ["bash", str(TOP / "scripts" / "bench" / "all.sh"), "--quick", "--out", str(out)]
-            environment = os.environ | {"GRADINDEX_DATA": str(DATA)}
-            done.write_bytes(pickle.dumps(subprocess.run(command, env=environment, capture_output=True, text=True)))
-    return pickle.loads(done.read_bytes()), out
+
+    def run(folder):
+        command = ["bash", str(TOP / "scripts" / "bench" / "all.sh"), "--quick", "--out", str(folder / "results")]
+        environment = os.environ | {"GRADINDEX_DATA": str(DATA)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        (folder / "process.pickle").write_bytes(pickle.dumps(done))
+
+    folder = made_once("quick", run)
+    return pickle.loads((folder / "process.pickle").read_bytes()), folder / "results"
 
 
 def pytest_collection_modifyitems(items):

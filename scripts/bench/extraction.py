@@ -5,7 +5,7 @@ Weights are random: nothing here depends on their values. Ours runs as it does b
 with the channels last in memory; bars compare with the layout that torch has by default, figures also with our own.
 The quick form has an eighth of the width, batches of 4 and two rounds.
 
-    python scripts/bench/extraction.py [--quick] [--json] [--data DIR] [--save FILE]
+    python scripts/bench/extraction.py [--parts float32 memory] [--quick] [--json] [--save FILE]
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from gradindex.projection.sides import sizes
 from gradindex.rows import RowMaker
 
 BATCH, QUICK_BATCH = 64, 4
+PARTS = ("float32", "bfloat16", "memory")  # bfloat16 takes an hour on processors without instructions for it
 
 
 def make_task(folder: Path, layers: str, batch: int) -> gradindex.Task:
@@ -161,11 +162,24 @@ def peak_resident_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
+def memory(bench: Bench, batch: int) -> None:
+    """The most that a process has in memory for a training step, and for rows."""
+    peaks = {}
+    for what in ("step", "rows"):
+        queue = multiprocessing.get_context("spawn").Queue()
+        process = multiprocessing.get_context("spawn").Process(target=peak_bytes, args=(what, batch, queue))
+        process.start()
+        peaks[what] = queue.get()
+        process.join()
+    bench.figure("peak memory of a step", peaks["step"] / 2**20, "MiB")
+    bench.bar("peak memory, sketch rows of all layers / step", peaks["rows"] / peaks["step"], "x", 1.3, at_most=True)
+
+
 def main() -> None:
     """Measure and print."""
-    bench = Bench("Extraction: ResNet-9, batches of 64", __doc__)
+    bench = Bench("Extraction: ResNet-9, batches of 64", __doc__, parts={"parts": PARTS})
     rounds, batch = (2, QUICK_BATCH) if bench.quick else (15, BATCH)
-    for precision in ("float32", "bfloat16"):
+    for precision in [part for part in bench.options.parts if part != "memory"]:
         seconds = measure(precision, rounds, batch)
 
         def ratio(name: str, base: str, seconds: dict[str, list[float]] = seconds) -> float:
@@ -193,15 +207,8 @@ def main() -> None:
         ):
             own = f"{base}, channels last"
             bench.figure(f"{precision}: {name} / {own}", ratio(name, own), "x")
-    peaks = {}
-    for what in ("step", "rows"):
-        queue = multiprocessing.get_context("spawn").Queue()
-        process = multiprocessing.get_context("spawn").Process(target=peak_bytes, args=(what, batch, queue))
-        process.start()
-        peaks[what] = queue.get()
-        process.join()
-    bench.figure("peak memory of a step", peaks["step"] / 2**20, "MiB")
-    bench.bar("peak memory, sketch rows of all layers / step", peaks["rows"] / peaks["step"], "x", 1.3, at_most=True)
+    if "memory" in bench.options.parts:
+        memory(bench, batch)
     bench.finish()
 
 
