@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from .digests import digest
 from .errors import ArgumentError, CheckpointError
 from .progress import note
 from .recorder import RECORD_KEY, recorded_groups, recorded_training
@@ -416,7 +417,8 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _check_copy(kept: Path, other: Path, step: int) -> None:
     """Two files of one step are no fault where they are the same, such as a trainer's last.ckpt."""
-    if not (kept.samefile(other) or filecmp.cmp(kept, other, shallow=False)):
+    same = kept.samefile(other) or filecmp.cmp(kept, other, shallow=False)
+    if not (same or digest(read(kept).value) == digest(read(other).value)):  # saved twice: a file holds its own name
         raise CheckpointError(
             f"{kept} and {other} are both of step {step}, so which one counts is unknown. Give a pattern that matches "
             "one of them, or list the checkpoints yourself: [Checkpoint(path, learning_rate=..., step=...), ...]."

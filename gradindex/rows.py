@@ -290,7 +290,7 @@ def describe(engine: Engine, projection: Projection, unit_norm: bool = False) ->
     """
     task = engine.task
     return {
-        "model": [[name, list(tensor.shape)] for name, tensor in task.model.state_dict().items()],
+        "model": [[name, list(x.shape)] for name, x in task.model.state_dict().items() if isinstance(x, Tensor)],
         "loss": getattr(task.loss, "__qualname__", type(task.loss).__qualname__),
         "layers": [
             {"name": x.name, "parameters": list(x.parameters), "shape": [x.rows, x.columns], "route": x.route}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .digests import digest
-from .errors import LossError, TaskError
+from .errors import LossError, TaskError, UserCodeError
 from .gradients import HALF, mixed
 from .projection import hash64, key
 from .rows import RowBatch, RowMaker
@@ -18,6 +19,8 @@ from .tree import extent, preserved_random_state, shapes
 
 # Examples of a shard, drawn at random; and batches of examples of several shapes whose smallest one is taken.
 _RANDOM, _UNEVEN = 3, 3
+# Batches of a shard whose examples are collated one by one to see their shapes, where they have none themselves.
+_COLLATED = 3
 # How far losses and norms may be apart: relative to either, or to the largest of the batch; in half precision.
 _TOLERANCE, _OF_LARGEST, _HALF_TOLERANCE = 2e-3, 1e-4, 5e-2
 # The same, of the largest of the batch, where rounding cannot be told by float64.
@@ -40,7 +43,7 @@ class SpotCheck:
         self._maker, self._task = maker, task
         chosen = hash64(key(0, "spot check", int(ids[0])), len(ids)).argsort()[:_RANDOM]
         self._random = set(ids[chosen].tolist())
-        self._uneven = _UNEVEN
+        self._uneven, self._collated = _UNEVEN, _COLLATED
 
     def check(self, ids: NDArray[np.int64], items: Sequence[Any], names: Sequence[str], batch: RowBatch) -> None:
         """Check the chosen ones among the examples of a batch.
@@ -50,7 +53,7 @@ class SpotCheck:
             TaskError: an example is another one when it is read again.
         """
         places = [place for place, i in enumerate(ids.tolist()) if i in self._random]
-        smallest = smallest_of_uneven(items) if self._uneven else None
+        smallest = self._smallest(items) if self._uneven else None
         if smallest is not None:
             self._uneven -= 1
             places = sorted({*places, smallest})
@@ -63,6 +66,16 @@ class SpotCheck:
                     "random, or the loss or collate changes what it hands out. Give Task the same data without that."
                 )
         check_alone(self._maker, items, names, batch, places, "train")
+
+    def _smallest(self, items: Sequence[Any]) -> int | None:
+        """The place of the smallest example, if they are of several shapes, or collate makes several of some."""
+        found = smallest_of_uneven(items)
+        if found is None and self._collated:  # positions and texts: their size is that of what they stand for
+            self._collated -= 1
+            engine = self._maker.engine
+            with suppress(UserCodeError), preserved_random_state():
+                found = smallest_of_uneven([engine.batch([item]) for item in items])
+        return found
 
 
 def smallest_of_uneven(items: Sequence[Any]) -> int | None:

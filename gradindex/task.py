@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .checkpoint import Checkpoint
@@ -100,6 +101,14 @@ class Task:
             raise TaskError(f"layers is a {type(self.layers).__name__}, but must be a name or pattern, or several.")
         if self.preconditioner not in (None, "adam"):
             raise TaskError(f"preconditioner is {self.preconditioner!r}, but must be 'adam' or None.")
+        for name, parameter in self.model.named_parameters():
+            if is_lazy(parameter):
+                raise TaskError(f"{name} has no shape yet (a lazy module). Run the model on one batch first.")
+            if parameter.is_meta:
+                raise TaskError(
+                    f"{name} is on the meta device and holds no numbers. Make the model elsewhere, or give it memory "
+                    "with model.to_empty(device='cpu'): its weights come from the checkpoints."
+                )
         object.__setattr__(self, "checkpoints", _listed_checkpoints(self.checkpoints))
         if len(self.train_ids) == 0:
             raise TaskError("skip leaves no training example. Leave at least one.")

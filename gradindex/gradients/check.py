@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import TaskError, training_names
+from ..errors import TaskError, UserCodeError, training_names, user_code
 from ..factors import Gradients, Layer
 from ..memory import in_halves
 from ..tree import extent, preserved_random_state, shapes
 from . import uses
 from .examples import answerable, blamed, check_examples, refuse_non_finite
-from .functional import LossModule, loop_gradients, vmap_gradients
+from .functional import BACKWARD, LossModule, loop_gradients, vmap_gradients
 from .layers import general_layer
 from .reentrant import refuse_reentrant
 
@@ -78,7 +78,8 @@ def check_queries(engine: Engine, items: Sequence[Any], names: Sequence[str], ro
     """
     if len(items) < 2 or engine.alone:
         return
-    places, _ = _chosen(lambda chosen: [items[int(i)] for i in chosen], np.arange(len(items)))
+    with preserved_random_state():
+        places, _ = _chosen(engine, lambda chosen: [items[int(i)] for i in chosen], np.arange(len(items)))
     chosen, names = [items[int(i)] for i in places], [names[int(i)] for i in places]
     with blamed(engine, chosen, names, role):
         check_examples(engine, chosen, names, role)
@@ -90,7 +91,7 @@ def _check(
     wrapper = engine.wrapper(role, exact=True)
     unseen = list(engine.parameters)
     with preserved_random_state():
-        chosen, alike = _chosen(read, ids)
+        chosen, alike = _chosen(engine, read, ids)
         items, names = read(chosen), names_of(chosen.tolist())
         if role == "query":
             items, names = answerable(engine, items, names)
@@ -104,7 +105,7 @@ def _check(
                     return
                 pair = slice(first, first + 2)
                 unseen = _check_some(engine, wrapper, items[pair], names[pair], unseen, role, first < must)
-        others = np.setdiff1d(_spread(ids, _TRIED), chosen)
+        others = np.setdiff1d(spread(ids, _TRIED), chosen)
         for first in range(0, len(others), 2):
             if not unseen:
                 return
@@ -114,35 +115,51 @@ def _check(
                 unseen = _check_some(engine, wrapper, items, names, unseen, role, False)
 
 
-def _chosen(read: Read, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], bool]:
+def _chosen(engine: Engine, read: Read, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], bool]:
     """Up to 8 examples that stand for all, the smallest and the largest first; and whether all are of one shape."""
-    looked_at = _spread(ids, _LOOKED_AT)
-    found = [shapes(read(looked_at[place : place + 1])[0]) for place in range(len(looked_at))]
+    looked_at = spread(ids, _LOOKED_AT)
+    found = [_shapes(engine, read(looked_at[place : place + 1])[0]) for place in range(len(looked_at))]
     by_size = sorted(range(len(found)), key=lambda place: extent(found[place]))
     firsts = list({shape: place for place, shape in reversed(list(enumerate(found)))}.values())  # one of each shape
     order = [by_size[0], by_size[-1], 0, len(found) - 1] if len(firsts) > 1 else [0, len(found) - 1]
-    order += [*firsts[: _COMPARED // 2], *_spread(np.arange(len(found)), _COMPARED).tolist()]
+    order += [*firsts[: _COMPARED // 2], *spread(np.arange(len(found)), _COMPARED).tolist()]
     return looked_at[list(dict.fromkeys(order))[:_COMPARED]], len(firsts) == 1
 
 
-def _spread(ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+def _shapes(engine: Engine, item: Any) -> tuple[Any, ...]:
+    """Of what collate makes of one example, for a position or a text says nothing of its size; else of the example."""
+    try:
+        return shapes(engine.batch([item]))
+    except UserCodeError:  # told later, at which example
+        return shapes(item)
+
+
+def spread(ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """Up to ``count`` evenly spaced ones, the first and the last among them."""
-    spread: NDArray[np.int64] = ids[np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(np.int64))]
-    return spread
+    chosen: NDArray[np.int64] = ids[np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(np.int64))]
+    return chosen
 
 
 def _refuse_detached(engine: Engine, wrapper: LossModule, items: list[Any], role: str) -> None:
     """Refuse a loss that no tracked parameter is connected with: all rows would be zeros."""
     state, names = engine.states[-1], [f"model.{name}" for name in engine.parameters]
     tracked = {name: state[name].detach().requires_grad_() for name in names}
+
+    def connected(losses: Tensor) -> bool:
+        if not losses.requires_grad:
+            return False
+        with user_code(BACKWARD):
+            found = torch.autograd.grad(losses.sum(), list(tracked.values()), allow_unused=True)
+        return any(gradient is not None for gradient in found)
+
     with torch.enable_grad():
         for single in engine.singles(items):
-            if wrapper.losses({**state, **tracked}, single, 1).requires_grad:
+            if wrapper.through({**state, **tracked}, single, 1, connected):
                 return
     raise TaskError(
         f"The {'query ' * (role == 'query')}loss of {len(items)} examples tried depends on none of the tracked "
-        "parameters (is it computed under no_grad, or from detached values?), so there is nothing to trace. Track "
-        "other layers, with layers=, or let gradients through."
+        "parameters (is it computed under no_grad, from detached values, or with another model than it is given?), so "
+        "there is nothing to trace. Track other layers, with layers=, or let gradients through."
     )
 
 

@@ -89,6 +89,12 @@ class Engine:
         self._layout_is_free = channels_last is None
         self.tracked = choose(task) if tracked is None else tracked
         self.parameters, self.learning_rates = self.tracked.parameters, self.tracked.learning_rates
+        for name in self.parameters:
+            if self.model.get_parameter(name)._backward_hooks:
+                raise TaskError(
+                    f"{name} has a gradient hook (register_hook), whose change of the gradient is not traced. Call "
+                    ".remove() on what register_hook returned, or leave the parameter out, with layers=."
+                )
         self.layers = plan_layers(self.model, self.parameters)
         # A tensor shared under several names is given once, so that all of its uses follow it.
         unique = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
@@ -153,7 +159,8 @@ class Engine:
         self._lock = lock
         self._training = [(module, module.training) for module in self.model.modules()]
         self._attributes = [(module, dict(vars(module))) for module in self.model.modules()]
-        self.model.eval()
+        for module in self.model.modules():  # what a train() or eval() of the model's own does besides is left out
+            module.training = False
         if self.device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in self.model.modules()):
             # cuDNN refuses the backward pass of a recurrent layer in eval mode; torch's own kernels do not.
             self._stack.enter_context(torch.backends.cudnn.flags(enabled=False))

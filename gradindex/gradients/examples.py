@@ -15,7 +15,7 @@ from ..digests import digest
 from ..errors import LossError, NonFiniteGradientError, UserCodeError, failed, joined_names, left_out
 from ..memory import in_halves
 from ..tree import preserved_random_state, shapes
-from .functional import COLLATE, LossModule, loop_gradients
+from .functional import BACKWARD, COLLATE, LossModule, loop_gradients
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -211,7 +211,10 @@ def _located(
     wrapper = engine.wrapper(role, exact=True)
     for item, name in zip(items, names, strict=True):
         try:
-            _losses(engine, wrapper, [item], [name])
+            if error.what == BACKWARD:
+                loop_gradients(wrapper, engine.states[-1], engine.parameters, engine.singles([item]))
+            else:
+                _losses(engine, wrapper, [item], [name])
         except UserCodeError as own:
             cause = own.__cause__ or own
             return failed(f"{own.what} on {_lower(name)}", cause, _hint(engine, own.what, [item], cause))

@@ -89,6 +89,8 @@ class LossModule(nn.Module):
                     f"The loss has shape {tuple(losses.shape)}, but must be per example, of shape ({n},) "
                     f"for a batch of {n}. Use reduction='none' and no mean over the batch."
                 )
+            if losses.dtype == torch.bool or losses.is_complex():
+                raise LossError(f"The loss is of type {losses.dtype}, but must be real numbers that have a gradient.")
             return then(losses)
 
         result: _Result = functional_call(self, swapped, (batch, checked), tie_weights=False)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..factors import Factors, Formed, Gradients
 from ..memory import LARGEST_TRIED, available_bytes, batch_size_for, in_halves
 from ..tree import preserved_random_state
-from .check import TOLERANCE
+from .check import TOLERANCE, spread
 from .engine import Engine
 from .examples import blamed
 from .functional import LossModule, State, as_direction, as_real, loop_gradients
@@ -23,6 +24,9 @@ from .functional import LossModule, State, as_direction, as_real, loop_gradients
 # With more queries than this, the per-example gradients of the layers on general routes cost less than
 # a pass for each query; a loop over examples is dearer.
 _FEW = {"vmap": 3, "loop": 16}
+
+# Examples with a gradient on which a route is compared, and that are looked through for them.
+_COMPARED, _TRIED = 8, 32
 
 # Queries that go through the model together.
 _AT_ONCE = 64
@@ -197,17 +201,26 @@ class Products:
                 yield along.to(engine.dtype)
 
     def _pick_route(self) -> str:
-        """The first that agrees with autograd on two examples, along the gradient of the first."""
-        engine, items = self._engine, self._engine.task.first_and_last()
+        """The first that agrees with autograd on examples that have a gradient, along the sum of their directions.
+
+        A derivative along a direction does not see what only changes gradients: values taken under ``no_grad``, hooks,
+        a backward pass of one's own. Where a gradient is zero or nothing is cut off, all routes agree.
+        """
+        engine = self._engine
         wrapper, state = engine.wrapper("train", exact=True), engine.states[-1]
         names = [layer.parameters[0] for layer in engine.layers if not layer.hooked]
         with preserved_random_state():
-            truth = loop_gradients(wrapper, state, names, engine.singles(items))
-            keys = [f"model.{name}" for name in names]
-            directions = {key: as_direction(found[0], state[key]) for key, found in zip(keys, truth, strict=True)}
-            rows = torch.cat([gradient.flatten(1) for gradient in truth], 1).double()
-            expected, norms = rows @ rows[0], rows.square().sum(1)
-            allowed = TOLERANCE[engine.dtype] * (norms * norms[0]).sqrt()
+            items, rows = self._with_gradients(wrapper, state, names)
+            if not items:
+                return "gradients"
+            norms = rows.norm(dim=1)
+            direction = (rows / norms[:, None]).sum(0)
+            sizes = [state[f"model.{name}"].numel() * (1 + state[f"model.{name}"].is_complex()) for name in names]
+            directions = {
+                f"model.{name}": as_direction(part.to(engine.dtype), state[f"model.{name}"])
+                for name, part in zip(names, direction.split(sizes), strict=True)
+            }
+            expected, allowed = rows @ direction, TOLERANCE[engine.dtype] * norms * direction.norm()
             groups = [[item] for item in items] if engine.alone else [items]
             for route, along in _ROUTES.items():
                 try:
@@ -217,6 +230,21 @@ class Products:
                 if bool(((found - expected).abs() <= allowed).all()):
                     return route
         return "gradients"
+
+    def _with_gradients(self, wrapper: LossModule, state: State, names: Sequence[str]) -> tuple[list[Any], Tensor]:
+        """Up to 8 training examples whose gradients are not zero, and these (m, numbers) in float64."""
+        engine, items, rows = self._engine, [], []
+        ids = spread(engine.task.train_ids, _TRIED)
+        for i in np.random.default_rng(0).permutation(ids):  # neighbours are often alike
+            (item,) = engine.task.examples([i])
+            found = loop_gradients(wrapper, state, names, engine.singles([item]))
+            row = torch.cat([gradient.reshape(-1) for gradient in found]).double()
+            if bool(row.any()):
+                items.append(item)
+                rows.append(row)
+            if len(items) == _COMPARED:
+                break
+        return items, torch.stack(rows) if rows else torch.empty(0)
 
 
 def _forward_mode(wrapper: LossModule, state: State, directions: Mapping[str, Tensor], batch: Any, n: int) -> Tensor:

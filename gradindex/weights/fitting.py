@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..digests import digest
 from ..errors import CheckpointError
 from ..recorder import MODEL_KEY
 
@@ -29,6 +30,7 @@ _IDLE_BUFFERS = {
 # Statistics that training leaves in a model: its own are no stand-in.
 _STATISTICS = {"running_mean", "running_var", "running_std", "weight_u", "weight_v", "_u", "_v"}
 _BESIDE = re.compile(r"criteri(on|a)|loss|metric|accuracy|(train|val|valid|test)_(acc|f1|auc|auroc)", re.IGNORECASE)
+_EXTRA = "_extra_state"
 _SHOWN = 3
 
 
@@ -47,7 +49,7 @@ class Fitted:
     passed_over: tuple[str, ...]
 
 
-def found_weights(path: Path, content: Any, key: str | None) -> dict[str, Tensor]:
+def found_weights(path: Path, content: Any, key: str | None) -> dict[str, Any]:
     """The tensors in what a file holds, by their names there.
 
     Raises:
@@ -73,7 +75,9 @@ def found_weights(path: Path, content: Any, key: str | None) -> dict[str, Tensor
             f"{path} holds the state of an optimizer, but weights are needed. Give the file of the model's weights."
         )
     weights = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
-    if not weights:
+    # What a module keeps by get_extra_state is of any type.
+    weights |= {name: value for name, value in content.items() if str(name).endswith(_EXTRA) and name not in weights}
+    if not any(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(
             f"{path} holds no weights under the usual keys; it holds: {', '.join(map(str, content))[:200]}. "
             "Say where they are with key=."
@@ -81,7 +85,7 @@ def found_weights(path: Path, content: Any, key: str | None) -> dict[str, Tensor
     return weights
 
 
-def fitted(path: Path, weights: Mapping[str, Tensor], model: nn.Module, prefix: str | None) -> Fitted:
+def fitted(path: Path, weights: Mapping[str, Any], model: nn.Module, prefix: str | None) -> Fitted:
     """Weights by the names of ``model.state_dict()``, as copies that keep no larger memory alive.
 
     A wrapper's part of a name (``module.``, ``_orig_mod.`` and their like) counts on neither side, wherever it stands.
@@ -91,7 +95,16 @@ def fitted(path: Path, weights: Mapping[str, Tensor], model: nn.Module, prefix: 
         CheckpointError: a parameter is missing, has another shape, cannot be a weight or holds NaN, or a name is not
             the model's; the message names the first.
     """
-    expected = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    own_state = model.state_dict(keep_vars=True)
+    extra = {name: own_state.pop(name) for name in list(own_state) if name.endswith(_EXTRA)}
+    for name, kept in extra.items():
+        if name in weights and digest(weights[name]) != digest(kept):
+            raise CheckpointError(
+                f"{path} has another {name} than the model, which is no weight and is not loaded. Give the model that "
+                "state first, with load_state_dict, or list checkpoints of one state."
+            )
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith(_EXTRA)}
+    expected = {name: tensor for name, tensor in own_state.items() if isinstance(tensor, Tensor)}
     twins = _twins(model, expected)
     shared: dict[str, list[str]] = {}
     for name, first in twins.items():
