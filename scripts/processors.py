@@ -32,7 +32,8 @@ TESTS = (
     "architectures", "asking::test_equal_rows_have_equal_scores_and_come_in_the_order_of_ids",
     "asking::test_equal_scores_come_in_the_order_of_ids_for_every_kind",
     "asking::test_each_kind_is_the_best_of_all_exact_scores_in_its_order", "encoding", "engine", "exactness", "format",
-    "index", "layers", "losses", "precision", "preconditioner", "products", "projection", "scoring", "traps", "uses",
+    "index", "layers", "losses", "others_models", "precision", "preconditioner", "products", "projection", "scoring",
+    "traps", "uses",
 )  # fmt: skip
 # What takes long and sees no other numbers than its neighbours.
 LONG = "language_models or LSTM or GRU or attention or never_too_large"

@@ -52,7 +52,7 @@ def randomise(model):
     """Weights with which no unit is dead, and running statistics that differ from those of a new model."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():  # not extra state of other types
                 tensor.copy_(torch.rand_like(tensor) + 0.5 if "var" in name else torch.randn_like(tensor) * 0.4)
 
 
