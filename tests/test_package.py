@@ -75,18 +75,19 @@ def test_every_error_is_ours_and_the_builtin_that_callers_expect():
         assert error is errors.GradIndexError or len(error.__mro__) > 4
 
 
-def test_importing_takes_well_under_a_second_more_than_torch_and_no_optional_package():
+def test_importing_takes_a_part_of_what_torch_takes_and_no_optional_package():
     optional = ("faiss", "matplotlib", "jinja2", "safetensors", "pyarrow", "PIL", "sklearn", "scipy")
     code = f"""
 import sys, time
 for name in {optional}: sys.modules[name] = None
+before = time.process_time()
 import torch
 started = time.process_time()
 import gradindex
 for name in gradindex.__all__: getattr(gradindex, name)
-print(time.process_time() - started)"""
-    # Seconds of the processor, for other processes' time is not ours.
-    assert min(float(python(code)) for _ in range(3)) < 0.5
+print((time.process_time() - started) / (started - before))"""
+    # Time of the processor, and against torch's own, for other processes and other machines change both alike.
+    assert min(float(python(code)) for _ in range(3)) < 0.4
 
 
 def test_the_lightest_import_needs_nothing():
