@@ -250,7 +250,7 @@ class Task:
                 f"train had {self.n_train} examples when the task was made, but has {length} now. Make the task again."
             )
         ids = self.train_ids
-        positions = ids[np.unique(np.linspace(0, len(ids) - 1, min(_READ_TWICE, len(ids))).astype(np.int64))]
+        positions = spread(ids, _READ_TWICE)
         with preserved_random_state():
             first = [self.example_digest(item) for item in self.examples(positions)]
             second = [self.example_digest(item) for item in self.examples(positions)]
@@ -291,6 +291,12 @@ def _listed_checkpoints(given: Any) -> list[Checkpoint]:
                 f"checkpoints[{number}] is a {type(item).__name__}, but must be a gradindex.Checkpoint. {way_out}"
             )
     return checkpoints
+
+
+def spread(ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Up to ``count`` evenly spaced ones, the first and the last among them."""
+    chosen: NDArray[np.int64] = ids[np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(np.int64))]
+    return chosen
 
 
 def sampled(ids: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -75,19 +75,21 @@ def test_every_error_is_ours_and_the_builtin_that_callers_expect():
         assert error is errors.GradIndexError or len(error.__mro__) > 4
 
 
-def test_importing_takes_a_part_of_what_torch_takes_and_no_optional_package():
+def test_importing_takes_well_under_a_second_more_than_torch_and_no_optional_package(tmp_path):
     optional = ("faiss", "matplotlib", "jinja2", "safetensors", "pyarrow", "PIL", "sklearn", "scipy")
     code = f"""
 import sys, time
 for name in {optional}: sys.modules[name] = None
-before = time.process_time()
 import torch
 started = time.process_time()
 import gradindex
 for name in gradindex.__all__: getattr(gradindex, name)
-print((time.process_time() - started) / (started - before))"""
-    # Time of the processor, and against torch's own, for other processes and other machines change both alike.
-    assert min(float(python(code)) for _ in range(3)) < 0.4
+print(time.process_time() - started)"""
+    # Compiled once, as pip leaves it, wherever bytecode is turned off.
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    python(code, **compiled)
+    # Seconds of the processor, for other processes' time is not ours.
+    assert min(float(python(code, **compiled)) for _ in range(3)) < 0.5
 
 
 def test_the_lightest_import_needs_nothing():
@@ -119,6 +121,15 @@ def test_set_up_says_that_python_is_missing(name):
     assert done.returncode == 1
     assert done.stderr.startswith("Python is missing (nowhere/python3): install Python 3.10 to 3.13")
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stamp", "holds"),
+    [("cpu,demo", "cpu-demo-dev", True), ("cpu,dev", "cpu-dev", True), ("cpu,dev", "cpu-demo", False)],
+)
+def test_set_up_installs_nothing_again_that_more_extras_have_brought(wanted, stamp, holds):
+    command = ["bash", "-c", f'source "{TOP}/scripts/environment.sh"; among "$@"', "bash", wanted, stamp]
+    assert (subprocess.run(command, check=False).returncode == 0) == holds
 
 
 def test_set_up_refuses_an_old_python_and_one_without_venv(tmp_path):

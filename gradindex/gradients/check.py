@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import TaskError, UserCodeError, training_names, user_code
 from ..factors import Gradients, Layer
 from ..memory import in_halves
+from ..task import spread
 from ..tree import extent, preserved_random_state, shapes
 from . import uses
 from .examples import answerable, blamed, check_examples, refuse_non_finite
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-8}
 
 # Examples that are looked at for differences in shape and length, and that are compared.
-_LOOKED_AT, _COMPARED = 64, 8
+_LOOKED_AT, COMPARED = 64, 8
 # Examples that are looked through for gradients of every parameter.
-_TRIED = 32
+TRIED = 32
 
 Read = Callable[[NDArray[np.int64]], list[Any]]
 
@@ -105,7 +106,7 @@ def _check(
                     return
                 pair = slice(first, first + 2)
                 unseen = _check_some(engine, wrapper, items[pair], names[pair], unseen, role, first < must)
-        others = np.setdiff1d(spread(ids, _TRIED), chosen)
+        others = np.setdiff1d(spread(ids, TRIED), chosen)
         for first in range(0, len(others), 2):
             if not unseen:
                 return
@@ -122,8 +123,8 @@ def _chosen(engine: Engine, read: Read, ids: NDArray[np.int64]) -> tuple[NDArray
     by_size = sorted(range(len(found)), key=lambda place: extent(found[place]))
     firsts = list({shape: place for place, shape in reversed(list(enumerate(found)))}.values())  # one of each shape
     order = [by_size[0], by_size[-1], 0, len(found) - 1] if len(firsts) > 1 else [0, len(found) - 1]
-    order += [*firsts[: _COMPARED // 2], *spread(np.arange(len(found)), _COMPARED).tolist()]
-    return looked_at[list(dict.fromkeys(order))[:_COMPARED]], len(firsts) == 1
+    order += [*firsts[: COMPARED // 2], *spread(np.arange(len(found)), COMPARED).tolist()]
+    return looked_at[list(dict.fromkeys(order))[:COMPARED]], len(firsts) == 1
 
 
 def _shapes(engine: Engine, item: Any) -> tuple[Any, ...]:
@@ -132,12 +133,6 @@ def _shapes(engine: Engine, item: Any) -> tuple[Any, ...]:
         return shapes(engine.batch([item]))
     except UserCodeError:  # told later, at which example
         return shapes(item)
-
-
-def spread(ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Up to ``count`` evenly spaced ones, the first and the last among them."""
-    chosen: NDArray[np.int64] = ids[np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(np.int64))]
-    return chosen
 
 
 def _refuse_detached(engine: Engine, wrapper: LossModule, items: list[Any], role: str) -> None:

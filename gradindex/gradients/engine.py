@@ -89,12 +89,6 @@ class Engine:
         self._layout_is_free = channels_last is None
         self.tracked = choose(task) if tracked is None else tracked
         self.parameters, self.learning_rates = self.tracked.parameters, self.tracked.learning_rates
-        for name in self.parameters:
-            if self.model.get_parameter(name)._backward_hooks:
-                raise TaskError(
-                    f"{name} has a gradient hook (register_hook), whose change of the gradient is not traced. Call "
-                    ".remove() on what register_hook returned, or leave the parameter out, with layers=."
-                )
         self.layers = plan_layers(self.model, self.parameters)
         # A tensor shared under several names is given once, so that all of its uses follow it.
         unique = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}

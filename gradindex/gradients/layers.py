@@ -43,13 +43,19 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def refuse_without_gradient(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse parameters of types that have no gradient.
+    """Refuse parameters of types that have no gradient, or whose gradient is changed before it is used.
 
     Raises:
         TaskError: names the first one.
     """
     for name in names:
-        dtype = model.get_parameter(name).dtype
+        parameter = model.get_parameter(name)
+        if parameter._backward_hooks:
+            raise TaskError(
+                f"{name} has a gradient hook (register_hook), whose change of the gradient is not traced. Call "
+                ".remove() on what register_hook returned, or leave the parameter out, with layers=."
+            )
+        dtype = parameter.dtype
         if not (dtype.is_floating_point or dtype.is_complex):
             raise TaskError(f"The parameter {name} is of {dtype}, which has no gradient. Leave it out, with layers=.")
 

@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..factors import Factors, Formed, Gradients
 from ..memory import LARGEST_TRIED, available_bytes, batch_size_for, in_halves
+from ..task import spread
 from ..tree import preserved_random_state
-from .check import TOLERANCE, spread
+from .check import COMPARED, TOLERANCE, TRIED
 from .engine import Engine
 from .examples import blamed
 from .functional import LossModule, State, as_direction, as_real, loop_gradients
@@ -24,9 +25,6 @@ from .functional import LossModule, State, as_direction, as_real, loop_gradients
 # With more queries than this, the per-example gradients of the layers on general routes cost less than
 # a pass for each query; a loop over examples is dearer.
 _FEW = {"vmap": 3, "loop": 16}
-
-# Examples with a gradient on which a route is compared, and that are looked through for them.
-_COMPARED, _TRIED = 8, 32
 
 # Queries that go through the model together.
 _AT_ONCE = 64
@@ -234,7 +232,7 @@ class Products:
     def _with_gradients(self, wrapper: LossModule, state: State, names: Sequence[str]) -> tuple[list[Any], Tensor]:
         """Up to 8 training examples whose gradients are not zero, and these (m, numbers) in float64."""
         engine, items, rows = self._engine, [], []
-        ids = spread(engine.task.train_ids, _TRIED)
+        ids = spread(engine.task.train_ids, TRIED)
         for i in np.random.default_rng(0).permutation(ids):  # neighbours are often alike
             (item,) = engine.task.examples([i])
             found = loop_gradients(wrapper, state, names, engine.singles([item]))
@@ -242,7 +240,7 @@ class Products:
             if bool(row.any()):
                 items.append(item)
                 rows.append(row)
-            if len(items) == _COMPARED:
+            if len(items) == COMPARED:
                 break
         return items, torch.stack(rows) if rows else torch.empty(0)
 
