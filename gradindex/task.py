@@ -237,8 +237,11 @@ class Task:
         """128 bits of the SHA-256 over an example's values, in hexadecimal."""
         return digest(item, self.data_sets).hex()[:32]
 
-    def check_reads_repeat(self) -> None:
+    def check_reads_repeat(self, ids: NDArray[np.int64] | None = None) -> None:
         """Read a few training examples twice and refuse them if they differ.
+
+        Args:
+            ids: (m,) those to choose from, by default all that are not skipped.
 
         Raises:
             TaskError: random augmentation: an id would mean another example at each read.
@@ -249,8 +252,7 @@ class Task:
             raise TaskError(
                 f"train had {self.n_train} examples when the task was made, but has {length} now. Make the task again."
             )
-        ids = self.train_ids
-        positions = spread(ids, _READ_TWICE)
+        positions = spread(self.train_ids if ids is None else ids, _READ_TWICE)
         with preserved_random_state():
             first = [self.example_digest(item) for item in self.examples(positions)]
             second = [self.example_digest(item) for item in self.examples(positions)]

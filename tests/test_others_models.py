@@ -282,6 +282,24 @@ def test_exact_scores_refuse_random_augmentation(tmp_path):
         gradindex.exact_scores(task, [task.query[0]])
 
 
+class Broken(TensorDataset):
+    """Some examples cannot be read, others have no finite gradient."""
+
+    def __getitem__(self, i):
+        if i in (3, 5):
+            raise OSError("no such picture")
+        x, y = super().__getitem__(i)
+        return (x * float("nan"), y) if i in (0, 11) else (x, y)
+
+
+def test_what_is_wrong_with_examples_that_nobody_asked_for_hinders_no_exact_scores(tmp_path):
+    task = toys.make_task(tmp_path, Target(), loss=lambda model, batch: model(batch[0]), layers=["cell.*"])
+    ids, items = np.array([1, 2, 4, 6, 7, 8, 9, 10]), [task.query[0]]
+    expected = gradindex.exact_scores(task, items)[:, ids]
+    task = replace(task, train=Broken(*task.train.tensors))
+    np.testing.assert_allclose(gradindex.exact_scores(task, items, ids), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_models_without_numbers_are_refused_at_once(tmp_path):
     with pytest.raises(TaskError, match=r"0\.weight has no shape yet \(a lazy module\)"):
         replace(toys.make_task(tmp_path), model=nn.Sequential(nn.LazyLinear(3)))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..errors import GradIndexError
 from ..factors import Factors, Formed, Gradients
 from ..memory import LARGEST_TRIED, available_bytes, batch_size_for, in_halves
 from ..task import spread
@@ -234,10 +235,13 @@ class Products:
         engine, items, rows = self._engine, [], []
         ids = spread(engine.task.train_ids, TRIED)
         for i in np.random.default_rng(0).permutation(ids):  # neighbours are often alike
-            (item,) = engine.task.examples([i])
-            found = loop_gradients(wrapper, state, names, engine.singles([item]))
+            try:
+                (item,) = engine.task.examples([i])
+                found = loop_gradients(wrapper, state, names, engine.singles([item]))
+            except GradIndexError:  # an example that nobody may have asked for
+                continue
             row = torch.cat([gradient.reshape(-1) for gradient in found]).double()
-            if bool(row.any()):
+            if bool(row.any()) and bool(row.isfinite().all()):
                 items.append(item)
                 rows.append(row)
             if len(items) == COMPARED:

@@ -69,7 +69,7 @@ def exact_scores(
     wrong = ids[(ids < 0) | (ids >= task.n_train)]
     if len(wrong):
         raise ArgumentError(f"There is no training id {wrong[0]}; ids go from 0 to {task.n_train - 1}.")
-    task.check_reads_repeat()
+    task.check_reads_repeat(ids)
     with Engine(task, precision, device, alone=batch_size == 1) as engine, preserved_random_state():
         engine.check_routes(ids)
         engine.check_queries(items, [f"Query {i} of {len(items)}" for i in range(len(items))], role)
