@@ -19,13 +19,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layer:
-    """One block of tracked parameters, whose gradient is a matrix of shape ``(rows, columns)``.
+    """One block of tracked parameters, whose gradient is a matrix of shape ``(d_out, d_in)``.
 
     Args:
         name: the module's or, on the general routes, the parameter's name.
         parameters: names of the tracked parameters in it; a weight before its bias.
-        rows: output features (1 on the general routes).
-        columns: input features, the bias as the last one (the number of elements on the
+        d_out: output features (1 on the general routes).
+        d_in: input features, the bias as the last one (the number of elements on the
             general routes).
         route: how its gradients are computed: a hook's rule such as ``"linear"``, ``"vmap"``
             or ``"loop"``.
@@ -33,14 +33,14 @@ class Layer:
 
     name: str
     parameters: tuple[str, ...]
-    rows: int
-    columns: int
+    d_out: int
+    d_in: int
     route: str
 
     @property
     def size(self) -> int:
         """The number of tracked elements."""
-        return self.rows * self.columns
+        return self.d_out * self.d_in
 
     @property
     def hooked(self) -> bool:
@@ -49,14 +49,14 @@ class Layer:
 
 
 class Gradients(Protocol):
-    """Per-example gradients G_z (rows, columns) of one layer for a batch."""
+    """Per-example gradients G_z (d_out, d_in) of one layer for a batch."""
 
     def parts(self) -> Iterator[tuple[slice, Gradients]]:
         """The batch in parts that fit the processor's cache, each with its place in the batch."""
 
     @property
     def gradient(self) -> Tensor:
-        """G: (batch, rows, columns), formed."""
+        """G: (batch, d_out, d_in), formed."""
 
     def squared_norms(self) -> Tensor:
         """||G_z||^2, exact: (batch,) float64."""
@@ -65,13 +65,13 @@ class Gradients(Protocol):
         """<G_z, G'_z'> for every pair: (batch, other batch), exact."""
 
     def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
-        """left^T G_z right: (batch, a, b) for ``left`` (rows, a) and ``right`` (columns, b)."""
+        """left^T G_z right: (batch, a, b) for ``left`` (d_out, a) and ``right`` (d_in, b)."""
 
     def sided(self, start: Tensor, side: int, weights: Tensor) -> Tensor:
         """sum_z weights_z G_z G_z^T start for side 0, G_z^T G_z start for side 1: of the shape of ``start``."""
 
     def total(self, weights: Tensor) -> Tensor:
-        """sum_z weights_z G_z: (rows, columns)."""
+        """sum_z weights_z G_z: (d_out, d_in)."""
 
 
 class _Whole:
@@ -86,7 +86,7 @@ class Formed(_Whole):
     """Gradients that are given as they are.
 
     Args:
-        gradient: (batch, rows, columns).
+        gradient: (batch, d_out, d_in).
     """
 
     def __init__(self, gradient: Tensor) -> None:
@@ -121,8 +121,8 @@ class Factors(_Whole):
     layer without positions has one, so G_z has rank one (Pruthi et al. 2020, section 4.4).
 
     Args:
-        activations: (batch, positions, columns).
-        output_gradients: (batch, positions, rows).
+        activations: (batch, positions, d_in).
+        output_gradients: (batch, positions, d_out).
     """
 
     def __init__(self, activations: Tensor, output_gradients: Tensor) -> None:
@@ -143,9 +143,9 @@ class Factors(_Whole):
         """By closed form, position Gram or forming, whichever is cheapest. See :class:`Gradients`."""
         if self.rank_one:
             return _squares(self.activations) * _squares(self.output_gradients)
-        positions, columns = self.activations.shape[1:]
-        rows = self.output_gradients.shape[2]
-        if "gradient" not in self.__dict__ and positions * (rows + columns) < rows * columns:
+        positions, d_in = self.activations.shape[1:]
+        d_out = self.output_gradients.shape[2]
+        if "gradient" not in self.__dict__ and positions * (d_out + d_in) < d_out * d_in:
             # ||sum_p d_p x_p^T||^2 = sum_pq (d_p . d_q)(x_p . x_q): the cross terms belong to it.
             grams = torch.bmm(self.activations, self.activations.transpose(1, 2))
             grams *= torch.bmm(self.output_gradients, self.output_gradients.transpose(1, 2))
@@ -163,10 +163,10 @@ class Factors(_Whole):
 
     def _pairs_are_cheaper(self, other: Factors) -> bool:
         """Whether comparing all pairs of positions takes fewer multiplications than forming the gradients."""
-        (batch, positions, columns), rows = self.activations.shape, self.output_gradients.shape[2]
+        (batch, positions, d_in), d_out = self.activations.shape, self.output_gradients.shape[2]
         count, others = other.activations.shape[:2]
-        formed = (batch * positions + count * others + batch * count) * rows * columns
-        return batch * count * positions * others * (rows + columns) < formed
+        formed = (batch * positions + count * others + batch * count) * d_out * d_in
+        return batch * count * positions * others * (d_out + d_in) < formed
 
     def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
         """Each side on its own, G is not formed. See :class:`Gradients`."""
@@ -190,20 +190,20 @@ class Lookups(_Whole):
 
     Args:
         indices: (batch, positions) int64, the columns; a position with a zero gradient counts nothing.
-        output_gradients: (batch, positions, rows).
-        columns: how many there are.
+        output_gradients: (batch, positions, d_out).
+        d_in: how many there are.
     """
 
-    def __init__(self, indices: Tensor, output_gradients: Tensor, columns: int) -> None:
+    def __init__(self, indices: Tensor, output_gradients: Tensor, d_in: int) -> None:
         self.indices = indices
         self.output_gradients = output_gradients
-        self.columns = columns
+        self.d_in = d_in
 
     @property
     def gradient(self) -> Tensor:
         """See :class:`Gradients`."""
-        batch, _, rows = self.output_gradients.shape
-        formed = self.output_gradients.new_zeros(batch, self.columns, rows)
+        batch, _, d_out = self.output_gradients.shape
+        formed = self.output_gradients.new_zeros(batch, self.d_in, d_out)
         formed.scatter_add_(1, self.indices[:, :, None].expand_as(self.output_gradients), self.output_gradients)
         return formed.transpose(1, 2)
 
@@ -241,7 +241,7 @@ class Lookups(_Whole):
     def total(self, weights: Tensor) -> Tensor:
         """Into the columns that were looked up. See :class:`Gradients`."""
         deltas = (self.output_gradients * weights[:, None, None]).flatten(0, 1)
-        return deltas.new_zeros(self.columns, deltas.shape[1]).index_add_(0, self.indices.flatten(), deltas).T
+        return deltas.new_zeros(self.d_in, deltas.shape[1]).index_add_(0, self.indices.flatten(), deltas).T
 
 
 class Sum(_Whole):
@@ -304,7 +304,7 @@ def concatenated(parts: Sequence[Gradients]) -> Gradients:
             Lookups(
                 torch.cat([part.indices for part in lookups], 1),
                 torch.cat([part.output_gradients for part in lookups], 1),
-                lookups[0].columns,
+                lookups[0].d_in,
             )
         )
     if others:

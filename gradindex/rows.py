@@ -35,8 +35,8 @@ class RowBatch:
         rows: (b, dim) float32, a block for each checkpoint, side by side.
         self_influence: (b, C) float64, eta_c ||grad l(w_c; z)||^2.
         losses: (b, C) float64.
-        factors: by (checkpoint, layer), where asked for: activations (b, columns) and output gradients
-            (b, rows) of layers whose gradient is one outer product, times sqrt(eta_c).
+        factors: by (checkpoint, layer), where asked for: activations (b, d_in) and output gradients
+            (b, d_out) of layers whose gradient is one outer product, times sqrt(eta_c).
     """
 
     rows: NDArray[np.float32]
@@ -162,7 +162,7 @@ class RowMaker:
 
 def _no_sides(layer: Layer, count: int) -> Sides:
     """Of a layer that the loss does not depend on."""
-    return np.zeros((count, layer.columns), np.float32), np.zeros((count, layer.rows), np.float32)
+    return np.zeros((count, layer.d_in), np.float32), np.zeros((count, layer.d_out), np.float32)
 
 
 def _sides(layer: Layer, gradients: Gradients) -> Sides:
@@ -293,7 +293,7 @@ def describe(engine: Engine, projection: Projection, unit_norm: bool = False) ->
         "model": [[name, list(x.shape)] for name, x in task.model.state_dict().items() if isinstance(x, Tensor)],
         "loss": getattr(task.loss, "__qualname__", type(task.loss).__qualname__),
         "layers": [
-            {"name": x.name, "parameters": list(x.parameters), "shape": [x.rows, x.columns], "route": x.route}
+            {"name": x.name, "parameters": list(x.parameters), "shape": [x.d_out, x.d_in], "route": x.route}
             for x in engine.layers
         ],
         "checkpoints": [

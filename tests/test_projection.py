@@ -227,7 +227,7 @@ def test_rows_of_fitted_maps_have_room_for_each_layer():
     layers = [Layer("a", ("a.weight",), 4, 6, "linear"), LAYER, Layer("c", ("c.bias",), 3, 1, "linear")]
     assert rooms(layers, 21) == [7, 7, 3]
     assert Projection("fitted", 21).block_dim(layers) == 17
-    bases = {(0, n): (np.eye(x.rows, dtype=np.float32)[:, :1], np.eye(x.columns, dtype=np.float32)[:, :1])
+    bases = {(0, n): (np.eye(x.d_out, dtype=np.float32)[:, :1], np.eye(x.d_in, dtype=np.float32)[:, :1])
              for n, x in enumerate(layers)}  # fmt: skip
     block = torch.zeros(2, 17, dtype=torch.float64)
     block_map = Projection("fitted", 21).for_checkpoint(0, layers, block, bases)

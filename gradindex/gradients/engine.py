@@ -323,7 +323,7 @@ class Engine:
             self.losses(-1, [item])
 
     def root_weights(self, checkpoint: int, number: int) -> Tensor:
-        """D^(1/2) of a layer, (1, rows, columns); ones without a preconditioner."""
+        """D^(1/2) of a layer, (1, d_out, d_in); ones without a preconditioner."""
         if not self._moments:
             return torch.ones((), dtype=self.dtype, device=self.device)
         if (checkpoint, number) not in self._weights:
@@ -374,7 +374,7 @@ class Engine:
         return LossModule(self.model, self.task.loss_for(role), None if exact else HALF.get(self.precision), name)
 
     def as_matrix(self, layer: Layer, gradients: Mapping[str, Tensor], batched: bool = True) -> Tensor:
-        """Gradients by parameter, (batch, *shape) each, as the layer's matrix (batch, rows, columns)."""
+        """Gradients by parameter, (batch, *shape) each, as the layer's matrix (batch, d_out, d_in)."""
         parts = []
         for name in layer.parameters:
             gradient = gradients[name] if batched else gradients[name][None]

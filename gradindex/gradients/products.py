@@ -302,8 +302,8 @@ def _add_up(total: list[dict[int, Gradients]], found: list[dict[int, Gradients]]
 def _keep(found: dict[int, Gradients], number: int, gradients: Gradients) -> None:
     """Keep a query's gradients in the smaller of the two forms."""
     if isinstance(gradients, Factors) and not gradients.rank_one:
-        positions, columns = gradients.activations.shape[1:]
-        rows = gradients.output_gradients.shape[2]
-        if positions * (rows + columns) > rows * columns:
+        positions, d_in = gradients.activations.shape[1:]
+        d_out = gradients.output_gradients.shape[2]
+        if positions * (d_out + d_in) > d_out * d_in:
             gradients = Formed(torch.cat([some.gradient for _, some in gradients.parts()]))
     found[number] = gradients

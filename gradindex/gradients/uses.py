@@ -53,10 +53,10 @@ def used_layer(model: nn.Module, parameter: str) -> Layer:
 
 
 def as_matrix(layer: Layer, gradient: Tensor) -> Tensor:
-    """(batch, *the parameter's shape) as the layer's matrix (batch, rows, columns)."""
+    """(batch, *the parameter's shape) as the layer's matrix (batch, d_out, d_in)."""
     if layer.route == TRANSPOSED:
         return gradient.transpose(1, 2)
-    return gradient.reshape(len(gradient), layer.rows, layer.columns)
+    return gradient.reshape(len(gradient), layer.d_out, layer.d_in)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .sketch import TensorSketch
 Kind = Literal["tensorsketch", "fitted", "kronecker", "gaussian", "rademacher", "none"]
 DEFAULT_DIM = 1024
 
-# By (checkpoint, layer): what was fitted to the output gradients (rows, a) and to the activations (columns, b).
+# By (checkpoint, layer): what was fitted to the output gradients (d_out, a) and to the activations (d_in, b).
 Bases = Mapping[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 

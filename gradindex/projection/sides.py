@@ -29,9 +29,9 @@ def sizes(layers: Sequence[Layer], dim: int) -> list[tuple[int, int]]:
     share = max(1, dim // len(layers))
     found = []
     for layer in layers:
-        a = min(layer.rows, max(1, isqrt(share)))
-        b = min(layer.columns, max(1, share // a))
-        found.append((min(layer.rows, max(1, share // b)), b))
+        a = min(layer.d_out, max(1, isqrt(share)))
+        b = min(layer.d_in, max(1, share // a))
+        found.append((min(layer.d_out, max(1, share // b)), b))
     return found
 
 
@@ -67,7 +67,7 @@ def random_sides(layer: Layer, stream: int, size: tuple[int, int]) -> Sides:
     projections. Its error falls only as dim^(-1/4), so it is here for comparison.
     """
     sides = []
-    for name, n, k in (("output_gradients", layer.rows, size[0]), ("activations", layer.columns, size[1])):
+    for name, n, k in (("output_gradients", layer.d_out, size[0]), ("activations", layer.d_in, size[1])):
         random = gaussians(key(stream, name), n * k).reshape(n, k) / np.sqrt(k)
         sides.append(np.eye(n, dtype=np.float32) if n == k else random.astype(np.float32))
     return sides[0], sides[1]
@@ -77,7 +77,7 @@ class TwoSided:
     """B^T G A of each layer, G never formed where its factors are known.
 
     Args:
-        sides: of each layer, B (rows, a) and A (columns, b).
+        sides: of each layer, B (d_out, a) and A (d_in, b).
         like: gives dtype and device.
         rooms: numbers that each layer has in a block, of which it fills the first a b; by default as many.
     """
@@ -120,7 +120,7 @@ class SubspaceFit:
         self._energies: list[list[NDArray[np.float64]]] = []
         for number, (layer, room) in enumerate(zip(layers, self._rooms, strict=True)):
             starts = []
-            for side, n in (("left", layer.rows), ("right", layer.columns)):
+            for side, n in (("left", layer.d_out), ("right", layer.d_in)):
                 wanted = min(n, min(room, _WIDEST) + _OVERSAMPLING)
                 start = gaussians(key(stream, number, side), n * wanted).reshape(n, wanted)
                 starts.append(_leading(torch.from_numpy(start).to(like))[0])

@@ -34,8 +34,8 @@ class TensorSketch:
         self.dim = dim
         self._sides = [
             (
-                CountSketch(layer.columns, dim, key(stream, "activations"), like),
-                CountSketch(layer.rows, dim, key(stream, "output_gradients"), like),
+                CountSketch(layer.d_in, dim, key(stream, "activations"), like),
+                CountSketch(layer.d_out, dim, key(stream, "output_gradients"), like),
             )
             for layer, stream in streams
         ]

@@ -24,7 +24,7 @@ Source = Literal["query", "train"]
 Aggregate = Literal["sum", "mean"]
 
 # By (checkpoint, layer): of queries that are questions of their own both sides; of a group the matrix of their
-# weighted sum, (rows, columns).
+# weighted sum, (d_out, d_in).
 Asked = Mapping[tuple[int, int], Sides | NDArray[np.float32]]
 
 

@@ -14,7 +14,7 @@ from ..files import read_checked
 from .container import Container, writing
 from .forms import check_container
 
-# By (checkpoint, layer): what was fitted to the output gradients (rows, a) and to the activations (columns, b).
+# By (checkpoint, layer): what was fitted to the output gradients (d_out, a) and to the activations (d_in, b).
 Bases = dict[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 _SIDES = ("output_gradients", "activations")

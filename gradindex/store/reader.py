@@ -214,7 +214,7 @@ class GradientStore:
         return max(int(np.dtype(spec["dtype"]).itemsize) for spec in specs)
 
     def factors(self, ids: NDArray[np.int64]) -> dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]:
-        """Exact factors: by (checkpoint, layer) activations x (n, columns) and output gradients delta (n, rows).
+        """Exact factors: by (checkpoint, layer) activations x (n, d_in) and output gradients delta (n, d_out).
 
         The layer's gradient times sqrt(eta) is delta x^T, so <G, G'> = (delta . delta')(x . x').
 

@@ -85,7 +85,7 @@ class Contestants:
         bases = {
             (0, number): tuple(
                 np.linalg.qr(generator.standard_normal((n, k)))[0].astype(np.float32)
-                for n, k in ((layer.rows, size[0]), (layer.columns, size[1]))
+                for n, k in ((layer.d_out, size[0]), (layer.d_in, size[1]))
             )
             for number, (layer, size) in enumerate(
                 zip(engine.layers, sizes(engine.layers, projection.dim), strict=True)
@@ -98,7 +98,7 @@ class Contestants:
         """Exact scores of the batch against one query whose gradients are there."""
         engine = Engine(self.whole, self.precision)
         engine.__enter__().check_routes()
-        query = [Formed(torch.randn(1, layer.rows, layer.columns)) for layer in engine.layers]
+        query = [Formed(torch.randn(1, layer.d_out, layer.d_in)) for layer in engine.layers]
 
         def run() -> torch.Tensor:
             scores = torch.zeros(len(self.items))

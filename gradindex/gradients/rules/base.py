@@ -21,7 +21,7 @@ class Rule(Protocol):
     takes_half: bool
 
     def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
-        """Rows and columns of the gradient of these parameters together, or ``None``: not by this rule."""
+        """(d_out, d_in) of the gradient of these parameters together, or ``None``: not by this rule."""
 
     def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **named: Any) -> Any:
         """What to keep of the forward pass, while a checkpoint's tensors are in the module.
@@ -33,7 +33,7 @@ class Rule(Protocol):
         """Gradients of the tracked parameters, each times its scale; ``delta`` is the output's gradient."""
 
     def as_matrix(self, name: str, gradient: Tensor) -> Tensor:
-        """A parameter's gradient (batch, *its shape) as its columns of the layer's matrix (batch, rows, -1)."""
+        """A parameter's gradient (batch, *its shape) as its columns of the layer's matrix (batch, d_out, -1)."""
 
 
 class Plain:
@@ -51,7 +51,7 @@ class Plain:
 
 
 def with_bias(activations: Tensor, scales: Mapping[str, float]) -> Tensor:
-    """(batch, positions, columns) scaled, and a column for the bias: its activation is 1 at every position."""
+    """(batch, positions, d_in) scaled, and a column for the bias: its activation is 1 at every position."""
     parts = []
     if "weight" in scales:
         parts.append(activations if scales["weight"] == 1 else activations * scales["weight"])

@@ -53,7 +53,7 @@ class Windows(Factors):
     Args:
         module: without groups.
         inputs: (batch, channels, *sizes).
-        delta: (batch, rows, *output sizes).
+        delta: (batch, d_out, *output sizes).
         scales: of the weight and, where it is tracked, the bias.
     """
 
@@ -62,12 +62,12 @@ class Windows(Factors):
 
     @cached_property
     def output_gradients(self) -> Tensor:  # type: ignore[override]  # widened on first use
-        """(batch, positions, rows)."""
+        """(batch, positions, d_out)."""
         return wide(self._delta).flatten(2).transpose(1, 2)
 
     @cached_property
     def activations(self) -> Tensor:  # type: ignore[override]  # laid out on first use
-        """(batch, positions, columns)."""
+        """(batch, positions, d_in)."""
         return with_bias(wide(_windows(self._module, self._inputs)).transpose(1, 2), self._scales)
 
     def parts(self) -> Iterator[tuple[slice, Gradients]]:
@@ -102,7 +102,7 @@ class Windows(Factors):
         return wide(torch.bmm(projected, seen.transpose(1, 2)))
 
     def _seen_through(self, matrices: Tensor) -> Tensor:
-        """V x_p for each V (rows, columns) of (n, rows, columns): (batch, n, rows, positions)."""
+        """V x_p for each V (d_out, d_in) of (n, d_out, d_in): (batch, n, d_out, positions)."""
         count, rows, _ = matrices.shape
         module, weight_columns = self._module, prod(self._module.weight.shape[1:])
         weights = (

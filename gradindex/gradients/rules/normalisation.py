@@ -46,7 +46,7 @@ class Normalisation:
     def _sums(
         self, module: nn.Module, delta: Tensor, inputs: Tensor, statistics: Any, scales: Mapping[str, float]
     ) -> Tensor:
-        """(batch, elements, columns)."""
+        """(batch, elements, d_in)."""
         columns = []
         for name, scale in scales.items():
             if name == "weight" and isinstance(module, nn.modules.batchnorm._BatchNorm) and statistics[0] is not None:
