@@ -138,7 +138,7 @@ def tried(setting: Setting, handed_on: Sequence[str] | None) -> tuple[list[str],
         return lines, False
     if handed_on is None:
         return lines, True
-    tests = [f"tests/test_{name.replace('::', '.py::', 1) if '::' in name else name + '.py'}" for name in TESTS]
+    tests = [_place(name) for name in TESTS]
     command = [
         sys.executable,
         "-m",
@@ -157,6 +157,13 @@ def tried(setting: Setting, handed_on: Sequence[str] | None) -> tuple[list[str],
     )  # fmt: skip
     output = done.stdout.splitlines()
     return [*lines, *(f"  {line}" for line in (output if done.returncode else output[-1:]))], done.returncode == 0
+
+
+def _place(name: str) -> str:
+    """Where the tests of a file, or one of them, lie: ``tests/FOLDER/test_FILE.py[::TEST]``."""
+    file, separator, test = name.partition("::")
+    (path,) = (TOP / "tests").rglob(f"test_{file}.py")
+    return f"{path.relative_to(TOP)}{separator}{test}"
 
 
 def unheeded(setting: Setting, found: Mapping[str, str | None]) -> dict[str, str]:

@@ -5,13 +5,10 @@ import os
 import pickle
 import subprocess
 from collections import Counter
-from pathlib import Path
 from unittest import mock
 
 import pytest
-
-TOP = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("GRADINDEX_DATA", TOP.parent / "shared" / "data"))
+from places import DATA, TOP
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,12 @@
 """The naive float64 reference: plain autograd, one example and one checkpoint at a time."""
 
+import numpy as np
 import torch
+import toys
 
+import gradindex
+from gradindex.gradients import Engine
+from gradindex.projection import Projection
 from gradindex.tree import map_tensors
 
 
@@ -40,3 +45,28 @@ def scores(task, queries, train, rates):
 
 def double(batch):
     return map_tensors(batch, lambda x: x.double() if x.is_floating_point() else x)
+
+
+def check_against_autograd(task, rates=toys.RATES, prefixes=("",)):
+    """Exact scores against the reference; returns the routes that were taken."""
+    train = gradients(task, task.train, prefixes=prefixes)
+    queries = gradients(task, task.query, "query", prefixes)
+    truth, scale = scores(task, queries, train, rates)
+    found = gradindex.exact_scores(task, list(task.query), precision="float64", batch_size=5)
+    assert np.all(np.abs(found - truth) <= 1e-10 * scale)
+    with Engine(task, "float64") as engine:
+        engine.check_routes()
+        return {layer.name: layer.route for layer in engine.layers}
+
+
+def check_everything(task, folder):
+    """Exact scores as autograd has them; rows, self-influence and shares that agree; returns the routes."""
+    routes = check_against_autograd(task)
+    store = gradindex.build(task, folder / "store", projection=Projection("none"), batch_size=5)
+    rows, exact = store.rows(np.arange(12)), gradindex.exact_scores(task, list(task.train)[:2], role="train")
+    scale = np.abs(exact).max()
+    np.testing.assert_allclose(rows[:2] @ rows.T, exact, atol=1e-4 * scale)
+    np.testing.assert_allclose(store.self_influence().sum(1), np.square(rows).sum(1), rtol=1e-4)
+    shares = gradindex.load(store.folder, task).split([0, 1], range(12), source="train")
+    np.testing.assert_allclose(shares.scores.sum((2, 3)), exact, atol=1e-4 * scale)
+    return routes

@@ -1,12 +1,19 @@
-"""Small tasks with random weights at three checkpoints."""
+"""Small models, tasks with random weights at three checkpoints, and the command line run on them."""
+
+import hashlib
+import json
+import subprocess
+import sys
 
 import numpy as np
 import torch
+from click.testing import CliRunner
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import gradindex
+from gradindex.cli import main
 
 RATES = (0.3, 0.1, 0.02)
 
@@ -48,6 +55,98 @@ def used_twice():
     return nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(6, 3))
 
 
+class PerToken(nn.Module):
+    """A linear layer at every position, and a mean over positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.inner(x)).mean(1))
+
+
+class TimeMajor(PerToken):
+    """The first axis of what ``inner`` sees is the position, not the example."""
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.inner(x.transpose(0, 1))).mean(0))
+
+
+class Towers(nn.Module):
+    """Two first layers side by side; the second one's output also goes around the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(8, 3)
+
+    def forward(self, x):
+        left, right = self.left(x), self.right(x)
+        return self.head(torch.cat([left, right], 1).relu()) + right[:, :3]
+
+
+class Recurrent(nn.Module):
+    """A sequence to a class."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.inner, self.head = getattr(nn, kind)(6, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.inner(x)[0][:, -1])
+
+
+class Attentive(nn.Module):
+    """One layer of a transformer, with its packed weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.inner(x).mean(1))
+
+
+class Once(torch.autograd.Function):
+    """x^3, of which torch knows a first derivative and nothing more."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, delta):
+        (x,) = ctx.saved_tensors
+        return delta * 3 * x**2
+
+
+class Twice(torch.autograd.Function):
+    """x^3 without a forward-mode rule."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, delta):
+        (x,) = ctx.saved_tensors
+        return delta * 3 * x**2
+
+
+class Cubic(nn.Module):
+    """A parameter that no hook knows, and a cube."""
+
+    def __init__(self, cube):
+        super().__init__()
+        self.p, self.head, self.cube = nn.Parameter(torch.ones(6)), nn.Linear(24, 3), cube
+
+    def forward(self, x):
+        return self.head(self.cube(x * self.p.sigmoid()).flatten(1))
+
+
 def randomise(model):
     """Weights with which no unit is dead, and running statistics that differ from those of a new model."""
     with torch.no_grad():
@@ -77,3 +176,22 @@ def make_task(folder, model=None, *, shape=(6,), loss=cross_entropy, rates=RATES
 def share(found, true):
     """Mean over queries of the share of the true ids that were found."""
     return np.mean([np.isin(t, f).mean() for f, t in zip(found, true, strict=True)])
+
+
+def call(*arguments, **options):
+    """The command line in this process: exit code, stdout, stderr; what it does not turn into a message is raised."""
+    result = CliRunner().invoke(main, list(map(str, arguments)), **options)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def shell(*arguments, **options):
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "gradindex.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **{"timeout": 300} | options)
+
+
+def digest_of(value):
+    """The checksum of a JSON value by docs/format.md."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

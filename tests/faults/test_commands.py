@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from places import TESTS
 
 from gradindex.cli import main
 
@@ -286,7 +287,7 @@ def command_line(number):
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
-    (folder / "mine.py").write_text(TASK_FILE.format(tests=str(Path(__file__).parent.parent)))
+    (folder / "mine.py").write_text(TASK_FILE.format(tests=str(TESTS)))
     (folder / "folder").mkdir()
     (folder / "link").symlink_to("gone")
     (folder / "loop").symlink_to("loop")

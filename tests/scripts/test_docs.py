@@ -1,0 +1,127 @@
+"""Every command and code block of README and docs runs, and what they name exists."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import DATA, TOP
+
+PAGES = [TOP / "README.md", *sorted((TOP / "docs").rglob("*.md"))]
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "GRADINDEX_DATA": str(DATA)}
+
+# What README calls "yours": a model, its data, and the loop's variables.
+MY_TRAINING = """
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+torch.manual_seed(0)
+make_model = lambda: torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+data = lambda n: TensorDataset(torch.randn(n, 4), torch.randint(3, (n,)))
+train_set, test_set = data(40), data(5)
+"""
+LOOP = """
+from my_training import *
+model = make_model()
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+loader = DataLoader(train_set, 8, shuffle=True)
+"""
+
+
+def blocks(page):
+    return re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def shell_lines(text):
+    return [line.partition("  #")[0].strip() for line in text.splitlines() if line.strip()]
+
+
+def run(command, folder):
+    command = re.sub(r"(?<![\w/])scripts/", f"{TOP}/scripts/", command)
+    done = subprocess.run(command, shell=True, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_readme_takes_a_new_user_from_training_to_answers(tmp_path):
+    (tmp_path / "my_training.py").write_text(MY_TRAINING)
+    script, commands = LOOP, []
+    for language, text in blocks(TOP / "README.md"):
+        if text.startswith("# my_task.py"):
+            (tmp_path / "my_task.py").write_text(text)
+        elif language == "python":
+            script += text
+        elif language == "sh" and text.startswith("gradindex") and "scripts/" not in text:
+            commands += shell_lines(text)
+    (tmp_path / "session.py").write_text(script)
+    printed = run("python session.py", tmp_path)
+    assert re.findall(r"^query (\d) \(label \d\): proponents$", printed, re.MULTILINE) == ["0", "1", "2"]
+    assert "positive score = training on this example lowered the loss" in printed
+    assert len(commands) == 22
+    for command in commands:
+        assert run(command, tmp_path)
+
+
+def test_the_readers_own_model_takes_at_most_20_lines():
+    lines = [
+        line
+        for language, text in blocks(TOP / "README.md")
+        if language == "python" and "my_task" in text
+        for line in text.splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
+    assert 8 < len(lines) <= 20
+
+
+def test_the_demo_command_ends_with_the_path_of_a_report(tmp_path):
+    lines = [line for _, text in blocks(TOP / "README.md") for line in shell_lines(text) if line.startswith("bash")]
+    assert lines == ["bash scripts/demo.sh", "bash scripts/test.sh"]  # the second is what runs this test
+    report = tmp_path / run(lines[0], tmp_path).splitlines()[-1]
+    assert report.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not (DATA / "mnist.tar.xz").exists(), reason=f"needs {DATA}/mnist.tar.xz (GRADINDEX_DATA)")
+def test_the_commands_on_real_data_run(tmp_path):
+    commands = [line for _, text in blocks(TOP / "README.md") if "mnist" in text for line in shell_lines(text)]
+    assert len(commands) == 3
+    for command in commands:
+        printed = run(command.replace("/tmp/mnist", str(tmp_path / "mnist")), tmp_path)
+        missed = [line for line in printed.splitlines() if "MISSED" in line]
+        # A quarter of the data finds fewer of the flipped labels than the whole.
+        assert [line for line in missed if not line.startswith("flipped labels found at 10%")] == []
+
+
+def test_the_page_on_tasks_runs_from_top_to_bottom(tmp_path):
+    (tmp_path / "my_training.py").write_text(MY_TRAINING)
+    told = blocks(TOP / "docs" / "tasks.md")
+    assert {language for language, _ in told} == {"python"}
+    (tmp_path / "session.py").write_text("from my_training import *\n" + "".join(text for _, text in told))
+    printed = run("python session.py", tmp_path)
+    assert printed.count("item 0: proponents") == 3
+    assert "('train 0', 'train 1', 'train 2', 'train 3')" in printed
+    assert {"2024-01-31", "2024-02-02"} <= set(printed.split())
+
+
+def test_other_pages_hold_no_block_that_nothing_runs():
+    assert [page.name for page in PAGES if page.name not in ("README.md", "tasks.md") and blocks(page)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_in_a_page_exist(page):
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    paths = re.findall(r"`((?:scripts|docs|tests|data)/[\w./-]*)`", text)
+    missing = [x for x in links if not (page.parent / x).exists()] + [x for x in paths if not (TOP / x).exists()]
+    assert missing == []
+
+
+def test_every_room_has_its_place_in_the_plan():
+    plan = (TOP / "docs" / "architecture.md").read_text()
+    rooms = {
+        path.stem for path in (TOP / "gradindex").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert [room for room in sorted(rooms - {"__init__"}) if f"`{room}`" not in plan and f"`{room}/`" not in plan] == []
