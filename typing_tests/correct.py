@@ -1,0 +1,73 @@
+"""What people write, which mypy must accept: types of results are stated, so that none of them is Any unnoticed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import TensorDataset
+from typing_extensions import assert_type
+
+import gradindex
+from gradindex import GradientStore, Hits, Recorder, Retriever, Task, evaluation, growth
+from gradindex.building import build_part, estimate
+from gradindex.errors import ArgumentError, GradIndexError
+from gradindex.projection import Projection
+
+
+def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    """(n,) losses of the examples of a batch."""
+    x, y = batch
+    return nn.functional.cross_entropy(model(x), y, reduction="none")
+
+
+def training(model: nn.Module) -> None:
+    """Three lines in a training loop."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recorder = Recorder(model, optimizer, "checkpoints", second_moments=True)
+    recorder.save()
+
+
+def described(model: nn.Module, train: TensorDataset) -> Task:
+    """A task from a folder of checkpoints."""
+    return Task(model=model, loss=loss, train=train, checkpoints=gradindex.find_checkpoints("checkpoints"))
+
+
+def built(task: Task) -> GradientStore:
+    """A store, with options by name."""
+    build_part(task, "store", (1, 2), precision="bfloat16")
+    print(estimate(task, Path("store"), projection=Projection("kronecker", 512), workers=2))
+    store = gradindex.build(task, "store", precision="float32", row_type="float16", factors="float16", workers=2)
+    assert_type(store, GradientStore)
+    assert_type(gradindex.add(task, "store", workers=1), GradientStore)
+    growth.add_checkpoint(task, "store")
+    return store
+
+
+def asked(retriever: Retriever) -> Hits:
+    """Questions of every kind."""
+    hits = retriever.proponents(0, k=5)
+    assert_type(hits, Hits)
+    assert_type(retriever.opponents([0, 1], 3, rerank="rows"), Hits)
+    assert_type(retriever.both(range(3), where={"label": "cat"}), tuple[Hits, Hits])
+    assert_type(retriever.search([0], kind="absolute", at_least=0.5, source="train", aggregate="mean"), Hits)
+    return hits
+
+
+def answered(hits: Hits) -> NDArray[np.int64]:
+    """Hits as a program reads them."""
+    hits.save_html("page.html")
+    return hits.ids
+
+
+def judged(store: GradientStore, task: Task) -> None:
+    """An index, and what goes wrong."""
+    try:
+        evaluation.index(store.folder, recall=0.9)
+    except ArgumentError as error:
+        print(error)
+    except GradIndexError:
+        raise
+    gradindex.exact_scores(task, [0, 1])
