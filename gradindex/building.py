@@ -7,24 +7,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
+from .choices import FACTOR_TYPES, NORMS, FactorType, Norms, Precision, RowType
 from .errors import ArgumentError, MismatchError
 from .estimating import Estimate, timed
 from .filling import fill, planned, running
-from .gradients import Engine, Precision
+from .gradients import Engine
 from .matching import check_task, hint_at_frozen
 from .memory import available_bytes, largest_batch
 from .projection import Projection, SubspaceFit
 from .reading import check_workers
-from .rows import FITTED_TO, Norms, RowMaker, describe, fit_bases, memory_of_pass, pick_batch_size
+from .rows import FITTED_TO, RowMaker, describe, fit_bases, memory_of_pass, pick_batch_size
 from .store import (
     GradientStore,
     Job,
     Part,
-    RowType,
     check_part,
     check_room,
     check_row_type,
@@ -41,8 +41,6 @@ from .store import (
     write_bases,
 )
 from .task import Task
-
-FactorType = Literal["float32", "float16"]
 
 # Rows of a shard at least, and shards at most, unasked: what is lost when a build is cut off, and what a query touches.
 _SHARD_ROWS, _SHARDS = 8192, 64
@@ -207,12 +205,12 @@ class _Options:
         check_workers(self.workers)
         if self.batch_size is not None and self.memory is not None:
             raise ArgumentError("Give batch_size, or memory to have it chosen, not both.")
-        if self.self_influence not in get_args(Norms):
+        if self.self_influence not in NORMS:
             raise ArgumentError(f"self_influence is {self.self_influence!r}, but must be 'exact' or 'projected'.")
         if self.unit_norm and self.self_influence != "exact":
             raise ArgumentError("unit_norm needs exact norms. Leave out self_influence='projected', or unit_norm.")
         check_row_type(self.row_type)
-        if self.factors is not None and self.factors not in get_args(FactorType):
+        if self.factors is not None and self.factors not in FACTOR_TYPES:
             raise ArgumentError(f"factors is {self.factors!r}, but must be 'float32', 'float16' or None.")
 
 

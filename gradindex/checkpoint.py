@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
+from .choices import WEIGHTINGS, Weighting
 from .digests import digest
 from .errors import ArgumentError, CheckpointError
 from .progress import note
@@ -34,8 +35,6 @@ from .weights import (
     rate_for,
     read,
 )
-
-Weighting = Literal["learning_rate", "integrated", "uniform"]
 
 _RECORDED_FIELD = {"learning_rate": "learning_rate", "integrated": "learning_rate_sum"}
 # Suffixes of checkpoints in a folder, and how files begin that trainers write beside them.
@@ -137,7 +136,7 @@ class Checkpoint:
                 f"path is a {type(self.path).__name__}, but must be the path of a file. Save weights that are in "
                 "memory first: torch.save(model.state_dict(), 'step_1.pt')."
             )
-        if self.weighting not in ("learning_rate", "integrated", "uniform"):
+        if self.weighting not in WEIGHTINGS:
             raise ArgumentError(
                 f"weighting is {self.weighting!r}, but must be 'learning_rate', 'integrated' or 'uniform'."
             )

@@ -179,6 +179,22 @@ def as_whole(name: str, value: Any) -> int:
         raise ArgumentError(f"{name} is {shown}, a {type(value).__name__}, but must be a whole number.") from None
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str], more: str = "") -> None:
+    """Refuse a word that is none of those to choose from.
+
+    Args:
+        name: what the value is called.
+        value: what was given.
+        choices: the words.
+        more: what else the error says, as a sentence.
+
+    Raises:
+        ArgumentError: names them.
+    """
+    if value not in choices:
+        raise ArgumentError(f"{name} is {value!r}, but must be one of: {', '.join(choices)}.{more and ' '}{more}")
+
+
 def check_k(k: int, n_train: int) -> None:
     """Refuse a number of hits that there cannot be.
 

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .choices import Precision
 from .errors import training_names
 from .forking import check_threads, one_thread_in_children
-from .gradients import Engine, Precision, Tracked
+from .gradients import Engine, Tracked
 from .index import require
 from .matching import check_losses
 from .progress import note, progress

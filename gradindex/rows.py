@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .choices import Norms
 from .errors import TaskError, training_names
 from .factors import Factors, Gradients, Layer
 from .gradients import Engine, blamed, non_finite
@@ -19,7 +20,6 @@ from .memory import LARGEST_TRIED, available_bytes, batch_size_for, in_halves, p
 from .progress import progress
 from .projection import Bases, Projection, Share, SubspaceFit, hash64, key
 
-Norms = Literal["exact", "projected"]
 # Of how many examples, at most, bases are fitted to the gradients.
 FITTED_TO = 2000
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .checkpoint import Checkpoint
+from .choices import PRECONDITIONERS, Preconditioner
 from .columns import Column, positions_of
 from .digests import digest
 from .errors import ArgumentError, GradIndexError, OutOfMemoryError, TaskError, is_out_of_memory, user_code
@@ -72,7 +73,7 @@ class Task:
     query: Dataset[Any] | Sequence[Any] | None = None
     query_loss: Loss | None = None
     layers: str | Sequence[str] | None = None
-    preconditioner: Literal["adam"] | None = None
+    preconditioner: Preconditioner | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     query_columns: Mapping[str, Any] = field(default_factory=dict)
     show: Callable[[Any], Any] | None = None
@@ -99,7 +100,7 @@ class Task:
             patterns = False
         if not patterns:
             raise TaskError(f"layers is a {type(self.layers).__name__}, but must be a name or pattern, or several.")
-        if self.preconditioner not in (None, "adam"):
+        if self.preconditioner not in (None, *PRECONDITIONERS):
             raise TaskError(f"preconditioner is {self.preconditioner!r}, but must be 'adam' or None.")
         for name, parameter in self.model.named_parameters():
             if is_lazy(parameter):

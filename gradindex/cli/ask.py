@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..choices import ANSWER_KINDS, RERANKS
 from ..output import shown_as, table_lines
 from .main import AGGREGATE, DEVICE, FILE, FOLDER, PATH, POSITION, TASK, TRAIN_ID, WHERE, Form, forms, say, show
 
@@ -34,7 +35,7 @@ _AT_ONCE = 10_000
 @click.option("-k", type=int, help="Hits for each query, at most; by default 10, or with --at-least all.")
 @click.option(
     "--kind",
-    type=click.Choice(["both", "proponents", "opponents", "absolute"]),
+    type=click.Choice(["both", *ANSWER_KINDS]),
     default="both",
     show_default=True,
     help="The highest scores, the lowest, or the largest sizes.",
@@ -44,7 +45,7 @@ _AT_ONCE = 10_000
 )
 @click.option(
     "--rerank",
-    type=click.Choice(["exact", "rows", "none"]),
+    type=click.Choice(RERANKS),
     default="exact",
     show_default=True,
     help="The last stage: exact scores, the rows' inner products, or the index's own estimates.",

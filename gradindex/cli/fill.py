@@ -9,13 +9,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ..choices import FACTOR_TYPES, NORMS, PRECISIONS, PROJECTION_KINDS, ROW_TYPES
 from .main import CHANNELS, DEVICE, FOLDER, PATH, WORKERS, say
-
-# As gradindex.projection.Kind, gradindex.gradients.Precision and gradindex.store.RowType, which would import
-# torch and NumPy for --help.
-KINDS = ["tensorsketch", "fitted", "kronecker", "gaussian", "rademacher", "none"]
-PRECISIONS = ["float32", "bfloat16", "float16", "float64"]
-ROW_TYPES = ["float32", "float16", "bfloat16", "int8"]
 
 
 @click.command()
@@ -35,7 +30,7 @@ def demo(out: Path) -> None:
 @click.command()
 @click.argument("task")
 @click.option("--out", required=True, type=PATH, metavar="DIR", help="Folder of the store.")
-@click.option("--projection", type=click.Choice(KINDS), default="tensorsketch", show_default=True)
+@click.option("--projection", type=click.Choice(PROJECTION_KINDS), default="tensorsketch", show_default=True)
 @click.option("--dim", type=int, help="Numbers per checkpoint, at most; by default 1024.")
 @click.option("--row-dim", type=int, help="Instead of --dim: numbers in a whole row, at most.")
 @click.option("--row-bytes", type=int, help="Instead of --dim: bytes of a whole row, at most.")
@@ -46,12 +41,12 @@ def demo(out: Path) -> None:
 )
 @click.option(
     "--factors",
-    type=click.Choice(["float32", "float16"]),
+    type=click.Choice(FACTOR_TYPES),
     help="Also keep exact factors of linear layers: exact scores without a pass over training examples.",
 )
 @click.option(
     "--self-influence",
-    type=click.Choice(["exact", "projected"]),
+    type=click.Choice(NORMS),
     default="exact",
     show_default=True,
     help="Exact, or the squared norm of the row: faster, an estimate.",

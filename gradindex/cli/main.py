@@ -17,6 +17,7 @@ from typing import Any, Literal
 import click
 
 from .. import __version__
+from ..choices import AGGREGATES
 from ..errors import GradIndexError, UserCodeError
 from ..output import csv_cell, plain, printable, to_json
 
@@ -38,7 +39,7 @@ TRAIN_ID = click.option("--train-id", multiple=True, type=int, help="Training id
 FILE = click.option("--file", "path", type=PATH, help="A file that the task's read_query reads.")
 AGGREGATE = click.option(
     "--aggregate",
-    type=click.Choice(["sum", "mean"]),
+    type=click.Choice(AGGREGATES),
     help="Make one question of all queries: what helps them together.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")

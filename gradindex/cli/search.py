@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..choices import INDEX_KINDS
 from ..output import table, to_json
 from .main import DEVICE, FOLDER, JSON, say
 
@@ -42,7 +43,7 @@ def _top(folder: Path, k: int | None, task: str | None) -> int:
 @DEVICE
 @click.option(
     "--kind",
-    type=click.Choice(["flat", "ivf", "pq"]),
+    type=click.Choice(INDEX_KINDS),
     help="A byte a number of all rows or of lists, or two bits a number of all; by default what answers fastest.",
 )
 @click.option("--dim", type=int, help="Numbers of a row in the index; by default those that answer fastest.")

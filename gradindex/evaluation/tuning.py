@@ -7,14 +7,15 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError, OutOfMemoryError, RecallError, check_k
-from ..index import CompactIndex, Kind, Shape, devices
+from ..choices import INDEX_KINDS, IndexKind
+from ..errors import ArgumentError, OutOfMemoryError, RecallError, check_choice, check_k
+from ..index import CompactIndex, Shape, devices
 from ..memory import available_bytes
 from ..progress import progress
 from ..retrieval.candidates import INDEX_FOLDER, Candidates, Effort, candidates_for
@@ -58,7 +59,7 @@ def index(
     n_query: int = 500,
     retriever: Retriever | None = None,
     seed: int = 0,
-    kind: Kind | None = None,
+    kind: IndexKind | None = None,
     dim: int | None = None,
     device: str | None = None,
 ) -> Candidates:
@@ -194,7 +195,7 @@ def _choices(
     """
     choices: list[Choice] = []
     best, kept, least = 0.0, None, np.inf
-    ended: set[Kind] = set()
+    ended: set[IndexKind] = set()
     with progress("indexes", len(shapes), "indexes") as advance:
         for shape in shapes:
             advance(1)
@@ -261,15 +262,15 @@ def _counts(search: Candidates, k: int) -> list[int]:
     return sorted({min(times * k, search.n_train) for times in _PROPOSALS})
 
 
-def _shapes(store: GradientStore, kind: Kind | None, dim: int | None) -> list[Shape]:
+def _shapes(store: GradientStore, kind: IndexKind | None, dim: int | None) -> list[Shape]:
     """What may be made, with few numbers first, and fits the memory."""
-    if kind is not None and kind not in get_args(Kind):
-        raise ArgumentError(f"kind is {kind!r}, but must be one of: {', '.join(get_args(Kind))}.")
+    if kind is not None:
+        check_choice("kind", kind, INDEX_KINDS)
     if dim is not None and not 1 <= dim <= store.dim:
         raise ArgumentError(f"dim is {dim}, but must be from 1 to the numbers in a row, {store.dim}.")
     n = store.n_train
     lists = 1 << round(math.log2(_LISTS * n**0.5))
-    kinds: list[Kind] = [kind] if kind else ["ivf" if n >= _LISTS_FROM else "flat"]
+    kinds: list[IndexKind] = [kind] if kind else ["ivf" if n >= _LISTS_FROM else "flat"]
     if kind is None and dim is None and n <= _SCANNED:
         kinds.append("pq")
     shapes = []

@@ -1,11 +1,11 @@
 """Gradients: factors of every tracked layer, batch by batch (owns autograd and hooks)."""
 
+from ..choices import Precision as Precision
 from .engine import Engine as Engine
 from .examples import blamed as blamed
 from .examples import mixed as mixed
 from .examples import non_finite as non_finite
 from .precision import HALF as HALF
-from .precision import Precision as Precision
 from .products import Products as Products
 from .tracked import Tracked as Tracked
 from .tracked import continued as continued

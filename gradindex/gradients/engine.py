@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint import Loaded, differing_names
+from ..choices import Precision
 from ..digests import skeleton
 from ..errors import ArgumentError, CheckpointError, TaskError, user_code
 from ..factors import Formed, Gradients, Layer
@@ -28,7 +29,7 @@ from .check import check_queries, check_routes
 from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, State, as_real, loop_gradients, vmap_gradients
 from .hooks import Consume, Hooks
 from .layers import plan_layers, refuse_what_hides
-from .precision import HALF, LOSS_SCALES, Precision, check_precision, usable
+from .precision import HALF, LOSS_SCALES, check_precision, usable
 from .rules import RULES
 from .tracked import Tracked, choose
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 
-from ..errors import ArgumentError
-
-Precision = Literal["float32", "bfloat16", "float16", "float64"]
+from ..choices import PRECISIONS
+from ..errors import ArgumentError, check_choice
 
 # Precisions whose gradients are not exact.
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,8 +20,7 @@ def check_precision(precision: str, device: torch.device) -> None:
     Raises:
         ArgumentError: says which there are.
     """
-    if precision not in get_args(Precision):
-        raise ArgumentError(f"precision is {precision!r}, but must be one of: {', '.join(get_args(Precision))}.")
+    check_choice("precision", precision, PRECISIONS)
     if precision == "float16" and device.type != "cuda":
         raise ArgumentError(
             f"precision is 'float16', but that is for CUDA devices, and this is {device.type!r}. Use 'bfloat16'."

@@ -8,5 +8,4 @@ from .flat import SearchIndex as SearchIndex
 from .gpu import devices as devices
 from .library import paired_products as paired_products
 from .library import require as require
-from .shapes import Kind as Kind
 from .shapes import Shape as Shape

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..choices import INDEX_KINDS
 from ..errors import IndexFileError
 from ..files import (
     discard,
@@ -44,7 +45,7 @@ _share: Check = number(0, 1)
 # What a manifest must be to be trusted, and what it may hold besides.
 _form = record(
     {
-        "shape": record({"kind": one_of("flat", "ivf", "pq"), "dim": whole(1, 1 << 31), "lists": whole(0, 1 << 31)}),
+        "shape": record({"kind": one_of(*INDEX_KINDS), "dim": whole(1, 1 << 31), "lists": whole(0, 1 << 31)}),
         "dim": whole(1, 1 << 40),
         "rows": whole(1),
         "file": record({"name": text(_NAME.pattern, "the name of an index"), "bytes": whole(), "sha256": _DIGEST}),

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..choices import IndexKind
 from ..errors import ArgumentError
 from . import gpu
 from .flat import Blocks
 from .library import load_faiss
-
-Kind = Literal["flat", "ivf", "pq"]
 
 # The share of a list's rows whose norm stays below what the list is probed by.
 _NORM_QUANTILE = 0.9
@@ -47,7 +46,7 @@ class Shape:
         ArgumentError: ``dim`` is odd for ``"pq"``.
     """
 
-    kind: Kind
+    kind: IndexKind
     dim: int
     lists: int = 0
 

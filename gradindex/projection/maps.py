@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..choices import PROJECTION_KINDS, ProjectionKind
+from ..errors import ArgumentError, check_choice
 from ..factors import Gradients, Layer
 from .dense import Dense
 from .hashing import key
 from .sides import TwoSided, random_sides, rooms, sizes
 from .sketch import TensorSketch
 
-Kind = Literal["tensorsketch", "fitted", "kronecker", "gaussian", "rademacher", "none"]
 DEFAULT_DIM = 1024
 
 # By (checkpoint, layer): what was fitted to the output gradients (d_out, a) and to the activations (d_in, b).
@@ -44,16 +44,14 @@ class Projection:
         row_bytes: instead of ``dim``, bytes of a whole row in the store, at most.
     """
 
-    kind: Kind = "tensorsketch"
+    kind: ProjectionKind = "tensorsketch"
     dim: int = DEFAULT_DIM
     seed: int = 0
     row_dim: int | None = None
     row_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            kinds = ", ".join(get_args(Kind))
-            raise ArgumentError(f"projection is {self.kind!r}, but must be one of: {kinds}.")
+        check_choice("projection", self.kind, PROJECTION_KINDS)
         if self.dim < 1:
             raise ArgumentError(f"dim is {self.dim}, but must be at least 1.")
         if (self.dim != DEFAULT_DIM) + (self.row_dim is not None) + (self.row_bytes is not None) > 1:

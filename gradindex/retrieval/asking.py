@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, overload
+from typing import Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ..choices import AGGREGATES, Aggregate, Source
 from ..columns import is_whole, positions_of, values_of
 from ..errors import ArgumentError, GradIndexError
 from ..gradients import Engine, Products
@@ -19,9 +20,6 @@ from ..rows import RowBatch, RowMaker, Sides
 from ..spotcheck import check_alone, smallest_of_uneven
 from ..store import GradientStore
 from ..task import Task, read_example
-
-Source = Literal["query", "train"]
-Aggregate = Literal["sum", "mean"]
 
 # By (checkpoint, layer): of queries that are questions of their own both sides; of a group the matrix of their
 # weighted sum, (d_out, d_in).
@@ -311,7 +309,7 @@ def prepare(
         ArgumentError: ``aggregate`` is something else.
         NonFiniteGradientError: names the query and the checkpoint.
     """
-    if aggregate not in (None, "sum", "mean"):
+    if aggregate not in (None, *AGGREGATES):
         raise ArgumentError(f"aggregate is {aggregate!r}, but must be 'sum', 'mean' or None.")
     fingerprint, stored = store.manifest["fingerprint"], store.manifest["factors"] is not None
     if aggregate is None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Kind = Literal["proponents", "opponents", "absolute"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+from ..choices import AnswerKind
 
 # Ids (m,) and scores (m,) of one query.
 Ranked = tuple[NDArray[np.int64], NDArray[Any]]
@@ -20,7 +19,7 @@ _SLACK = 4
 _NOTHING: Ranked = np.empty(0, dtype=np.int64), np.empty(0)
 
 
-def strength(kind: Kind, scores: NDArray[Any]) -> NDArray[np.float64]:
+def strength(kind: AnswerKind, scores: NDArray[Any]) -> NDArray[np.float64]:
     """What a kind of answer is ordered by, descending: the score, the negated score, or its size."""
     wide = scores.astype(np.float64)
     if kind == "absolute":
@@ -29,7 +28,7 @@ def strength(kind: Kind, scores: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def ranked(
-    kind: Kind, ids: NDArray[np.int64], scores: NDArray[Any], k: int | None = None, at_least: float | None = None
+    kind: AnswerKind, ids: NDArray[np.int64], scores: NDArray[Any], k: int | None = None, at_least: float | None = None
 ) -> Ranked:
     """The best of one query, by strength descending, then id ascending.
 
@@ -64,7 +63,7 @@ class Best:
         at_least: strengths below are left out.
     """
 
-    def __init__(self, kind: Kind, n_query: int, k: int | None = None, at_least: float | None = None) -> None:
+    def __init__(self, kind: AnswerKind, n_query: int, k: int | None = None, at_least: float | None = None) -> None:
         self._kind, self._k, self._at_least = kind, k, at_least
         self._least = np.full(n_query, -np.inf if at_least is None else at_least)
         self._kept: list[list[Ranked]] = [[] for _ in range(n_query)]

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..choices import Aggregate, AnswerKind, Precision, Rerank, Source
 from ..errors import ArgumentError, StoreChangedError, StoreError
 from ..forking import one_thread_in_children
 from ..gaps import with_gaps
-from ..gradients import HALF, Engine, Precision
+from ..gradients import HALF, Engine
 from ..index import require
 from ..matching import check_task
 from ..projection import Projection
@@ -24,14 +25,14 @@ from ..rows import RowMaker
 from ..store import GradientStore, asked_again, followed, runs
 from ..task import Task
 from ..tree import preserved_random_state
-from .asking import Aggregate, Queries, Source, find, prepare
+from .asking import Queries, find, prepare
 from .candidates import Candidates
 from .filters import Filter, Where, allow
 from .hits import Hits, LookedUp
-from .ranking import Kind, Ranked
+from .ranking import Ranked
 from .scoring import Scores, by_factors, cosine_norms, joined, scored_as, shares, shown, through_model
 from .split import Split
-from .stages import Answer, Question, Rerank, Search
+from .stages import Answer, Question, Search
 
 # Hits from which on columns are looked up when they are asked for, and not kept.
 _KEPT_COLUMNS = 1 << 18
@@ -166,7 +167,7 @@ class Retriever:
         queries: int | Sequence[Any] | Queries,
         k: int | None = None,
         *,
-        kind: Kind = "proponents",
+        kind: AnswerKind = "proponents",
         at_least: float | None = None,
         rerank: Rerank = "exact",
         candidates: int | None = None,
@@ -220,7 +221,7 @@ class Retriever:
 
     def _answers(
         self,
-        kinds: Sequence[Kind],
+        kinds: Sequence[AnswerKind],
         queries: int | Sequence[Any] | Queries,
         k: int | None,
         *,
@@ -247,7 +248,7 @@ class Retriever:
 
         return asked_again(answers)
 
-    def _hits(self, store: GradientStore, asked: Queries, kind: Kind, answer: Answer) -> Hits:
+    def _hits(self, store: GradientStore, asked: Queries, kind: AnswerKind, answer: Answer) -> Hits:
         show, group = self.task.show, asked.weights is not None
         ids, scores = _rectangular(answer.found)
         scored = {"exact": scored_as(store), "rows": "projected", "index": "index-estimated"}[answer.last]

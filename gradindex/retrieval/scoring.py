@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..choices import Precision, Source
 from ..errors import ArgumentError, NonFiniteGradientError, joined_names, left_out, training_names
-from ..gradients import HALF, Engine, Precision, Products, blamed
+from ..gradients import HALF, Engine, Products, blamed
 from ..index import paired_products
 from ..memory import in_halves
 from ..progress import progress
 from ..store import GradientStore, runs
 from ..task import Task
 from ..tree import preserved_random_state
-from .asking import Asked, Queries, Source, find
+from .asking import Asked, Queries, find
 from .candidates import pieces
 
 # Memory for the gradients of queries while they are compared; more queries go in turns.

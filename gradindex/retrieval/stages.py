@@ -6,22 +6,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError, as_whole, check_k
+from ..choices import ANSWER_KINDS, RERANKS, AnswerKind, Rerank
+from ..errors import ArgumentError, as_whole, check_choice, check_k
 from ..gradients import Engine
 from ..store import GradientStore
 from .asking import Queries
 from .candidates import Candidates, Effort, candidates_for, pieces, scan
 from .filters import Allowed
 from .hits import Stage
-from .ranking import KINDS, Best, Kind, Ranked, ranked
+from .ranking import Best, Ranked, ranked
 from .scoring import Scores, by_factors, cosine_norms, of_candidates, through_model
-
-Rerank = Literal["exact", "rows", "none"]
 
 _DEFAULT_K, _FAISS_K = 10, 1024
 # Ids whose exact scores stream together where all are scored.
@@ -29,7 +28,7 @@ _STREAMED = 1 << 16
 # How far scores may differ that were summed in another order, as a share.
 _ROUNDING = 1e-4
 # What is searched for a kind: each with the query or with its negation, never as the lowest of what was found.
-_SIGNS: Mapping[Kind, Sequence[Kind]] = {
+_SIGNS: Mapping[AnswerKind, Sequence[AnswerKind]] = {
     "proponents": ("proponents",),
     "opponents": ("opponents",),
     "absolute": ("proponents", "opponents"),
@@ -51,7 +50,7 @@ class Question:
         ArgumentError: one of them is out of range, or they do not go together.
     """
 
-    kinds: Sequence[Kind]
+    kinds: Sequence[AnswerKind]
     k: int | None = None
     rerank: Rerank = "exact"
     candidates: int | None = None
@@ -59,10 +58,8 @@ class Question:
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
-            if kind not in KINDS:
-                raise ArgumentError(f"kind is {kind!r}, but must be one of: {', '.join(KINDS)}. For both, call both().")
-        if self.rerank not in get_args(Rerank):
-            raise ArgumentError(f"rerank is {self.rerank!r}, but must be one of: {', '.join(get_args(Rerank))}.")
+            check_choice("kind", kind, ANSWER_KINDS, "For both, call both().")
+        check_choice("rerank", self.rerank, RERANKS)
         for name, value in (("k", self.k), ("candidates", self.candidates)):
             if value is not None:
                 object.__setattr__(self, name, as_whole(name, value))
@@ -168,7 +165,7 @@ class Search:
         effort = self._candidates.effort(k)
         return None if effort.proposals >= self._n else effort
 
-    def _estimated(self, kinds: Sequence[Kind], k: int, effort: Effort) -> list[Answer]:
+    def _estimated(self, kinds: Sequence[AnswerKind], k: int, effort: Effort) -> list[Answer]:
         """By the index's own estimates."""
         by_sign = {sign: self._ragged(sign, self._candidates.propose(self._signed(sign), k, effort))
                    for sign in _signs(kinds)}  # fmt: skip
@@ -177,8 +174,8 @@ class Search:
         return [Answer(self._best_of(kind, by_sign, k), stages, "index") for kind in kinds]
 
     def _by_rows(
-        self, kinds: Sequence[Kind], k: int | None, at_least: float | None = None
-    ) -> tuple[dict[Kind, list[Ranked]], tuple[Stage, ...]]:
+        self, kinds: Sequence[AnswerKind], k: int | None, at_least: float | None = None
+    ) -> tuple[dict[AnswerKind, list[Ranked]], tuple[Stage, ...]]:
         """The best by full rows: of those that the index proposes, or of all that may answer."""
         if k is not None and at_least is None and self._allowed is None:
             effort = self._effort(k)
@@ -197,8 +194,8 @@ class Search:
         return {kind: some.found() for kind, some in best.items()}, (Stage("rows", int(looked_at.max())),)
 
     def _compared(
-        self, kinds: Sequence[Kind], k: int, effort: Effort | None
-    ) -> tuple[dict[Kind, list[Ranked]], tuple[Stage, ...]]:
+        self, kinds: Sequence[AnswerKind], k: int, effort: Effort | None
+    ) -> tuple[dict[AnswerKind, list[Ranked]], tuple[Stage, ...]]:
         """The best by full rows of what the index proposes, or of all rows."""
         by_sign, most = {}, 0
         for sign in _signs(kinds):
@@ -207,7 +204,7 @@ class Search:
         proposed = () if effort is None else (Stage("index", max(k, effort.proposals)),)
         return {kind: self._best_of(kind, by_sign, k) for kind in kinds}, (*proposed, Stage("rows", most))
 
-    def _by_row_alone(self, kind: Kind, found: list[Ranked]) -> list[Ranked]:
+    def _by_row_alone(self, kind: AnswerKind, found: list[Ranked]) -> list[Ranked]:
         """The same, each row's product computed alone: equal rows have equal scores, and ids decide.
 
         In a product of matrices, a row's sum may be rounded otherwise than an equal one's elsewhere. What was found
@@ -220,22 +217,22 @@ class Search:
             settled.append(ranked(kind, ids, scores, self._k, self._question.at_least))
         return settled
 
-    def _signed(self, sign: Kind) -> NDArray[np.float32]:
+    def _signed(self, sign: AnswerKind) -> NDArray[np.float32]:
         rows = self._queries.rows
         return rows if sign == "proponents" else -rows
 
     @staticmethod
-    def _ragged(sign: Kind, found: tuple[NDArray[np.float32], NDArray[np.int64]]) -> list[Ranked]:
+    def _ragged(sign: AnswerKind, found: tuple[NDArray[np.float32], NDArray[np.int64]]) -> list[Ranked]:
         scores = found[0] if sign == "proponents" else -found[0]
         return list(zip(found[1], scores, strict=True))
 
     @staticmethod
-    def _best_of(kind: Kind, by_sign: Mapping[Kind, list[Ranked]], k: int) -> list[Ranked]:
+    def _best_of(kind: AnswerKind, by_sign: Mapping[AnswerKind, list[Ranked]], k: int) -> list[Ranked]:
         if kind != "absolute":
             return by_sign[kind]
         return [ranked(kind, *_united(one, other), k) for one, other in zip(*by_sign.values(), strict=True)]
 
-    def _settled(self, kinds: Sequence[Kind]) -> list[Answer]:
+    def _settled(self, kinds: Sequence[AnswerKind]) -> list[Answer]:
         """The candidates' order settled by exact scores."""
         wanted, effort = self._wanted()
         by_sign, stages = self._proposed(_signs(kinds), wanted, effort)
@@ -259,8 +256,8 @@ class Search:
         return min(self._n, self._question.candidates or default), effort
 
     def _proposed(
-        self, signs: Sequence[Kind], wanted: int, effort: Effort | None
-    ) -> tuple[dict[Kind, list[Ranked]], tuple[Stage, ...]]:
+        self, signs: Sequence[AnswerKind], wanted: int, effort: Effort | None
+    ) -> tuple[dict[AnswerKind, list[Ranked]], tuple[Stage, ...]]:
         """Candidates for exact scores. Where the index proposes no more than these, their full rows decide nothing."""
         if effort is None or wanted >= self._n:
             return self._by_rows(signs, wanted)
@@ -271,14 +268,16 @@ class Search:
         return self._compared(signs, wanted, effort)
 
     @staticmethod
-    def _candidates_of(kind: Kind, by_sign: Mapping[Kind, list[Ranked]]) -> list[NDArray[np.int64]]:
+    def _candidates_of(kind: AnswerKind, by_sign: Mapping[AnswerKind, list[Ranked]]) -> list[NDArray[np.int64]]:
         """Ascending ids of each query."""
         lists = [by_sign[sign] for sign in _SIGNS[kind]]
         if len(lists) == 1:
             return [np.sort(ids) for ids, _ in lists[0]]
         return [np.unique(np.concatenate([ids for ids, _ in mine])) for mine in zip(*lists, strict=True)]
 
-    def _exact(self, chosen: Mapping[Kind, list[NDArray[np.int64]]]) -> dict[Kind, list[NDArray[np.float64]]]:
+    def _exact(
+        self, chosen: Mapping[AnswerKind, list[NDArray[np.int64]]]
+    ) -> dict[AnswerKind, list[NDArray[np.float64]]]:
         """Exact scores of some ascending ids of each query, for each kind."""
         if self._by_factors and self._queries.weights is None:
             return {kind: self._each_its_own(lists) for kind, lists in chosen.items()}
@@ -305,8 +304,8 @@ class Search:
     def _collect(
         self,
         found: Scores,
-        chosen: Mapping[Kind, list[NDArray[np.int64]]],
-        into: Mapping[Kind, list[NDArray[np.float64]]],
+        chosen: Mapping[AnswerKind, list[NDArray[np.int64]]],
+        into: Mapping[AnswerKind, list[NDArray[np.float64]]],
     ) -> None:
         for queries, ids, scores in found:
             exact = self._measured(queries, ids, scores)
@@ -325,7 +324,7 @@ class Search:
         """Scores as the store measures: cosines where its rows have unit norm."""
         return scores / cosine_norms(self._store, self._queries.norms[queries], ids) if self._unit_norm else scores
 
-    def _all_exact(self, kinds: Sequence[Kind]) -> list[Answer]:
+    def _all_exact(self, kinds: Sequence[AnswerKind]) -> list[Answer]:
         """Exact scores, from factors, of all that may answer."""
         allowed, least = self._allowed, self._question.a_little_less
         best = {kind: Best(kind, len(self._queries), self._k, least) for kind in kinds}
@@ -339,7 +338,7 @@ class Search:
         stages = (Stage(self._exact_stage, int(looked_at.max())),)
         return [Answer(self._again(kind, best[kind].found()), stages, "exact") for kind in kinds]
 
-    def _again(self, kind: Kind, found: list[Ranked]) -> list[Ranked]:
+    def _again(self, kind: AnswerKind, found: list[Ranked]) -> list[Ranked]:
         """The same with scores computed as those of candidates are: bit by bit the same, whatever was asked.
 
         Scores of all rows come from products of matrices, which round otherwise.
@@ -354,7 +353,7 @@ class Search:
         ids = self._store.ids if self._allowed is None or self._allowed.ids is None else self._allowed.ids
         return list(pieces(ids, _STREAMED))
 
-    def _doubling(self, kinds: Sequence[Kind]) -> list[Answer]:
+    def _doubling(self, kinds: Sequence[AnswerKind]) -> list[Answer]:
         """More and more candidates through the model, until twice as many hold no more hits."""
         question = self._question
         strong = {kind: Best(kind, len(self._queries), self._k, question.at_least) for kind in kinds}
@@ -391,7 +390,7 @@ class Search:
         ]
 
 
-def _signs(kinds: Sequence[Kind]) -> list[Kind]:
+def _signs(kinds: Sequence[AnswerKind]) -> list[AnswerKind]:
     return list(dict.fromkeys(sign for kind in kinds for sign in _SIGNS[kind]))
 
 

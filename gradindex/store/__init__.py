@@ -1,5 +1,7 @@
 """The store: rows that are never lost, never wrong, never all in memory (docs/format.md)."""
 
+from ..choices import ROW_TYPES as ROW_TYPES
+from ..choices import RowType as RowType
 from . import runs as runs
 from .bases import Bases as Bases
 from .bases import digest_of_bases as digest_of_bases
@@ -9,8 +11,6 @@ from .claiming import Part as Part
 from .claiming import check_part as check_part
 from .claiming import claimed as claimed
 from .claiming import take_ended_plan as take_ended_plan
-from .encoding import ROW_TYPES as ROW_TYPES
-from .encoding import RowType as RowType
 from .encoding import check_row_type as check_row_type
 from .encoding import number_bytes as number_bytes
 from .export import export as export

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError
-
-RowType = Literal["float32", "float16", "bfloat16", "int8"]
-ROW_TYPES: tuple[str, ...] = get_args(RowType)
+from ..choices import ROW_TYPES
+from ..errors import ArgumentError, check_choice
 
 STORED: Mapping[str, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}
 _LARGEST_HALF = float(np.finfo(np.float16).max)
@@ -25,8 +23,7 @@ def number_bytes(row_type: str) -> tuple[int, int]:
 
 def check_row_type(row_type: str) -> None:
     """Refuse a type that rows cannot have."""
-    if row_type not in ROW_TYPES:
-        raise ArgumentError(f"row_type is {row_type!r}, but must be one of: {', '.join(ROW_TYPES)}.")
+    check_choice("row_type", row_type, ROW_TYPES)
 
 
 def encode(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..choices import FACTOR_TYPES, NORMS, ROW_TYPES
 from ..dates import DATES, STORED_DATES
 from ..schema import (
     LARGEST,
@@ -34,7 +35,7 @@ from ..schema import (
     tuple_of,
     whole,
 )
-from .encoding import ROW_TYPES, STORED
+from .encoding import STORED
 
 _DIGEST = text("[0-9a-f]{64}", "a SHA-256 in hexadecimal")
 _NAME = text(r"\d{4,9}-\d{5,9}", "the name of a shard, such as 0001-00000")
@@ -128,8 +129,8 @@ _described = {
     "map": _map,
     "dim": whole(1, 1 << 40),
     "row_type": one_of(*ROW_TYPES),
-    "factors": one_of(None, "float32", "float16"),
-    "self_influence": one_of("exact", "projected"),
+    "factors": one_of(None, *FACTOR_TYPES),
+    "self_influence": one_of(*NORMS),
     "columns": map_of(_column, _COLUMN_TYPE),
     "next_id": whole(1),
     "removed": runs,

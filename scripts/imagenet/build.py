@@ -14,7 +14,6 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from imagenet_task import make_task, parser, run, task_options
 from made import quick_options
@@ -22,10 +21,9 @@ from pictures import BrokenPictureError, Files, find_broken, find_classes, list_
 
 import gradindex
 from gradindex.building import build_part, estimate
-from gradindex.gradients import Precision
+from gradindex.choices import FACTOR_TYPES, PRECISIONS, PROJECTION_KINDS, ROW_TYPES
 from gradindex.memory import parse_bytes
-from gradindex.projection import Kind, Projection
-from gradindex.store import ROW_TYPES
+from gradindex.projection import Projection
 
 PAPERS_DIM = 1472  # numbers a checkpoint that Pruthi et al. 2020 kept for ImageNet
 _LISTED = 10
@@ -90,16 +88,14 @@ def _parser() -> argparse.ArgumentParser:
     task_options(made)
     group = made.add_argument_group("rows")
     group.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the store")
-    group.add_argument("--projection", choices=get_args(Kind), default="tensorsketch", help="(default: tensorsketch)")
+    group.add_argument("--projection", choices=PROJECTION_KINDS, default="tensorsketch", help="(default: tensorsketch)")
     group.add_argument(
         "--dim", type=int, default=PAPERS_DIM, help=f"numbers a checkpoint (default: {PAPERS_DIM}, the paper's)"
     )
     group.add_argument("--seed", type=int, default=0, help="of the random map (default: 0)")
-    group.add_argument(
-        "--precision", choices=get_args(Precision), default="float32", help="of gradients (default: float32)"
-    )
+    group.add_argument("--precision", choices=PRECISIONS, default="float32", help="of gradients (default: float32)")
     group.add_argument("--row-type", choices=ROW_TYPES, default="float32", help="how rows are kept (default: float32)")
-    group.add_argument("--factors", choices=("float32", "float16"), help="also keep exact factors of linear layers")
+    group.add_argument("--factors", choices=FACTOR_TYPES, help="also keep exact factors of linear layers")
     group.add_argument(
         "--shard-rows", type=int, help="rows a file, at least (default: 8192, or as many as make 64 files)"
     )

@@ -25,6 +25,7 @@ from torch.func import functional_call
 
 import gradindex
 from gradindex import Task
+from gradindex.choices import RERANKS
 from gradindex.errors import ArgumentError
 from gradindex.retrieval.hits import Hits, as_text
 
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--kind", choices=("both", "proponents", "opponents"), default="both", help="(default: both)")
     group.add_argument(
         "--rerank",
-        choices=("exact", "rows", "none"),
+        choices=RERANKS,
         default="exact",
         help="the last stage: exact scores (default), full rows, or the index's own estimates",
     )

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from typing import get_args
 
 import numpy as np
 import pyarrow.parquet
@@ -19,11 +18,7 @@ from toys import call, shell
 
 import gradindex
 from gradindex.cli import main
-from gradindex.cli.fill import KINDS, PRECISIONS, ROW_TYPES
 from gradindex.errors import UserCodeError
-from gradindex.gradients import Precision
-from gradindex.projection import Kind
-from gradindex.store import RowType
 
 TASK_FILE = """
 import os, sys
@@ -499,12 +494,6 @@ def test_looking_at_a_store_runs_no_code_of_the_task_and_no_torch(built, command
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=built, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_kinds_of_projection_are_those_of_the_package():
-    assert list(get_args(Kind)) == KINDS
-    assert list(get_args(Precision)) == PRECISIONS
-    assert list(get_args(RowType)) == ROW_TYPES
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["build", "--help"]])
