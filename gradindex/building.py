@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from .filling import fill, planned, running
 from .gradients import Engine
 from .matching import check_task, hint_at_frozen
 from .memory import available_bytes, largest_batch
-from .projection import Projection, SubspaceFit
+from .projection import Projection
 from .reading import check_workers
 from .rows import FITTED_TO, RowMaker, describe, fit_bases, memory_of_pass, pick_batch_size
 from .store import (
@@ -157,8 +157,7 @@ def estimate(task: Task, out: str | os.PathLike[str], *, part: Part | None = Non
             batch_size, left, (done, rows) = job.after["batch_size"], job.bytes_missing(columns), job.rows_done(part)
             to_fit = False
         # Bases that are not fitted yet are as large as random ones.
-        stand_in = replace(projection, kind="kronecker") if projection.fitted else projection
-        maker = RowMaker(engine, stand_in, None, norms, chosen.unit_norm, chosen.factors is not None)
+        maker = RowMaker(engine, projection.unfitted, None, norms, chosen.unit_norm, chosen.factors is not None)
         read_s, compute_s = timed(maker, task, batch_size)
         return Estimate(
             rows=rows,
@@ -175,7 +174,7 @@ def estimate(task: Task, out: str | os.PathLike[str], *, part: Part | None = Non
             workers=chosen.workers,
             read_s=read_s,
             compute_s=compute_s,
-            fitting_rows=SubspaceFit.PASSES * min(FITTED_TO, len(task.train_ids)) if to_fit else 0,
+            fitting_rows=projection.passes * min(FITTED_TO, len(task.train_ids)) if to_fit else 0,
         )
 
 

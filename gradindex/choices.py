@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 ProjectionKind = Literal["tensorsketch", "fitted", "kronecker", "gaussian", "rademacher", "none"]
 PROJECTION_KINDS: tuple[ProjectionKind, ...] = get_args(ProjectionKind)
+# Those that a size and a seed do not change: whole gradients.
+UNSIZED_PROJECTIONS: tuple[ProjectionKind, ...] = ("none",)
 
 IndexKind = Literal["flat", "ivf", "pq"]
 INDEX_KINDS: tuple[IndexKind, ...] = get_args(IndexKind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from .errors import check_choice
@@ -12,7 +12,7 @@ Implementation = TypeVar("Implementation")
 
 
 class Registry(Mapping[str, T]):
-    """A mapping from name to implementation, in the order of registration.
+    """A mapping from name to implementation.
 
         PROJECTIONS: Registry[type[BlockMap]] = Registry("projection")
 
@@ -23,10 +23,11 @@ class Registry(Mapping[str, T]):
 
     Args:
         what: what a name is called in errors, such as ``"projection"``.
+        order: names that come first, in this order; others follow as they are registered.
     """
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, what: str, order: Sequence[str] = ()) -> None:
+        self._what, self._order = what, order
         self._implementations: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[Implementation], Implementation]:
@@ -56,7 +57,8 @@ class Registry(Mapping[str, T]):
         return self._implementations[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._implementations)
+        first = [name for name in self._order if name in self._implementations]
+        return iter(first + [name for name in self._implementations if name not in first])
 
     def __len__(self) -> int:
         return len(self._implementations)

@@ -18,7 +18,7 @@ from .factors import Factors, Gradients, Layer
 from .gradients import Engine, blamed, non_finite
 from .memory import LARGEST_TRIED, available_bytes, batch_size_for, in_halves, pass_bytes
 from .progress import progress
-from .projection import Bases, Projection, Share, SubspaceFit, hash64, key
+from .projection import Bases, Fit, Projection, Share, hash64, key
 
 # Of how many examples, at most, bases are fitted to the gradients.
 FITTED_TO = 2000
@@ -206,9 +206,9 @@ def fit_bases(engine: Engine, projection: Projection, batch_size: int, n: int, f
     ids = [int(i) for i in np.sort(order[np.isin(order, task.train_ids)][:FITTED_TO])]
     like = torch.zeros((), dtype=engine.dtype, device=engine.device)
     checkpoints = range(engine.n_checkpoints)
-    fits = [SubspaceFit(engine.layers, projection.dim, key(projection.seed, first + c), like) for c in checkpoints]
-    with progress("fitting the projection", SubspaceFit.PASSES * len(ids), "rows") as advance:
-        for _ in range(SubspaceFit.PASSES):
+    fits = [projection.fit(first + c, engine.layers, like) for c in checkpoints]
+    with progress("fitting the projection", projection.passes * len(ids), "rows") as advance:
+        for _ in range(projection.passes):
             for start in range(0, len(ids), batch_size):
                 chosen = ids[start : start + batch_size]
                 names = training_names(chosen)
@@ -226,7 +226,7 @@ def fit_bases(engine: Engine, projection: Projection, batch_size: int, n: int, f
     return {(first + c, number): sides for c, fit in enumerate(fits) for number, sides in enumerate(fit.sides())}
 
 
-def _shares(engine: Engine, checkpoint: int, fit: SubspaceFit, named: list[tuple[Any, str]]) -> list[Share]:
+def _shares(engine: Engine, checkpoint: int, fit: Fit, named: list[tuple[Any, str]]) -> list[Share]:
     """What a batch adds to a fit, complete or not at all."""
     for loss_scale in engine.loss_scales:
         found: list[Share] = []
@@ -268,7 +268,7 @@ def _hungriest(engine: Engine, projection: Projection, norms: Norms) -> Callable
     """What a build does with a batch that takes most memory."""
     if projection.fitted:  # fitting takes more than what follows
         like = torch.zeros((), dtype=engine.dtype, device=engine.device)
-        shares = partial(_shares, engine, 0, SubspaceFit(engine.layers, projection.dim, 0, like))
+        shares = partial(_shares, engine, 0, projection.fit(0, engine.layers, like))
 
         def action(items: list[Any]) -> None:
             names = training_names(range(len(items)))

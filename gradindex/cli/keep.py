@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ..choices import UNSIZED_PROJECTIONS
 from ..output import printable, table, to_json
 from .main import FOLDER, JSON, PATH, say
 
@@ -35,7 +36,8 @@ def info(folder: Path, as_json: bool) -> None:
         return
     described = found["map"]
     projection = described["projection"]
-    sketch = f", {projection['dim']} a checkpoint, seed {projection['seed']}" if projection["kind"] != "none" else ""
+    sized = projection["kind"] not in UNSIZED_PROJECTIONS
+    sketch = f", {projection['dim']} a checkpoint, seed {projection['seed']}" if sized else ""
     checkpoints = [
         {
             "checkpoint": number,

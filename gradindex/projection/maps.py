@@ -1,28 +1,19 @@
-"""Which map makes rows: its kind, its size, and the blocks of a row that it fills."""
+"""What users choose a map by: its kind, its size and its seed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ..choices import PROJECTION_KINDS, ProjectionKind
-from ..errors import ArgumentError, check_choice
-from ..factors import Gradients, Layer
-from .dense import Dense
+from ..choices import ProjectionKind
+from ..errors import ArgumentError
+from ..factors import Layer
+from .base import PROJECTIONS, Bases, BlockMap, Fit, MapSpec
 from .hashing import key
-from .sides import TwoSided, random_sides, rooms, sizes
-from .sketch import TensorSketch
 
 DEFAULT_DIM = 1024
-
-# By (checkpoint, layer): what was fitted to the output gradients (d_out, a) and to the activations (d_in, b).
-Bases = Mapping[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +42,7 @@ class Projection:
     row_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("projection", self.kind, PROJECTION_KINDS)
+        PROJECTIONS.check(self.kind)
         if self.dim < 1:
             raise ArgumentError(f"dim is {self.dim}, but must be at least 1.")
         if (self.dim != DEFAULT_DIM) + (self.row_dim is not None) + (self.row_bytes is not None) > 1:
@@ -85,54 +76,49 @@ class Projection:
     @property
     def fitted(self) -> bool:
         """Whether the map must be fitted to data before it can be used."""
-        return self.kind == "fitted"
+        return self._map.fit is not None
+
+    @property
+    def passes(self) -> int:
+        """How often fitting reads its sample; 0 for a map that is not fitted."""
+        return 0 if self._map.fit is None else self._map.fit.PASSES
+
+    @property
+    def unfitted(self) -> Projection:
+        """One of the same size that needs no data, for timing what is not fitted yet; others are their own."""
+        stand_in = self._map.stand_in
+        return self if stand_in is None else replace(self, kind=stand_in)  # type: ignore[arg-type]  # a registered one
 
     def block_dim(self, layers: Sequence[Layer]) -> int:
         """How many numbers one checkpoint takes in a row."""
-        if self.kind == "none":
-            return sum(layer.size for layer in layers)
-        if self.kind == "fitted":
-            return sum(rooms(layers, self.dim))
-        if self.kind == "kronecker":
-            return sum(a * b for a, b in sizes(layers, self.dim))
-        return self.dim
+        return self._map.block_dim(layers, self.dim)
+
+    def fit(self, checkpoint: int, layers: Sequence[Layer], like: Tensor) -> Fit:
+        """Begin to fit the map of one checkpoint; arguments as for :meth:`for_checkpoint`.
+
+        Raises:
+            ArgumentError: the map is not a fitted one.
+        """
+        if self._map.fit is None:
+            raise ArgumentError(f"projection is {self.kind!r}, which is not fitted to data.")
+        return self._map.fit(layers, self.dim, key(self.seed, checkpoint), like)
 
     def for_checkpoint(
         self, checkpoint: int, layers: Sequence[Layer], like: Tensor, bases: Bases | None = None
     ) -> BlockMap:
-        """The map of one checkpoint; ``like`` gives dtype and device, ``bases`` what was fitted."""
-        if self.kind == "none":
-            return Whole(layers)
-        streams = [(layer, key(self.seed, checkpoint, layer.name)) for layer in layers]
-        if self.kind == "tensorsketch":
-            return TensorSketch(self.dim, streams, like)
-        if self.kind == "kronecker":
-            return TwoSided(
-                [random_sides(*pair, size) for pair, size in zip(streams, sizes(layers, self.dim), strict=True)], like
-            )
-        if self.kind == "fitted":
+        """The map of one checkpoint; ``like`` gives dtype and device, ``bases`` what was fitted.
+
+        Raises:
+            ArgumentError: a fitted map has no bases.
+        """
+        sides = None
+        if self.fitted:
             if bases is None:
                 raise ArgumentError("A fitted projection has no bases yet. Fit it, or open the store that keeps them.")
             sides = [bases[checkpoint, number] for number in range(len(layers))]
-            return TwoSided(sides, like, rooms(layers, self.dim))
-        return Dense(self.kind, self.dim, streams)
+        streams = [key(self.seed, checkpoint, layer.name) for layer in layers]
+        return self._map(MapSpec(self.dim, layers, streams, like, sides))
 
-
-class BlockMap(Protocol):
-    """Adds a layer's share to the blocks of a batch."""
-
-    def add(self, block: Tensor, number: int, gradients: Gradients) -> None:
-        """Add layer ``number``'s projected gradients to ``block`` (batch, block_dim), in place."""
-
-
-class Whole:
-    """No projection: the layers' gradients side by side."""
-
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        ends = torch.tensor([layer.size for layer in layers]).cumsum(0).tolist()
-        self._spans = list(zip([0, *ends[:-1]], ends, strict=True))
-
-    def add(self, block: Tensor, number: int, gradients: Gradients) -> None:
-        """See :class:`BlockMap`."""
-        start, end = self._spans[number]
-        block[:, start:end] += gradients.gradient.flatten(1)
+    @property
+    def _map(self) -> type[BlockMap]:
+        return PROJECTIONS[self.kind]

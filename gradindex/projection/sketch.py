@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..factors import Factors, Gradients, Layer, Lookups, Sum
+from ..factors import Factors, Gradients, Lookups, Sum
+from .base import PROJECTIONS, BlockMap, MapSpec
 from .hashing import buckets_and_signs, key
 
 
-class TensorSketch:
+@PROJECTIONS.register("tensorsketch")
+class TensorSketch(BlockMap):
     """Count sketch of delta x^T with the hash h(i, j) = h1(i) + h2(j) mod dim, all layers summed.
 
     E[<S g, S g'>] = <g, g'>. The sketch of an outer product is the circular convolution of two
@@ -23,21 +23,16 @@ class TensorSketch:
     Source: Pham and Pagh 2013, "Fast and scalable polynomial kernels via explicit feature
     maps", section 3; projected TracIn: Pruthi et al. 2020, section 3.4. One independent map
     per (checkpoint, layer): layers share one sketch, so shared maps would add cross terms.
-
-    Args:
-        dim: length of the sketch.
-        streams: each layer with its 64-bit key.
-        like: gives dtype and device.
     """
 
-    def __init__(self, dim: int, streams: Sequence[tuple[Layer, int]], like: Tensor) -> None:
-        self.dim = dim
+    def __init__(self, spec: MapSpec) -> None:
+        self.dim, like = spec.dim, spec.like
         self._sides = [
             (
-                CountSketch(layer.d_in, dim, key(stream, "activations"), like),
-                CountSketch(layer.d_out, dim, key(stream, "output_gradients"), like),
+                CountSketch(layer.d_in, spec.dim, key(stream, "activations"), like),
+                CountSketch(layer.d_out, spec.dim, key(stream, "output_gradients"), like),
             )
-            for layer, stream in streams
+            for layer, stream in zip(spec.layers, spec.streams, strict=True)
         ]
 
     def add(self, block: Tensor, number: int, gradients: Gradients) -> None:

@@ -28,7 +28,7 @@ import gradindex
 from gradindex.factors import Formed, Gradients
 from gradindex.gradients import Engine
 from gradindex.projection import Projection
-from gradindex.projection.sides import sizes
+from gradindex.projection.kronecker import sizes
 from gradindex.rows import RowMaker
 
 BATCH, QUICK_BATCH = 64, 4

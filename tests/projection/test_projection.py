@@ -10,9 +10,10 @@ import toys
 import gradindex
 from gradindex.errors import ArgumentError, StoreError
 from gradindex.factors import Factors, Formed, Layer, Lookups, Sum
-from gradindex.projection import Projection, SubspaceFit, dense
+from gradindex.projection import PROJECTIONS, Projection, SubspaceFit, dense
+from gradindex.projection.fitted import best_size, rooms
 from gradindex.projection.hashing import buckets_and_signs, gaussians, hash64, key, rademachers
-from gradindex.projection.sides import best_size, rooms, sizes
+from gradindex.projection.kronecker import sizes
 
 GOLDEN_BUCKETS = [1, 5, 2, 12, 9, 4]
 GOLDEN_SIGNS = [-1.0, -1.0, -1.0, -1.0, 1.0, 1.0]
@@ -118,13 +119,13 @@ def test_a_dense_matrix_is_never_whole(monkeypatch, kind):
     layer = Layer("l", ("l",), 1, 1000, "vmap")  # a single row, as on the general routes
     gradients = Formed(torch.randn(2, 1, 1000).double())
     whole = project(gradients, kind, layer=layer)
-    sizes, draw = [], getattr(dense, f"{kind}s")
+    sizes, draw = [], PROJECTIONS[kind].draw
 
     def spy(stream, n, start):
         sizes.append(n)
         return draw(stream, n, start)
 
-    monkeypatch.setattr(dense, f"{kind}s", spy)
+    monkeypatch.setattr(PROJECTIONS[kind], "draw", staticmethod(spy))
     monkeypatch.setattr(dense, "_ENTRIES", 480)
     torch.testing.assert_close(project(gradients, kind, layer=layer), whole)
     assert sizes == [480] * 33 + [160]
