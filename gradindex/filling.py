@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .choices import Precision
 from .errors import training_names
 from .forking import check_threads, one_thread_in_children
-from .gradients import Engine, Tracked
+from .gradients import Engine, Tracked, check_routes
 from .index import require
 from .matching import check_losses
 from .progress import note, progress
@@ -49,7 +49,7 @@ def running(
     with preserved_random_state(), Engine(task, precision, device, channels_last, tracked, alone) as engine:
         for line in engine.notes:
             note(line)
-        engine.check_routes()
+        check_routes(engine)
         yield engine
 
 

@@ -1,6 +1,8 @@
 """Gradients: factors of every tracked layer, batch by batch (owns autograd and hooks)."""
 
 from ..choices import Precision as Precision
+from .check import check_queries as check_queries
+from .check import check_routes as check_routes
 from .engine import Engine as Engine
 from .examples import blamed as blamed
 from .examples import mixed as mixed

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import TaskError, UserCodeError, training_names, user_code
+from ..errors import ArgumentError, TaskError, UserCodeError, training_names, user_code
 from ..factors import Gradients, Layer
 from ..memory import in_halves
 from ..task import spread
 from ..tree import extent, preserved_random_state, shapes
 from . import uses
+from .engine import Engine
 from .examples import answerable, blamed, check_examples, refuse_non_finite
 from .functional import BACKWARD, LossModule, loop_gradients, vmap_gradients
-from .layers import general_layer
+from .layers import as_matrix, general_layer
 from .reentrant import refuse_reentrant
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 # How far a fast route may be from autograd on one example alone, relative to the norms.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-8}
@@ -49,11 +47,13 @@ def check_routes(engine: Engine, ids: NDArray[np.int64] | None = None) -> None:
         ids: (m,) the training examples to choose from, by default all that the task does not skip.
 
     Raises:
+        ArgumentError: the model does not run with ``channels_last``.
         LossError: the loss is not one number per example, is random, or an example's loss depends on
             the others of its batch.
         NonFiniteGradientError: an example has a NaN or infinite loss or gradient.
         UserCodeError: the loss or collate failed.
     """
+    _settle_layout(engine)
     task = engine.task
     ids = task.train_ids if ids is None else ids
     _check(engine, task.examples, ids, training_names, "train")
@@ -71,8 +71,14 @@ def check_routes(engine: Engine, ids: NDArray[np.int64] | None = None) -> None:
             )
 
 
-def check_queries(engine: Engine, items: Sequence[Any], names: Sequence[str], role: str) -> None:
+def check_queries(engine: Engine, items: Sequence[Any], names: Sequence[str], role: str = "query") -> None:
     """Check that queries have losses of their own, where they would go through the model together.
+
+    Args:
+        engine: entered.
+        items: the queries, of which some are tried.
+        names: what to call each, for errors.
+        role: ``"query"`` or ``"train"``, which chooses the loss.
 
     Raises:
         GradIndexError: as for :func:`check_routes`.
@@ -84,6 +90,26 @@ def check_queries(engine: Engine, items: Sequence[Any], names: Sequence[str], ro
     chosen, names = [items[int(i)] for i in places], [names[int(i)] for i in places]
     with blamed(engine, chosen, names, role):
         check_examples(engine, chosen, names, role)
+
+
+def _settle_layout(engine: Engine) -> None:
+    """Give up channels last, unless asked for, where the model cannot have it: a view that flattens, for one."""
+    if not engine.channels_last:
+        return
+    try:
+        _try_layout(engine)
+    except RuntimeError as error:
+        engine.lay_out(channels_last=False)
+        if engine.layout_is_free:
+            return
+        _try_layout(engine)  # which raises what is wrong, where that is not the layout
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ArgumentError(f"The model does not run with channels_last ({reason}). Leave it out.") from error
+
+
+def _try_layout(engine: Engine) -> None:
+    for item in engine.task.first_and_last():
+        engine.losses(-1, [item])
 
 
 def _check(
@@ -222,7 +248,7 @@ def _replanned(
     total = sum(float(gradient.double().square().sum()) for gradient in truth.values()) ** 0.5
     planned: list[Layer] = []
     for number, layer in enumerate(engine.layers):
-        expected = engine.as_matrix(layer, truth).flatten(1)
+        expected = as_matrix(layer, truth).flatten(1)
         got = found.get(number, torch.zeros_like(expected))
         allowed = tolerance * float(expected.norm()) + 1e-3 * tolerance * total
         agrees = got.shape == expected.shape and float((got - expected).norm()) <= allowed

@@ -19,18 +19,15 @@ from torch import Tensor, nn
 from ..checkpoint import Loaded, differing_names
 from ..choices import Precision
 from ..digests import skeleton
-from ..errors import ArgumentError, CheckpointError, TaskError, user_code
+from ..errors import CheckpointError, TaskError, user_code
 from ..factors import Formed, Gradients, Layer
 from ..task import Task
 from ..tree import map_tensors, tensors
 from ..weights import negligible
-from . import uses
-from .check import check_queries, check_routes
 from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, State, as_real, loop_gradients, vmap_gradients
 from .hooks import Consume, Hooks
-from .layers import plan_layers, refuse_what_hides
+from .layers import as_matrix, plan_layers, refuse_what_hides
 from .precision import HALF, LOSS_SCALES, check_precision, usable
-from .rules import RULES
 from .tracked import Tracked, choose
 
 _ADAM_EPSILON = 1e-8
@@ -84,10 +81,10 @@ class Engine:
         refuse_what_hides(self.model)
         self.device = usable(first.device if device is None else device)
         check_precision(precision, self.device)
-        self.channels_last = channels_last
+        self.layout_is_free = channels_last is None
         if channels_last is None:
-            self.channels_last = any(isinstance(module, nn.Conv2d) for module in self.model.modules())
-        self._layout_is_free = channels_last is None
+            channels_last = any(isinstance(module, nn.Conv2d) for module in self.model.modules())
+        self.channels_last = channels_last
         self.tracked = choose(task) if tracked is None else tracked
         self.parameters, self.learning_rates = self.tracked.parameters, self.tracked.learning_rates
         self.layers = plan_layers(self.model, self.parameters)
@@ -284,44 +281,10 @@ class Engine:
         """Hand on D^(1/2) g: every element has a weight of its own, so the gradient must be formed."""
         consume(number, Formed(gradients.gradient * self.root_weights(checkpoint, number)))
 
-    def check_routes(self, ids: NDArray[np.int64] | None = None) -> None:
-        """Compare every route with autograd on examples, each alone; move layers that disagree.
-
-        Args:
-            ids: (m,) the training examples to choose from, by default all that the task does not skip.
-
-        Raises:
-            ArgumentError: the model does not run with ``channels_last``.
-            LossError: the loss is not one number per example, is random, or an example's loss depends on
-                the others of its batch.
-            NonFiniteGradientError: one of the examples tried has a NaN or infinite loss or gradient.
-            UserCodeError: the loss or collate failed.
-        """
-        self._settle_layout()
-        check_routes(self, ids)
-
-    def check_queries(self, items: Sequence[Any], names: Sequence[str], role: str = "query") -> None:
-        """Check some of several queries, as :meth:`check_routes` does with training examples; ``names`` for errors."""
-        check_queries(self, items, names, role)
-
-    def _settle_layout(self) -> None:
-        """Give up channels last, unless asked for, where the model cannot have it: a view that flattens, for one."""
-        if not self.channels_last:
-            return
-        try:
-            self._try_layout()
-        except RuntimeError as error:
-            self.channels_last = False
-            self.states = [self.cast(state) for state in self.states]
-            if self._layout_is_free:
-                return
-            self._try_layout()  # which raises what is wrong, where that is not the layout
-            reason = str(error.__cause__ or error).splitlines()[0]
-            raise ArgumentError(f"The model does not run with channels_last ({reason}). Leave it out.") from error
-
-    def _try_layout(self) -> None:
-        for item in self.task.first_and_last():
-            self.losses(-1, [item])
+    def lay_out(self, channels_last: bool) -> None:
+        """Have the weights and pictures of convolutions in this layout from now on."""
+        self.channels_last = channels_last
+        self.states = [self.cast(state) for state in self.states]
 
     def root_weights(self, checkpoint: int, number: int) -> Tensor:
         """D^(1/2) of a layer, (1, d_out, d_in); ones without a preconditioner."""
@@ -330,8 +293,8 @@ class Engine:
         if (checkpoint, number) not in self._weights:
             layer = self.layers[number]
             moments = {name: as_real(self._moments[checkpoint][name]) for name in layer.parameters}
-            roots = {name: (squares.sqrt() + _ADAM_EPSILON).rsqrt() for name, squares in moments.items()}
-            self._weights[checkpoint, number] = self.cast(self.as_matrix(layer, roots, batched=False))
+            roots = {name: (squares.sqrt() + _ADAM_EPSILON).rsqrt()[None] for name, squares in moments.items()}
+            self._weights[checkpoint, number] = self.cast(as_matrix(layer, roots))
         return self._weights[checkpoint, number]
 
     def scale(self, checkpoint: int, parameter: str) -> float:
@@ -373,19 +336,6 @@ class Engine:
         """The loss as a function of weights, in the engine's precision, or if ``exact`` never in half of it."""
         name = LOSS if role == "train" or self.task.query_loss is None else QUERY_LOSS
         return LossModule(self.model, self.task.loss_for(role), None if exact else HALF.get(self.precision), name)
-
-    def as_matrix(self, layer: Layer, gradients: Mapping[str, Tensor], batched: bool = True) -> Tensor:
-        """Gradients by parameter, (batch, *shape) each, as the layer's matrix (batch, d_out, d_in)."""
-        parts = []
-        for name in layer.parameters:
-            gradient = gradients[name] if batched else gradients[name][None]
-            if layer.route in uses.ROUTES:
-                parts.append(uses.as_matrix(layer, gradient))
-            elif layer.hooked:
-                parts.append(RULES[layer.route].as_matrix(name.rpartition(".")[2], gradient))
-            else:
-                parts.append(gradient.reshape(len(gradient), 1, -1))
-        return torch.cat(parts, 2)
 
     def singles(self, items: list[Any]) -> list[Any]:
         """Each example as a batch of its own."""

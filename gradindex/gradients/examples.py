@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,8 @@ from ..digests import digest
 from ..errors import LossError, NonFiniteGradientError, UserCodeError, failed, joined_names, left_out
 from ..memory import in_halves
 from ..tree import preserved_random_state, shapes
+from .engine import Engine
 from .functional import BACKWARD, COLLATE, LossModule, loop_gradients
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 # How far the loss of an example in a batch may be from its loss alone, relative to either; and two calls on it alone.
 MIXED, _REPEATED = {torch.float32: 2e-3, torch.float64: 1e-8}, 1e-5

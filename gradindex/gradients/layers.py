@@ -1,19 +1,19 @@
-"""Which parameters are tracked, and the layers and routes that they are planned for."""
+"""Which parameters are tracked, the layers and routes that they are planned for, and the layers' matrices."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import TaskError
 from ..factors import Layer
+from . import uses
 from .functional import as_real
 from .rules import RULES, SINGLE
-from .uses import used_layer
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -81,7 +81,7 @@ def plan_layers(model: nn.Module, selected: Sequence[str]) -> list[Layer]:
     for name in selected:
         if name not in taken:
             is_complex = model.get_parameter(name).is_complex()  # of which hooks know nothing
-            layers.append(general_layer(model, name, "vmap") if is_complex else used_layer(model, name))
+            layers.append(general_layer(model, name, "vmap") if is_complex else uses.used_layer(model, name))
     order = {name: position for position, name in enumerate(selected)}
     return sorted(layers, key=lambda layer: order[layer.parameters[0]])
 
@@ -103,6 +103,20 @@ def _joined(path: str, name: str) -> str:
 def general_layer(model: nn.Module, parameter: str, route: str) -> Layer:
     """A parameter on a general route: its gradient is one row, of a complex one the real and imaginary parts."""
     return Layer(parameter, (parameter,), 1, as_real(model.get_parameter(parameter)).numel(), route)
+
+
+def as_matrix(layer: Layer, gradients: Mapping[str, Tensor]) -> Tensor:
+    """Gradients by parameter, (batch, *its shape) each, as the layer's matrix (batch, d_out, d_in)."""
+    parts = []
+    for name in layer.parameters:
+        gradient = gradients[name]
+        if layer.route in uses.ROUTES:
+            parts.append(uses.as_matrix(layer, gradient))
+        elif layer.hooked:
+            parts.append(RULES[layer.route].as_matrix(name.rpartition(".")[2], gradient))
+        else:
+            parts.append(gradient.reshape(len(gradient), 1, -1))
+    return torch.cat(parts, 2)
 
 
 def refuse_what_hides(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from ..choices import Aggregate, AnswerKind, Precision, Rerank, Source
 from ..errors import ArgumentError, StoreChangedError, StoreError
 from ..forking import one_thread_in_children
 from ..gaps import with_gaps
-from ..gradients import HALF, Engine
+from ..gradients import HALF, Engine, check_routes
 from ..index import require
 from ..matching import check_task
 from ..projection import Projection
@@ -66,7 +66,7 @@ class Retriever:
         precision: Precision = "float32" if stored["precision"] in HALF else stored["precision"]
         self._engine = Engine(task, precision, device, alone=store.manifest["batch_size"] == 1)
         with self._computing() as engine:
-            engine.check_routes(task.train_ids[task.train_ids < store.manifest["next_id"]])
+            check_routes(engine, task.train_ids[task.train_ids < store.manifest["next_id"]])
             check_task(store, engine)
         self._bases = store.bases()
         self._search_options: dict[str, Any] = {"use_index": use_index, "device": device}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..choices import Precision, Source
 from ..errors import ArgumentError, NonFiniteGradientError, joined_names, left_out, training_names
-from ..gradients import HALF, Engine, Products, blamed
+from ..gradients import HALF, Engine, Products, blamed, check_queries, check_routes
 from ..index import paired_products
 from ..memory import in_halves
 from ..progress import progress
@@ -72,8 +72,8 @@ def exact_scores(
         raise ArgumentError(f"There is no training id {wrong[0]}; ids go from 0 to {task.n_train - 1}.")
     task.check_reads_repeat(ids)
     with Engine(task, precision, device, alone=batch_size == 1) as engine, preserved_random_state():
-        engine.check_routes(ids)
-        engine.check_queries(items, [f"Query {i} of {len(items)}" for i in range(len(items))], role)
+        check_routes(engine, ids)
+        check_queries(engine, items, [f"Query {i} of {len(items)}" for i in range(len(items))], role)
         at_once = _at_once(engine)
         turns = (
             (slice(start, min(start + at_once, len(items))), Products(engine, items[start : start + at_once], role))

@@ -26,7 +26,7 @@ from harness import Bench
 
 import gradindex
 from gradindex.factors import Formed, Gradients
-from gradindex.gradients import Engine
+from gradindex.gradients import Engine, check_routes
 from gradindex.projection import Projection
 from gradindex.projection.kronecker import sizes
 from gradindex.rows import RowMaker
@@ -80,7 +80,7 @@ class Contestants:
     def rows(self, task: gradindex.Task, projection: Projection, norms: Any) -> Callable[[], Any]:
         """Rows of the batch; a fitted projection gets random orthonormal bases."""
         engine = Engine(task, self.precision)
-        engine.__enter__().check_routes()
+        check_routes(engine.__enter__())
         generator = np.random.default_rng(0)
         bases = {
             (0, number): tuple(
@@ -97,7 +97,7 @@ class Contestants:
     def products(self) -> Callable[[], Any]:
         """Exact scores of the batch against one query whose gradients are there."""
         engine = Engine(self.whole, self.precision)
-        engine.__enter__().check_routes()
+        check_routes(engine.__enter__())
         query = [Formed(torch.randn(1, layer.d_out, layer.d_in)) for layer in engine.layers]
 
         def run() -> torch.Tensor:

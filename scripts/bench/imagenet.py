@@ -30,7 +30,7 @@ from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import gradindex
-from gradindex.gradients import Engine
+from gradindex.gradients import Engine, check_routes
 from gradindex.projection import Projection
 from gradindex.rows import RowMaker
 
@@ -60,7 +60,7 @@ def contestants(folder: Path, pixels: int) -> dict[str, Callable[[], Any]]:
         layers="fc",
     )
     engine = Engine(task)
-    engine.__enter__().check_routes()
+    check_routes(engine.__enter__())
     maker, items = RowMaker(engine, Projection(dim=PAPERS_DIM)), task.examples(range(BATCH))
     batch = normalised(pictures, model)
     last = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)

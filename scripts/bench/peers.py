@@ -29,7 +29,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradindex
-from gradindex.gradients import Engine
+from gradindex.gradients import Engine, check_routes
 from gradindex.projection import Projection
 from gradindex.rows import RowMaker
 
@@ -54,7 +54,7 @@ def make_task(folder: Path, n: int) -> gradindex.Task:
 def ours(task: gradindex.Task, precision: Any) -> Callable[[], Any]:
     """Rows of all examples, in batches."""
     engine = Engine(task, precision)
-    engine.__enter__().check_routes()
+    check_routes(engine.__enter__())
     maker = RowMaker(engine, Projection(dim=DIM))
 
     def run() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 import gradindex
 from gradindex.cli import main
 from gradindex.errors import ArgumentError, OutOfMemoryError
-from gradindex.gradients import Engine, Products
+from gradindex.gradients import Engine, Products, check_routes
 from gradindex.memory import batch_size_for, parse_bytes, peak_bytes
 from gradindex.projection import Projection
 
@@ -158,7 +158,7 @@ def test_a_build_keeps_to_its_budget(task, tmp_path, projection):
     assert sizes[1] == 1
     assert 1 < sizes[1 << 18] < sizes[1 << 34] == 256
     with Engine(task) as engine:
-        engine.check_routes()
+        check_routes(engine)
         largest, seen = 0, []
 
         def once(items):

@@ -13,7 +13,7 @@ from toys import Towers
 
 import gradindex
 from gradindex.checkpoint import Checkpoint
-from gradindex.gradients import Engine
+from gradindex.gradients import Engine, check_routes
 from gradindex.projection import Projection
 
 
@@ -39,7 +39,7 @@ def pictures(folder, **options):
 def test_the_backward_pass_computes_no_weight_gradient(tmp_path):
     task = pictures(tmp_path)
     with Engine(task) as engine:
-        engine.check_routes()
+        check_routes(engine)
         assert all(layer.hooked for layer in engine.layers)
         with Recorded() as recorded:
             engine.run(0, list(task.train), lambda number, gradients: None)
@@ -58,7 +58,7 @@ def test_no_graph_is_kept_below_the_first_tracked_layer(tmp_path, layers, expect
     for place in (0, 4, 6):
         task.model[place].register_forward_hook(lambda module, args, output: None)
     with Engine(task) as engine:
-        engine.check_routes()
+        check_routes(engine)
         # Registered last, so that it sees what the engine's own hook hands on.
         handles = [
             task.model[place].register_forward_hook(lambda module, args, output: grown.append(output.requires_grad))
@@ -74,7 +74,7 @@ def test_towers_side_by_side_each_begin_a_graph_of_their_own(tmp_path):
     task = toys.make_task(tmp_path, Towers())
     inputs = []
     with Engine(task) as engine:
-        engine.check_routes()
+        check_routes(engine)
         for tower in (task.model.left, task.model.right):
             tower.register_forward_pre_hook(lambda module, args: inputs.append(args[0].requires_grad))
         with Recorded() as recorded:
@@ -115,7 +115,7 @@ def test_factors_are_consumed_while_the_backward_pass_runs(tmp_path):
     model = nn.Sequential(nn.Linear(6, 5), Between(events), nn.Tanh(), nn.Linear(5, 3))
     task = toys.make_task(tmp_path, model)
     with Engine(task) as engine:
-        engine.check_routes()
+        check_routes(engine)
         events.clear()
         engine.run(0, list(task.train), lambda number, gradients: events.append(engine.layers[number].name))
     assert events == ["3", "between", "0"]
@@ -139,7 +139,7 @@ def test_each_example_is_read_once_but_for_spot_checks_and_each_checkpoint_once(
 
     monkeypatch.setattr(Checkpoint, "read", counted)
     with Engine(task) as engine:
-        engine.check_routes()
+        check_routes(engine)
     spent = len(reads)
     reads.clear()
     loads.clear()

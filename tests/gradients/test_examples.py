@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import gradindex
 from gradindex.errors import LossError, MismatchError, NonFiniteGradientError, TaskError
-from gradindex.gradients import Engine
+from gradindex.gradients import Engine, check_routes
 from gradindex.projection import Projection
 from gradindex.spotcheck import SpotCheck
 
@@ -313,7 +313,7 @@ def test_a_loss_without_any_gradient_is_refused(tmp_path, options, message):
 def test_computing_in_float64_for_a_while_leaves_an_engine_as_it_was(tmp_path):
     task = toys.make_task(tmp_path)
     with Engine(task) as engine:
-        engine.check_routes()
+        check_routes(engine)
         items = list(task.train)
         losses, norms = engine.norms(0, items)
         state = engine.states[0]

@@ -13,7 +13,7 @@ from toys import TimeMajor
 
 import gradindex
 from gradindex.errors import LossError, TaskError
-from gradindex.gradients import Engine
+from gradindex.gradients import Engine, check_routes
 
 N_TRAIN, N_QUERY = 12, 4
 
@@ -217,7 +217,7 @@ def test_a_first_axis_that_was_the_example_in_the_check_alone_stops_the_build(tm
     task.train.tensors[0][unlooked, 0] *= -1
     task.query.tensors[0][:, 0].abs_()
     with Engine(task) as engine:
-        engine.check_routes()
+        check_routes(engine)
         assert [layer.route for layer in engine.layers] == ["linear"]
         with pytest.raises(
             TaskError, match="first saw 63 rows for 64 examples, though each example was a row of its own"

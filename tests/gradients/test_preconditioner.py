@@ -10,7 +10,7 @@ import toys
 
 import gradindex
 from gradindex.errors import CheckpointError, MismatchError, TaskError
-from gradindex.gradients import Engine, Products
+from gradindex.gradients import Engine, Products, check_routes
 from gradindex.projection import Projection
 
 
@@ -58,7 +58,7 @@ def test_rows_and_self_influence_stay_consistent(task, tmp_path):
 def test_exact_products_form_the_gradients_of_queries_alone(task, monkeypatch):
     expected = gradindex.exact_scores(task, list(task.query), precision="float64")
     with Engine(task, "float64") as engine:
-        engine.check_routes()
+        check_routes(engine)
         products = Products(engine, list(task.query), "query")
         monkeypatch.setattr(Engine, "_precondition", None)
         (found,) = products.of(list(task.train))

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 from toys import Attentive, Cubic, Once, Recurrent, Twice
 
 import gradindex
-from gradindex.gradients import Engine, Products
+from gradindex.gradients import Engine, Products, check_routes
 
 
 def truth_of(task, count):
@@ -35,7 +35,7 @@ def test_each_way_equals_autograd(tmp_path, case, count):
     truth, scale = truth_of(task, count)
     assert np.all(np.abs(found - truth) <= 1e-10 * scale)
     with Engine(task, "float64") as engine:
-        engine.check_routes()
+        check_routes(engine)
         assert Products(engine, [task.query[i] for i in range(count)], "query").route == (
             "gradients" if count == 20 else route
         )
@@ -45,7 +45,7 @@ def test_an_lstm_in_float32_takes_the_second_way(tmp_path):
     # Its fused kernel, for float32 alone, has no forward-mode rule.
     task = toys.make_task(tmp_path, Recurrent("LSTM"), shape=(4, 6))
     with Engine(task) as engine:
-        engine.check_routes()
+        check_routes(engine)
         products = Products(engine, [task.query[0]], "query")
         (found,) = products.of(list(task.train))
     truth, scale = truth_of(task, 1)
@@ -56,7 +56,7 @@ def test_an_lstm_in_float32_takes_the_second_way(tmp_path):
 def test_no_example_has_a_gradient_of_its_own_for_a_few_queries(tmp_path, monkeypatch):
     task = toys.make_task(tmp_path, Recurrent("GRU"), shape=(4, 6))
     with Engine(task, "float64") as engine:
-        engine.check_routes()
+        check_routes(engine)
         products = Products(engine, [task.query[0]], "query")
         for name in ("vmap_gradients", "loop_gradients"):
             monkeypatch.setattr(f"gradindex.gradients.engine.{name}", None)

@@ -19,7 +19,7 @@ import gradindex
 from gradindex.checkpoint import find_checkpoints
 from gradindex.cli import main
 from gradindex.errors import CheckpointError, MismatchError, TaskError
-from gradindex.gradients import Engine
+from gradindex.gradients import Engine, check_routes
 from gradindex.recorder import RECORD_KEY
 
 FROZEN = "frozen: requires_grad is False"
@@ -338,7 +338,7 @@ def test_low_rank_factors_beside_frozen_layers_and_integers(tmp_path):
     assert tracked(task)[0] == ["0.down.weight", "0.up.weight"]
     agree_names = {"0.down.weight": 0.1, "0.up.weight": 0.1}
     with Engine(task, "float64") as engine:
-        engine.check_routes()
+        check_routes(engine)
         assert {layer.route for layer in engine.layers} == {"linear"}
     expected = expected_of(task, agree_names)
     np.testing.assert_allclose(scores(task), expected, rtol=1e-8, atol=1e-10 * np.abs(expected).max())
@@ -379,7 +379,7 @@ def test_second_moments_are_asked_of_trained_parameters_alone(tmp_path):
         recorder.save()
     task = gradindex.Task(model, toys.cross_entropy, train, find_checkpoints(tmp_path), preconditioner="adam")
     with Engine(task, "float64") as engine:
-        engine.check_routes()
+        check_routes(engine)
         assert engine.parameters == ["2.weight", "2.bias", "4.weight", "4.bias"]
         assert [engine.learning_rates[c]["2.weight"] for c in (0, 1)] == [0.0, 0.01]
     assert np.isfinite(scores(task)).all()

@@ -12,7 +12,7 @@ from toys import Attentive, Cubic, Once, Recurrent, Twice
 
 import gradindex
 from gradindex.errors import ArgumentError
-from gradindex.gradients import Engine, Products
+from gradindex.gradients import Engine, Products, check_routes
 from gradindex.projection import Projection
 
 
@@ -99,7 +99,7 @@ def test_a_group_on_every_route_has_the_weighted_sum_of_its_queries(tmp_path, ca
 def test_the_routes_above_are_those_that_they_are_named_for(tmp_path, case, route):
     task = MODELS[case](tmp_path)
     with Engine(task, "float64") as engine:
-        engine.check_routes()
+        check_routes(engine)
         assert Products(engine, [task.query[0]], "query").route == route
         assert any(not layer.hooked for layer in engine.layers)
 

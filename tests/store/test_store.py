@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 import gradindex
 from gradindex import building, files
 from gradindex.errors import ArgumentError, MismatchError, NonFiniteGradientError, StoreError, UserCodeError
-from gradindex.gradients import Engine
+from gradindex.gradients import Engine, check_routes
 from gradindex.projection import Projection
 
 OPTIONS = {"projection": Projection(dim=8), "batch_size": 2, "shard_rows": 4}
@@ -72,21 +72,21 @@ def test_an_interrupted_build_goes_on_and_ends_as_if_nothing_had_happened(task, 
     monkeypatch.setattr(gradindex.Task, "check_reads_repeat", lambda self: None)
     monkeypatch.setattr(gradindex.Task, "data_fingerprint", lambda self: "always the same")
     whole = gradindex.build(task, tmp_path / "whole", **OPTIONS)
-    data, check = Counted(task.train), Engine.check_routes
+    data = Counted(task.train)
 
-    def checked(self, ids=None):
-        check(self, ids)
+    def checked(engine):
+        check_routes(engine)
         data.bad, data.reads = 9, []  # the check has read it: the drive goes later
 
-    monkeypatch.setattr(Engine, "check_routes", checked)
+    monkeypatch.setattr("gradindex.filling.check_routes", checked)
     with pytest.raises(UserCodeError, match="Reading training example 9 failed: OSError: the network drive is gone"):
         gradindex.build(replace(task, train=data), tmp_path / "store", **OPTIONS)
     with pytest.raises(StoreError, match=r"has not finished \(2 of 3 shards\)"):
         gradindex.GradientStore(tmp_path / "store")
-    monkeypatch.setattr(Engine, "check_routes", check)
+    monkeypatch.setattr("gradindex.filling.check_routes", check_routes)
     with Engine(replace(task, train=data)) as engine:
         data.bad, data.reads = None, []
-        engine.check_routes()
+        check_routes(engine)
     checking = len(data.reads)
     data.reads = []
     store = gradindex.build(replace(task, train=data), tmp_path / "store", **OPTIONS)

@@ -26,7 +26,7 @@ from torch.utils.data import TensorDataset
 import gradindex
 from gradindex.digests import digest
 from gradindex.errors import TaskError
-from gradindex.gradients import Engine
+from gradindex.gradients import Engine, check_routes
 from gradindex.tree import map_tensors, shapes, tensors
 
 X, Y = torch.arange(6.0).reshape(2, 3), torch.tensor([1, 2])
@@ -490,7 +490,7 @@ def test_what_cannot_be_cut_into_examples_takes_the_loop(tmp_path, kind):
         tmp_path, Reader(), loss=loss, train=train, query=None, collate=functools.partial(collated, kind),
     )  # fmt: skip
     with Engine(task, "float64") as engine:
-        engine.check_routes()
+        check_routes(engine)
         routes = {layer.name: layer.route for layer in engine.layers}
         assert {route for name, route in routes.items() if name.startswith("lstm")} == {"loop"}
     found = gradindex.exact_scores(task, train, precision="float64")
@@ -516,7 +516,7 @@ def test_batches_that_can_be_cut_still_take_vmap(tmp_path):
         collate=lambda items: Frozen(torch.stack([i.x for i in items]), torch.stack([i.y for i in items])),
     )  # fmt: skip
     with Engine(task) as engine:
-        engine.check_routes()
+        check_routes(engine)
         assert {layer.route for layer in engine.layers if layer.name.startswith("lstm")} == {"vmap"}
 
 
