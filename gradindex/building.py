@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,16 @@ from .rows import FITTED_TO, RowMaker, describe, fit_bases, memory_of_pass, pick
 from .store import (
     GradientStore,
     Job,
+    Manifest,
     Part,
+    RowMap,
     check_part,
     check_room,
     check_row_type,
     claimed,
-    differences,
     factor_bytes,
-    fingerprint,
     free_bytes,
     number_bytes,
-    runs,
     shard_bytes,
     share,
     take_ended_plan,
@@ -147,14 +145,14 @@ def estimate(task: Task, out: str | os.PathLike[str], *, part: Part | None = Non
         batch_size = chosen.batch_size or largest_batch(fixed, each, budget)
         plan = planned(task.train_ids, _rows_a_shard(chosen, task, batch_size))
         disk = left = shard_bytes(described, plan, columns)
-        rows, done = sum(runs.count(shard["ids"]) for shard in share(plan, part)), 0
+        rows, done = sum(shard.rows for shard in share(plan, part)), 0
         to_fit = projection.fitted and chosen.bases_from is None
         if GradientStore.complete(folder):
             _check_built(GradientStore(folder), described, engine)
             left, done, to_fit = 0, rows, False
         elif (job := Job.pending(folder)) is not None:
-            job.check_same(described)
-            batch_size, left, (done, rows) = job.after["batch_size"], job.bytes_missing(columns), job.rows_done(part)
+            job.check_same(described, task.data_fingerprint())
+            batch_size, left, (done, rows) = job.after.batch_size, job.bytes_missing(columns), job.rows_done(part)
             to_fit = False
         # Bases that are not fitted yet are as large as random ones.
         maker = RowMaker(engine, projection.unfitted, None, norms, chosen.unit_norm, chosen.factors is not None)
@@ -162,7 +160,7 @@ def estimate(task: Task, out: str | os.PathLike[str], *, part: Part | None = Non
         return Estimate(
             rows=rows,
             rows_done=done,
-            dim=described["dim"],
+            dim=described.dim,
             row_bytes=disk // len(task.train_ids),
             factor_bytes=factor_bytes(described, 1),
             disk_bytes=disk,
@@ -232,23 +230,21 @@ def _build(task: Task, folder: Path, part: Part | None, options: _Options) -> No
                 job.finish()
 
 
-def _described(task: Task, engine: Engine, options: _Options) -> tuple[Projection, dict[str, Any]]:
+def _described(task: Task, engine: Engine, options: _Options) -> tuple[Projection, Manifest]:
     """The map with its size, and what the manifest will say as far as it is known before bases are fitted."""
     projection = options.projection or Projection()
     projection = projection.resolved(engine.n_checkpoints, *number_bytes(options.row_type))
-    return projection, {
-        "task": task.name,
-        "map": describe(engine, projection, options.unit_norm),
-        "tracked": engine.tracked.described,
-        "dim": projection.block_dim(engine.layers) * engine.n_checkpoints,
-        "row_type": options.row_type,
-        "factors": options.factors,
-        "self_influence": options.self_influence,
-        "columns": task.column_types(),
-        "next_id": task.n_train,
-        "data": task.data_fingerprint(),
-        "removed": [],
-    }
+    return projection, Manifest(
+        task=task.name,
+        map=describe(engine, projection, options.unit_norm),
+        tracked=engine.tracked.described,
+        dim=projection.block_dim(engine.layers) * engine.n_checkpoints,
+        row_type=options.row_type,
+        factors=options.factors,
+        self_influence=options.self_influence,
+        columns=task.column_types(),
+        next_id=task.n_train,
+    )
 
 
 def _rows_a_shard(options: _Options, task: Task, batch_size: int) -> int:
@@ -257,12 +253,12 @@ def _rows_a_shard(options: _Options, task: Task, batch_size: int) -> int:
 
 
 def _begin_build(
-    task: Task, folder: Path, engine: Engine, projection: Projection, options: _Options, described: dict[str, Any]
+    task: Task, folder: Path, engine: Engine, projection: Projection, options: _Options, described: Manifest
 ) -> Job:
-    columns = partial(task.column_arrays, "train")
+    columns, data = partial(task.column_arrays, "train"), task.data_fingerprint()
     if Job.pending(folder) is not None:
-        job = Job.begin(folder, "build", described, [])  # its own plan holds
-        begun = job.after["batch_size"]
+        job = Job.begin(folder, "build", described, data, [])  # its own plan holds
+        begun = job.after.batch_size
         if options.batch_size not in (None, begun):
             raise MismatchError(
                 f"{folder} holds a build that was begun with batch_size {begun}, but {options.batch_size} is asked "
@@ -275,34 +271,32 @@ def _begin_build(
     if batch_size is None:
         batch_size = pick_batch_size(engine, projection, norms, options.memory)
     shard_rows = _rows_a_shard(options, task, batch_size)
-    described["map"] |= {"bases": None, "fitted_to": None}
+    rows = described.map
     if options.bases_from is not None:
-        described["map"] |= _bases_of(GradientStore(options.bases_from), folder, described)
+        rows = _with_bases_of(GradientStore(options.bases_from), folder, rows)
     elif projection.fitted:
         fitted = fit_bases(engine, projection, batch_size, task.n_train)
-        described["map"] |= {"bases": write_bases(folder, fitted), "fitted_to": task.n_train}
-    described |= {"fingerprint": fingerprint(described["map"]), "batch_size": batch_size, "shard_rows": shard_rows}
-    described |= {"threads": torch.get_num_threads()}
-    return Job.begin(folder, "build", described, planned(task.train_ids, shard_rows))
+        rows = replace(rows, bases=write_bases(folder, fitted), fitted_to=task.n_train)
+    after = replace(described, map=rows, batch_size=batch_size, shard_rows=shard_rows, threads=torch.get_num_threads())
+    return Job.begin(folder, "build", after, data, planned(task.train_ids, shard_rows))
 
 
-def _bases_of(other: GradientStore, folder: Path, described: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a map that says which bases are used, those of another store, which are copied."""
+def _with_bases_of(other: GradientStore, folder: Path, rows: RowMap) -> RowMap:
+    """A map that takes the bases of another store, which are copied."""
     bases = other.bases()
-    differing = differences(other.manifest, {"map": described["map"] | {"bases": other.manifest["map"]["bases"]}})
-    differing = [name for name in differing if name != "fitted_to"]
+    differing = other.manifest.map.differences(rows, bases=False)
     if bases is None or differing:
         raise MismatchError(
             f"{other.folder} has no bases for {folder}: {'; '.join(differing or ['projection'])} differ. "
             "Give a store that was built with the same task and a fitted projection."
         )
-    return {"bases": write_bases(folder, bases), "fitted_to": other.manifest["map"]["fitted_to"]}
+    return replace(rows, bases=write_bases(folder, bases), fitted_to=other.manifest.map.fitted_to)
 
 
-def _check_built(store: GradientStore, described: Mapping[str, Any], engine: Engine) -> None:
+def _check_built(store: GradientStore, described: Manifest, engine: Engine) -> None:
     """A finished build is left as it is, if it is this one."""
-    task, stored, stored_map = engine.task, store.manifest["next_id"], store.manifest["map"]
-    differing = differences(store.manifest, described)
+    task, stored = engine.task, store.manifest.next_id
+    differing = store.manifest.differences(described)
     grown = stored < task.n_train and not differing
     if stored != task.n_train:
         differing.insert(0, f"data length ({stored} stored, {task.n_train} now)")
@@ -312,5 +306,5 @@ def _check_built(store: GradientStore, described: Mapping[str, Any], engine: Eng
     raise MismatchError(
         f"{store.folder} holds a build of another task: {'; '.join(differing)} differ. "
         f"Choose another folder, or delete this one.{' To add training examples: gradindex add.' if grown else ''}"
-        f"{hint_at_frozen(stored_map, engine)}"
+        f"{hint_at_frozen(store.manifest.map, engine)}"
     )

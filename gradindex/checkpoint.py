@@ -87,14 +87,14 @@ class Loaded:
         return _moments(self.checkpoint, self.record, list(self.tensors))
 
     def described(self) -> dict[str, Any]:
-        """What of the file a store must remember, as JSON."""
+        """What of the file a store must remember."""
         found: dict[str, Any] = {"sha256": self.sha256}
         for name in ("key", "prefix"):
             if getattr(self.checkpoint, name) is not None:
                 found[name] = getattr(self.checkpoint, name)
         for name in ("filled", "passed_over"):
             if getattr(self, name):
-                found[name] = sorted(getattr(self, name))
+                found[name] = tuple(sorted(getattr(self, name)))
         return found
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,19 +16,19 @@ from .gradients import Engine, Tracked, check_routes
 from .index import require
 from .matching import check_losses
 from .progress import note, progress
-from .projection import Bases, Projection
+from .projection import Bases
 from .reading import read, reading_processes
-from .rows import RowBatch, RowMaker
+from .rows import RowBatch, RowMaker, projection_of
 from .spotcheck import SpotCheck
-from .store import GradientStore, Job, Part, read_bases, runs
+from .store import GradientStore, Job, Manifest, Part, PlannedShard, read_bases, runs
 from .task import Task, sampled
 from .tree import preserved_random_state
 
 
-def planned(ids: NDArray[np.int64], shard_rows: int) -> list[dict[str, Any]]:
+def planned(ids: NDArray[np.int64], shard_rows: int) -> list[PlannedShard]:
     """A plan of shards for ascending ids (m,)."""
     pieces = (ids[start : start + shard_rows] for start in range(0, len(ids), shard_rows))
-    return [{"ids": runs.to_runs(piece).tolist(), "sources": []} for piece in pieces]
+    return [PlannedShard(runs.to_runs(piece).tolist()) for piece in pieces]
 
 
 @contextmanager
@@ -65,16 +64,15 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def row_maker(engine: Engine, manifest: Mapping[str, Any], bases: Bases | None, first: int = 0) -> RowMaker:
+def row_maker(engine: Engine, manifest: Manifest, bases: Bases | None, first: int = 0) -> RowMaker:
     """Makes rows as a manifest says; ``first`` as in :class:`RowMaker`."""
-    described = manifest["map"]
     return RowMaker(
         engine,
-        Projection(**described["projection"]),
+        projection_of(manifest.map),
         bases,
-        manifest["self_influence"],
-        described["unit_norm"] and first == 0,  # blocks that are added get their norm with the others
-        manifest["factors"] is not None,
+        manifest.self_influence,
+        manifest.map.unit_norm and first == 0,  # blocks that are added get their norm with the others
+        manifest.has_factors,
         first,
     )
 
@@ -83,7 +81,7 @@ def fill(
     job: Job, engine: Engine, task: Task, workers: int, part: Part | None = None, beside: GradientStore | None = None
 ) -> None:
     """Compute the missing shards of a job, the whole or the blocks that go beside those of a store."""
-    digest, first = job.after["map"]["bases"], 0 if beside is None else beside.n_checkpoints
+    digest, first = job.after.map.bases, 0 if beside is None else beside.n_checkpoints
     bases = None if digest is None else read_bases(job.folder, digest)
     maker = row_maker(engine, job.after, bases, first)
     check_losses(engine, job.made(16), first, job.folder)
@@ -92,12 +90,12 @@ def fill(
     if done:
         note(f"{job.folder}: going on, {done:,} of {total:,} rows are there")
     with (
-        threads(job.after["threads"]),
+        threads(job.after.threads),
         reading_processes(),
         progress("gradients", total, "rows", done) as advance,
     ):
         for missing in job.missing(part):
-            ids = runs.to_ids(missing["ids"])
+            ids = runs.to_ids(missing.ids)
             samples: list[tuple[int, str]] = []
             with job.shard(missing, task.column_arrays("train", ids), samples) as writer:
                 for some, batch in batches(maker, task, ids, job.after, workers, samples):
@@ -110,11 +108,11 @@ def _beside(store: GradientStore, ids: NDArray[np.int64], later: RowBatch) -> Ro
     """What a store has of some examples, with the blocks of later checkpoints after its own."""
     rows, new = store.rows(ids), later.rows
     norms = np.concatenate([store.self_influence(ids), later.self_influence], 1)
-    if store.manifest["map"]["unit_norm"]:
+    if store.manifest.map.unit_norm:
         whole = np.where(norms.sum(1) > 0, norms.sum(1), 1.0)
         rows = rows * np.sqrt(norms[:, : store.n_checkpoints].sum(1) / whole).astype(np.float32)[:, None]
         new = new / np.sqrt(whole).astype(np.float32)[:, None]
-    factors = {} if store.manifest["factors"] is None else store.factors(ids)
+    factors = store.factors(ids) if store.has_factors else {}
     losses = np.concatenate([store.losses(ids), later.losses], 1)
     return RowBatch(np.concatenate([rows, new], 1), norms, losses, {**factors, **later.factors})
 
@@ -123,7 +121,7 @@ def batches(
     maker: RowMaker,
     task: Task,
     ids: NDArray[np.int64],
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     workers: int,
     samples: list[tuple[int, str]],
 ) -> Iterator[tuple[NDArray[np.int64], RowBatch]]:
@@ -131,7 +129,7 @@ def batches(
     wanted = set(sampled(ids).tolist())
     spot_check = SpotCheck(maker, task, ids)
     start = 0
-    for items in read(task, ids, manifest["batch_size"], workers):
+    for items in read(task, ids, manifest.batch_size, workers):
         some = ids[start : start + len(items)]
         start += len(items)
         read_now = zip(some, items, strict=True)

@@ -15,15 +15,13 @@ from .files import storing
 from .filling import batches, fill, planned, row_maker, running, threads
 from .gradients import Engine, continued
 from .matching import check_task
-from .projection import Projection
 from .reading import check_workers, reading_processes
-from .rows import describe, fit_bases
+from .rows import describe, fit_bases, projection_of
 from .store import (
     GradientStore,
     Job,
     changing,
     digest_of_bases,
-    fingerprint,
     kept,
     live_plan,
     rewritten,
@@ -61,16 +59,17 @@ def add(
     check_workers(workers)
     with changing(folder, "add") as store:
         manifest = store.manifest
-        with running(task, manifest["map"]["precision"], device, channels_last, manifest["batch_size"]) as engine:
+        precision = manifest.map.precision
+        with running(task, precision, device, channels_last, manifest.batch_size) as engine:
             check_task(store, engine)
             _check_columns(store, task)
-            first = manifest["next_id"]
+            first = manifest.next_id
             if first == task.n_train:
                 return store
             new = task.train_ids[task.train_ids >= first]
-            after = {**kept(store), "next_id": task.n_train, "data": task.data_fingerprint(new)}
-            plan = planned(new, manifest["shard_rows"])
-            job = Job.begin(store.folder, "add", after, plan, manifest["shards"])
+            after, data = replace(kept(store), next_id=task.n_train), task.data_fingerprint(new)
+            plan = planned(new, manifest.shard_rows)
+            job = Job.begin(store.folder, "add", after, data, plan, manifest.shards)
             fill(job, engine, task, workers)
             job.finish()
     return GradientStore(folder)
@@ -102,7 +101,7 @@ def add_checkpoint(
     check_workers(workers)
     with changing(folder, "add-checkpoint") as store:
         manifest, n = store.manifest, store.n_checkpoints
-        precision, batch_size = manifest["map"]["precision"], manifest["batch_size"]
+        precision, batch_size = manifest.map.precision, manifest.batch_size
         earlier = replace(task, checkpoints=task.checkpoints[:n])
         with running(earlier, precision, device, channels_last, batch_size) as engine:
             check_task(store, engine)
@@ -116,20 +115,20 @@ def add_checkpoint(
         later = replace(task, checkpoints=task.checkpoints[n:])
         tracked = continued(task, names, n)
         with running(later, precision, device, channels_last, batch_size, tracked) as engine:
-            projection = Projection(**manifest["map"]["projection"])
-            described = describe(engine, projection, manifest["map"]["unit_norm"])
-            if described["layers"] != manifest["map"]["layers"]:
+            projection = projection_of(manifest.map)
+            described = describe(engine, projection, manifest.map.unit_norm)
+            if described.layers != manifest.map.layers:
                 raise MismatchError(
                     f"The new checkpoints of {store.folder} need other routes for the layers. Build a new store."
                 )
-            map_ = {**manifest["map"], "checkpoints": manifest["map"]["checkpoints"] + described["checkpoints"]}
+            longer = replace(manifest.map, checkpoints=manifest.map.checkpoints + described.checkpoints)
             if projection.fitted and Job.pending(store.folder) is None:
-                fitted = fit_bases(engine, projection, manifest["batch_size"], map_["fitted_to"], first=n)
-                map_["bases"] = write_bases(store.folder, {**(store.bases() or {}), **fitted})
-            block_dim = manifest["dim"] // n
-            after = {**kept(store), "map": map_, "fingerprint": fingerprint(map_), "removed": []}
-            after |= {"dim": block_dim * (n + engine.n_checkpoints), "data": None}
-            job = Job.begin(store.folder, "add-checkpoint", after, live_plan(store))
+                fitted = fit_bases(engine, projection, manifest.batch_size, longer.fitted_to or 0, first=n)
+                bases = write_bases(store.folder, {**(store.bases() or {}), **fitted})
+                longer = replace(longer, bases=bases)
+            dim = manifest.dim // n * (n + engine.n_checkpoints)
+            after = replace(kept(store), map=longer, removed=(), dim=dim)
+            job = Job.begin(store.folder, "add-checkpoint", after, None, live_plan(store))
             fill(job, engine, later, workers, beside=store)
             job.finish()
     return GradientStore(folder)
@@ -166,7 +165,8 @@ def repair(
         damaged, basis = list(store.damaged()), _damaged_bases(store)
         if not damaged and basis is None:
             return []
-        with running(task, manifest["map"]["precision"], device, channels_last, manifest["batch_size"]) as engine:
+        precision = manifest.map.precision
+        with running(task, precision, device, channels_last, manifest.batch_size) as engine:
             intact = store.without([number for number, _ in damaged])
             check_task(intact, engine)
             _check_columns(intact, task)
@@ -177,7 +177,7 @@ def repair(
             for number, problem in damaged:
                 columns = partial(task.column_arrays, "train")
                 with (
-                    threads(manifest["threads"]),
+                    threads(manifest.threads),
                     reading_processes(),
                     rewritten(store, number, columns, task.sample_digests) as (ids, writer),
                 ):
@@ -190,10 +190,10 @@ def repair(
 def _refit(store: GradientStore, engine: Engine, problem: str) -> None:
     """Fit the bases again, with the examples that they were fitted to."""
     manifest = store.manifest
-    projection, n = Projection(**manifest["map"]["projection"]), manifest["map"]["fitted_to"]
-    with threads(manifest["threads"]):
-        fitted = fit_bases(engine, projection, manifest["batch_size"], n)
-    if digest_of_bases(fitted) != manifest["map"]["bases"]:
+    projection, n = projection_of(manifest.map), manifest.map.fitted_to or 0
+    with threads(manifest.threads):
+        fitted = fit_bases(engine, projection, manifest.batch_size, n)
+    if digest_of_bases(fitted) != manifest.map.bases:
         raise StoreError(f"{problem} Fitting them again gives others, on this machine or with this version of torch.")
     with storing(store.folder):
         write_bases(store.folder, fitted)
@@ -201,8 +201,8 @@ def _refit(store: GradientStore, engine: Engine, problem: str) -> None:
 
 def _check_columns(store: GradientStore, task: Task) -> None:
     """Columns must be the same, and have the values that are stored, as far as some tell."""
-    types, ids = task.column_types(), store.spread_ids(64)
-    differing = [name for name in {**types, **store.manifest["columns"]} if types.get(name) != _type_of(store, name)]
+    types, stored, ids = task.column_types(), store.manifest.columns, store.spread_ids(64)
+    differing = [name for name in {**types, **stored} if types.get(name) != stored.get(name)]
     if not differing:
         now = task.column_arrays("train", ids)
         differing = [name for name in types if not _equal(now[name], store.column_as_stored(name, ids))]
@@ -214,11 +214,6 @@ def _check_columns(store: GradientStore, task: Task) -> None:
 
 def _equal(one: NDArray[Any], other: NDArray[Any]) -> bool:
     return np.array_equal(one, other, equal_nan=one.dtype.kind == other.dtype.kind and one.dtype.kind in "fM")
-
-
-def _type_of(store: GradientStore, name: str) -> str | None:
-    found: str | None = store.manifest["columns"].get(name)
-    return found
 
 
 def _damaged_bases(store: GradientStore) -> str | None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import MismatchError
 from .gradients import HALF, Engine
-from .projection import Projection
-from .rows import describe
-from .store import GradientStore, differences
+from .rows import describe, projection_of
+from .store import GradientStore, RowMap
 
 # Examples whose losses are compared.
 _COMPARED = 16
@@ -31,11 +30,11 @@ def check_task(store: GradientStore, engine: Engine) -> None:
     Raises:
         MismatchError: says what differs.
     """
-    task, stored = engine.task, store.manifest["map"]
-    now = describe(engine, Projection(**stored["projection"]), stored["unit_norm"])
-    differing = differences(store.manifest, {"map": now | {"precision": stored["precision"]}})
-    if store.manifest["next_id"] > task.n_train:
-        differing.append(f"data length ({store.manifest['next_id']} stored, {task.n_train} now)")
+    task, stored = engine.task, store.manifest.map
+    now = replace(describe(engine, projection_of(stored), stored.unit_norm), precision=stored.precision)
+    differing = stored.differences(now, bases=False)
+    if store.manifest.next_id > task.n_train:
+        differing.append(f"data length ({store.manifest.next_id} stored, {task.n_train} now)")
     elif not differing:
         changed = task.differing(store.samples())
         if changed:
@@ -46,13 +45,13 @@ def check_task(store: GradientStore, engine: Engine) -> None:
             f"Use the task that the store was built from, or build a new store.{hint_at_frozen(stored, engine)}"
         )
     ids = store.spread_ids(_COMPARED)
-    rough = stored["precision"] in HALF
+    rough = stored.precision in HALF
     check_losses(engine, list(zip(ids.tolist(), store.losses(ids), strict=True)), 0, store.folder, rough)
 
 
-def hint_at_frozen(stored: Mapping[str, Any], engine: Engine) -> str:
+def hint_at_frozen(stored: RowMap, engine: Engine) -> str:
     """A sentence more for a store that tracks what a task without ``layers`` leaves out, as all did by default once."""
-    names = [name for layer in stored["layers"] for name in layer["parameters"]]
+    names = [name for layer in stored.layers for name in layer.parameters]
     frozen = set(names) - set(engine.parameters)
     if engine.task.layer_patterns is not None or not frozen or not set(engine.parameters) <= set(names):
         return ""

@@ -19,6 +19,7 @@ from .gradients import Engine, blamed, non_finite
 from .memory import LARGEST_TRIED, available_bytes, batch_size_for, in_halves, pass_bytes
 from .progress import progress
 from .projection import Bases, Fit, Projection, Share, hash64, key
+from .store import RowMap, StoredCheckpoint, StoredLayer, StoredProjection
 
 # Of how many examples, at most, bases are fitted to the gradients.
 FITTED_TO = 2000
@@ -282,31 +283,32 @@ def _hungriest(engine: Engine, projection: Projection, norms: Norms) -> Callable
     return action
 
 
-def describe(engine: Engine, projection: Projection, unit_norm: bool = False) -> dict[str, Any]:
-    """Everything that rows depend on, as JSON: two rows compare only when these agree.
+def projection_of(rows: RowMap) -> Projection:
+    """The map that made a store's rows."""
+    stored = rows.projection
+    return Projection(stored.kind, stored.dim, stored.seed)
 
-    Returns:
-        Model, loss, layers, checkpoints, projection and precision.
-    """
+
+def describe(engine: Engine, projection: Projection, unit_norm: bool = False) -> RowMap:
+    """Everything that rows depend on: two rows compare only when these agree. Bases are not known yet."""
     task = engine.task
-    return {
-        "model": [[name, list(x.shape)] for name, x in task.model.state_dict().items() if isinstance(x, Tensor)],
-        "loss": getattr(task.loss, "__qualname__", type(task.loss).__qualname__),
-        "layers": [
-            {"name": x.name, "parameters": list(x.parameters), "shape": [x.d_out, x.d_in], "route": x.route}
-            for x in engine.layers
-        ],
-        "checkpoints": [
-            {
-                **loaded.described(),
-                "step": loaded.checkpoint.step,
-                "weighting": loaded.checkpoint.weight_source,
-                "learning_rates": rates,
-            }
-            for loaded, rates in zip(engine.loaded, engine.learning_rates, strict=True)
-        ],
-        "projection": {"kind": projection.kind, "dim": projection.dim, "seed": projection.seed},
-        "precision": engine.precision,
-        "preconditioner": task.preconditioner,
-        "unit_norm": unit_norm,
-    }
+    layers = (StoredLayer(x.name, x.parameters, x.d_out, x.d_in, x.route) for x in engine.layers)
+    checkpoints = (
+        StoredCheckpoint(
+            **loaded.described(),
+            step=loaded.checkpoint.step,
+            weighting=loaded.checkpoint.weight_source,
+            learning_rates=rates,
+        )
+        for loaded, rates in zip(engine.loaded, engine.learning_rates, strict=True)
+    )
+    return RowMap(
+        model=tuple((name, tuple(x.shape)) for name, x in task.model.state_dict().items() if isinstance(x, Tensor)),
+        loss=getattr(task.loss, "__qualname__", type(task.loss).__qualname__),
+        layers=tuple(layers),
+        checkpoints=tuple(checkpoints),
+        projection=StoredProjection(projection.kind, projection.dim, projection.seed),
+        precision=engine.precision,
+        preconditioner=task.preconditioner,
+        unit_norm=unit_norm,
+    )

@@ -215,9 +215,9 @@ def self_influence(folder: Path, k: int | str | None, where: list[tuple[str, str
                     name: values[place] for name, values in columns.items()
                 }
 
-    precision = store.manifest["map"]["precision"]
+    precision = store.manifest.map.precision
     rough = f" ({precision})" if precision in ("bfloat16", "float16") else ""
-    note = f"{store.manifest['self_influence']}{rough} TracInCP of an example with itself, never negative; "
+    note = f"{store.manifest.self_influence}{rough} TracInCP of an example with itself, never negative; "
     note += "high for mislabelled, rare and ambiguous examples"
 
     def lines() -> Iterator[str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..choices import UNSIZED_PROJECTIONS
 from ..output import printable, table, to_json
 from .main import FOLDER, JSON, PATH, say
+
+if TYPE_CHECKING:
+    from ..store import StoredCheckpoint
 
 
 @click.command()
@@ -26,43 +29,43 @@ def info(folder: Path, as_json: bool) -> None:
     from ..store import GradientStore, asked_again, overview
 
     found = overview(folder)
-    if found["state"] == "complete":
+    if found.complete:
         try:
-            found["search"] = asked_again(lambda: Candidates(GradientStore(folder)).how)
+            found = found.searched(asked_again(lambda: Candidates(GradientStore(folder)).how))
         except IndexFileError as error:
-            found["search"] = f"damaged index: {error}"
+            found = found.searched(f"damaged index: {error}")
     if as_json:
-        click.echo(to_json(found))
+        click.echo(to_json(found.to_json()))
         return
-    described = found["map"]
-    projection = described["projection"]
-    sized = projection["kind"] not in UNSIZED_PROJECTIONS
-    sketch = f", {projection['dim']} a checkpoint, seed {projection['seed']}" if sized else ""
+    manifest = found.manifest
+    projection = manifest.map.projection
+    sized = projection.kind not in UNSIZED_PROJECTIONS
+    sketch = f", {projection.dim} a checkpoint, seed {projection.seed}" if sized else ""
     checkpoints = [
         {
             "checkpoint": number,
-            "step": item["step"],
-            "eta": ", ".join(f"{rate:.6g}" for rate in sorted(set(item["learning_rates"].values()))),
-            "weighting": item["weighting"],
+            "step": checkpoint.step,
+            "eta": ", ".join(f"{rate:.6g}" for rate in sorted(set(checkpoint.learning_rates.values()))),
+            "weighting": checkpoint.weighting,
         }
-        for number, item in enumerate(described["checkpoints"])
+        for number, checkpoint in enumerate(manifest.map.checkpoints)
     ]
     layers = [
-        {"layer": x["name"] or "(model)", "rows": x["shape"][0], "columns": x["shape"][1], "route": x["route"]}
-        for x in described["layers"]
+        {"layer": layer.title, "d_out": layer.d_out, "d_in": layer.d_in, "route": layer.route}
+        for layer in manifest.map.layers
     ]
-    columns = ", ".join(map(printable, found["columns"])) or "none"
-    unit = ", rows of unit norm" if described["unit_norm"] else ""
-    factors = f", exact factors in {found['factors']}" if found["factors"] else ""
+    columns = ", ".join(map(printable, manifest.columns)) or "none"
+    unit = ", rows of unit norm" if manifest.map.unit_norm else ""
+    factors = f", exact factors in {manifest.factors}" if manifest.has_factors else ""
     say(
-        f"{printable(found['task'])}: {found['n_train']:,} rows of {found['dim']:,} numbers ({found['state']})\n"
-        f"projection {projection['kind']}{sketch}; gradients in {described['precision']}{unit}\n"
-        f"rows in {found['row_type']}{factors}; {_bytes(found['bytes'])} in {found['shards']} shards, "
-        f"made in {found['seconds']:,.0f} s\n"
-        f"columns: {columns}; search: {found.get('search', 'when it is complete')}\n"
-        f"{_tracked(found.get('tracked'))}"
-        f"health: {'; '.join(found['health'])}\n\n"
-        f"{table(checkpoints)}\n\n{table(layers)}{_differing_names(described['checkpoints'])}"
+        f"{printable(manifest.task)}: {found.n_train:,} rows of {manifest.dim:,} numbers ({found.state})\n"
+        f"projection {projection.kind}{sketch}; gradients in {manifest.map.precision}{unit}\n"
+        f"rows in {manifest.row_type}{factors}; {_bytes(found.bytes)} in {found.shards} shards, "
+        f"made in {found.seconds:,.0f} s\n"
+        f"columns: {columns}; search: {found.search or 'when it is complete'}\n"
+        f"{_tracked(manifest.tracked)}"
+        f"health: {'; '.join(found.health)}\n\n"
+        f"{table(checkpoints)}\n\n{table(layers)}{_differing_names(manifest.map.checkpoints)}"
     )
 
 
@@ -85,15 +88,15 @@ def _counted(summary: Mapping[str, Any]) -> str:
     return f"{parameters:,} parameter{'s' * (parameters != 1)} of {numbers:,} number{'s' * (numbers != 1)}"
 
 
-def _differing_names(checkpoints: list[dict[str, Any]]) -> str:
+def _differing_names(checkpoints: Sequence[StoredCheckpoint]) -> str:
     """What only a checkpoint's file or only the model had."""
     lines = []
-    for number, item in enumerate(checkpoints):
+    for number, checkpoint in enumerate(checkpoints):
         for name, what in (
             ("filled", "not in the file, taken from tied ones or the model"),
             ("passed_over", "not used"),
         ):
-            names = item.get(name, [])
+            names = getattr(checkpoint, name)
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 lines.append(f"checkpoint {number}, {what}: {', '.join(names[:5])}{more}")
@@ -130,7 +133,7 @@ def verify(folder: Path) -> None:
             problems.append(f"{error}; make the index again: gradindex index {folder}; or take it away: with --drop")
     if problems:
         raise StoreError("; ".join(problems))
-    say(f"{folder}: {store.n_train:,} rows in {len(store.manifest['shards'])} shards are sound")
+    say(f"{folder}: {store.n_train:,} rows in {len(store.manifest.shards)} shards are sound")
 
 
 @click.command()
@@ -168,9 +171,9 @@ def compact(folder: Path) -> None:
     from ..store import compact as run
     from ..store import overview
 
-    before = overview(folder)["bytes"]
+    before = overview(folder).bytes
     store = run(folder)
-    now = overview(folder)["bytes"]
+    now = overview(folder).bytes
     say(f"{folder}: {store.n_train:,} rows in {_bytes(now)}, {_bytes(before - now)} less than before")
 
 
@@ -188,7 +191,7 @@ def merge(folder: Path, others: tuple[Path, ...], offset: int | None) -> None:
     from ..store import merge as run
 
     store = run(folder, others, offset=offset)
-    say(f"{folder}: {store.n_train:,} rows, ids up to {store.manifest['next_id'] - 1}")
+    say(f"{folder}: {store.n_train:,} rows, ids up to {store.manifest.next_id - 1}")
 
 
 @click.command()

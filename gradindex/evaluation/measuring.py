@@ -100,7 +100,7 @@ def evaluate(
 
 def handed_on(store: GradientStore, effort: Effort, k: int) -> int:
     """How many rows go to exact scores; through the model they are dear, and full rows choose the best."""
-    return effort.proposals if store.manifest["factors"] else min(effort.proposals, candidates_for(k))
+    return effort.proposals if store.manifest.factors else min(effort.proposals, candidates_for(k))
 
 
 def as_records(found: dict[str, Measured], k: int) -> list[dict[str, Any]]:

@@ -117,8 +117,8 @@ def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0) -> Truth
             "whose top-k is of the others. Or give queries of the task's own."
         )
     chosen = np.sort(np.random.default_rng(seed).choice(ids, min(n_query, len(ids)), replace=False))
-    described = store.manifest["map"]
-    exact = store.manifest["factors"] == "float32" and not (described["unit_norm"] or described["precision"] in HALF)
+    described = store.manifest.map
+    exact = store.manifest.factors == "float32" and not (described.unit_norm or described.precision in HALF)
     rows = store.rows(chosen)
     scored = by_factors(store, store.factors(chosen), len(chosen), ids) if exact else against_rows(store, rows)
     kind = "exact scores" if exact else "scores of all rows"

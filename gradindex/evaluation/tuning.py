@@ -148,7 +148,7 @@ def _about(
     """What the manifest of an index says of how it came about."""
     against = {"target": recall, "k": truth.k, "against": truth.against, "queries": len(truth.part(1).rows)}
     return {
-        "map": store.manifest["fingerprint"],
+        "map": store.manifest.fingerprint,
         "ids": store.id_runs.tolist(),
         "covers": store.origins,
         "effort": asdict(chosen.effort),
@@ -320,7 +320,7 @@ def _milliseconds(store: GradientStore, search: Candidates, truth: Truth, effort
     seconds, count = [], _TIMED if effort else _TIMED // 8  # comparing all rows takes long, and about as long each time
     for place, row in zip(store.spread_ids(count), truth.rows[:: max(1, len(truth.rows) // count)], strict=False):
         # Whose factors are compared makes no difference in time.
-        asked = None if store.manifest["factors"] is None else store.factors(np.array([place]))
+        asked = None if store.manifest.factors is None else store.factors(np.array([place]))
         for _ in range(2):
             started = time.perf_counter()
             if effort is None:

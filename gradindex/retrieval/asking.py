@@ -311,7 +311,7 @@ def prepare(
     """
     if aggregate not in (None, *AGGREGATES):
         raise ArgumentError(f"aggregate is {aggregate!r}, but must be 'sum', 'mean' or None.")
-    fingerprint, stored = store.manifest["fingerprint"], store.manifest["factors"] is not None
+    fingerprint, stored = store.manifest.fingerprint, store.has_factors
     if aggregate is None:
         made = RowBatch.joined(list(_batches(examples, maker, store)))
         norms, factors = np.sqrt(made.self_influence.sum(1)), made.factors if stored else None
@@ -334,7 +334,7 @@ def prepare(
 
 
 def _batches(examples: Examples, maker: RowMaker, store: GradientStore) -> Iterator[RowBatch]:
-    step = store.manifest["batch_size"]
+    step = store.manifest.batch_size
     with progress("gradients of queries", len(examples.names), "queries") as advance:
         for start in range(0, len(examples.names), step):
             items, names = list(examples.items[start : start + step]), examples.names[start : start + step]

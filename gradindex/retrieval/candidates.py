@@ -228,7 +228,7 @@ def _check_said(store: GradientStore, about: Mapping[str, Any]) -> None:
 
 def _of_other_rows(store: GradientStore, about: Mapping[str, Any]) -> bool:
     """Whether an index holds a row of an id whose row in the store is another one."""
-    if about["map"] != store.manifest["fingerprint"] or "covers" not in about:
+    if about["map"] != store.manifest.fingerprint or "covers" not in about:
         return True
     places: dict[str, list[tuple[int, int]]] = {}
     for digest, first, last in store.origins:

@@ -202,7 +202,7 @@ def _pieces(store: GradientStore, ids: NDArray[np.int64] | None) -> Iterator[NDA
 
 def _kind(store: GradientStore, name: str) -> np.dtype[Any]:
     store.column(name, np.empty(0, dtype=np.int64))  # refuses what is not there
-    kind: np.dtype[Any] = np.dtype(store.manifest["columns"][name])
+    kind: np.dtype[Any] = np.dtype(store.manifest.columns[name])
     return kind
 
 

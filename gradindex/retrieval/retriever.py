@@ -20,8 +20,7 @@ from ..gaps import with_gaps
 from ..gradients import HALF, Engine, check_routes
 from ..index import require
 from ..matching import check_task
-from ..projection import Projection
-from ..rows import RowMaker
+from ..rows import RowMaker, projection_of
 from ..store import GradientStore, asked_again, followed, runs
 from ..task import Task
 from ..tree import preserved_random_state
@@ -59,14 +58,14 @@ class Retriever:
         require()
         one_thread_in_children("torch", torch.set_num_threads)
         self.task = task
-        stored = store.manifest["map"]
-        self._projection = Projection(**stored["projection"])
-        self._unit_norm: bool = stored["unit_norm"]
+        stored = store.manifest.map
+        self._projection = projection_of(stored)
+        self._unit_norm = stored.unit_norm
         # Queries and exact scores take full precision, even where rows were made in half precision.
-        precision: Precision = "float32" if stored["precision"] in HALF else stored["precision"]
-        self._engine = Engine(task, precision, device, alone=store.manifest["batch_size"] == 1)
+        precision: Precision = "float32" if stored.precision in HALF else stored.precision
+        self._engine = Engine(task, precision, device, alone=store.manifest.batch_size == 1)
         with self._computing() as engine:
-            check_routes(engine, task.train_ids[task.train_ids < store.manifest["next_id"]])
+            check_routes(engine, task.train_ids[task.train_ids < store.manifest.next_id])
             check_task(store, engine)
         self._bases = store.bases()
         self._search_options: dict[str, Any] = {"use_index": use_index, "device": device}
@@ -93,7 +92,7 @@ class Retriever:
         store, candidates = self._opened
         if not candidates.current:
             now = GradientStore(store.folder)
-            if now.manifest["fingerprint"] != store.manifest["fingerprint"]:
+            if now.manifest.fingerprint != store.manifest.fingerprint:
                 raise StoreError(f"{store.folder} has other rows than when it was opened. Load it again.")
             self._opened = store, candidates = now, Candidates(now, **self._search_options)
         return store, candidates
@@ -101,7 +100,7 @@ class Retriever:
     @property
     def unseen(self) -> int:
         """How many of the task's training examples came after the store, which answers without them."""
-        return self.task.n_train - int(self.store.manifest["next_id"])
+        return self.task.n_train - self.store.manifest.next_id
 
     @property
     def search_note(self) -> str:
@@ -132,7 +131,7 @@ class Retriever:
             NonFiniteGradientError: names the query.
         """
         store, examples = self.store, find(self.task, queries, source)
-        stored = store.manifest["factors"] is not None
+        stored = store.has_factors
         with self._computing() as engine:
             maker = RowMaker(engine, self._projection, self._bases, unit_norm=self._unit_norm, factors=stored)
             return prepare(examples, maker, store, self._unit_norm, aggregate)
@@ -144,8 +143,8 @@ class Retriever:
             return self.ask(queries, source, aggregate)
         if source != "query" or aggregate is not None:
             raise ArgumentError("source and aggregate belong to ask(): these queries are prepared already.")
-        lacks = store.manifest["factors"] is not None and queries.factors is None
-        if queries.fingerprint != store.manifest["fingerprint"] or lacks:
+        lacks = store.has_factors and queries.factors is None
+        if queries.fingerprint != store.manifest.fingerprint or lacks:
             raise ArgumentError(f"These queries were prepared for other rows than those of {store.folder}. Ask again.")
         return queries
 
@@ -308,7 +307,7 @@ class Retriever:
         def scores() -> NDArray[np.float64]:
             store = self._now()[0]
             store.check_ids(chosen)
-            if store.manifest["factors"] is not None:
+            if store.has_factors:
                 found = shares(store, asked, chosen, None)
             else:
                 with self._computing() as engine:
@@ -320,7 +319,7 @@ class Retriever:
             asked.names,
             chosen,
             tuple(f"{number} {Path(checkpoint.path).name}" for number, checkpoint in enumerate(self.task.checkpoints)),
-            tuple(layer["name"] or "(model)" for layer in store.manifest["map"]["layers"]),
+            tuple(layer.title for layer in store.manifest.map.layers),
             scored_as(store),
             self._measure,
         )
@@ -361,7 +360,7 @@ class Retriever:
             yield from shown("exact scores", found, len(queries) * store.n_train)
         else:
             with self._computing() as engine:
-                for which, ids, scores in through_model(engine, queries, store.ids, store.manifest["batch_size"]):
+                for which, ids, scores in through_model(engine, queries, store.ids, store.manifest.batch_size):
                     if self._unit_norm:
                         try:
                             norms = cosine_norms(store, queries.norms[which], ids)

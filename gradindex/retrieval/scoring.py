@@ -188,7 +188,7 @@ def of_candidates(
     counts = [len(ids) for ids in lists]
     asked = {key: [np.ascontiguousarray(side, dtype=np.float32) for side in sides] for key, sides in factors.items()}
     every, scores = np.repeat(np.arange(len(lists)), counts), np.zeros(sum(counts))
-    half = store.manifest["factors"] in HALF
+    half = store.manifest.factors in HALF
     at_once = min(_PAIRS, _factors_at_once(store, 1)) if half else _PAIRS
     for start, ids in zip(range(0, len(every), at_once), pieces(np.concatenate(lists), at_once), strict=True):
         queries, into = every[start : start + len(ids)], scores[start : start + len(ids)]
@@ -206,7 +206,7 @@ def of_candidates(
 
 
 def _factors_at_once(store: GradientStore, n_query: int) -> int:
-    sides = sum(sum(described["shape"]) for described in store.manifest["map"]["layers"])
+    sides = sum(layer.d_in + layer.d_out for layer in store.manifest.map.layers)
     return max(1, min(_FACTOR_BYTES // (4 * sides * store.n_checkpoints), _SCORES // n_query))
 
 
@@ -239,7 +239,7 @@ def shares(
     Raises:
         NonFiniteGradientError: names the example.
     """
-    shape = (len(queries), len(ids), store.n_checkpoints, len(store.manifest["map"]["layers"]))
+    shape = (len(queries), len(ids), store.n_checkpoints, len(store.manifest.map.layers))
     split = np.zeros(shape)
     if engine is None:
         assert queries.factors is not None
@@ -251,7 +251,7 @@ def shares(
         return split
     for which, products in queries.products(engine, _at_once(engine)):
         start = 0
-        size = store.manifest["batch_size"]
+        size = store.manifest.batch_size
         for chosen, batch, names in _read(engine.task, ids, size):
             with blamed(engine, batch, names, "train"):
                 parts = in_halves(products.split, batch, names, lambda: engine.at, engine.alone)
@@ -276,6 +276,6 @@ def cosine_norms(store: GradientStore, norms: NDArray[np.float64], ids: NDArray[
 
 def scored_as(store: GradientStore) -> str:
     """What scores after re-scoring are: factors of gradients in half precision, or kept so, are not exact."""
-    kept, precision = store.manifest["factors"], store.manifest["map"]["precision"]
+    kept, precision = store.manifest.factors, store.manifest.map.precision
     rough = [kind for kind in (kept, precision) if kind in HALF]
     return f"{rough[0]}-factor" if kept and rough else "exact"

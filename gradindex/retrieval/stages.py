@@ -136,7 +136,7 @@ class Search:
         self._store, self._candidates, self._computing = store, candidates, computing
         self._queries, self._question, self._allowed, self._unit_norm = queries, question, allowed, unit_norm
         self._n, self._k = store.n_train, question.most(store.n_train)
-        self._by_factors = store.manifest["factors"] is not None
+        self._by_factors = store.has_factors
         self._exact_stage = "stored factors" if self._by_factors else "model"
         if self._by_factors and question.at_least is not None and question.candidates is not None:
             raise ArgumentError(
@@ -290,7 +290,7 @@ class Search:
             self._collect(self._by_stored(union), chosen, scores)
         else:
             with self._computing() as engine:
-                found = through_model(engine, self._queries, union, self._store.manifest["batch_size"])
+                found = through_model(engine, self._queries, union, self._store.manifest.batch_size)
                 self._collect(found, chosen, scores)
         return scores
 

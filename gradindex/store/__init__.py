@@ -11,6 +11,7 @@ from .claiming import Part as Part
 from .claiming import check_part as check_part
 from .claiming import claimed as claimed
 from .claiming import take_ended_plan as take_ended_plan
+from .documents import PlannedShard as PlannedShard
 from .encoding import check_row_type as check_row_type
 from .encoding import number_bytes as number_bytes
 from .export import export as export
@@ -23,8 +24,12 @@ from .layout import check_room as check_room
 from .layout import factor_bytes as factor_bytes
 from .layout import free_bytes as free_bytes
 from .layout import shard_bytes as shard_bytes
-from .manifest import differences as differences
-from .manifest import fingerprint as fingerprint
+from .manifest import Manifest as Manifest
+from .manifest import RowMap as RowMap
+from .manifest import StoredCheckpoint as StoredCheckpoint
+from .manifest import StoredLayer as StoredLayer
+from .manifest import StoredProjection as StoredProjection
+from .overview import Overview as Overview
 from .overview import overview as overview
 from .reader import GradientStore as GradientStore
 from .upkeep import changing as changing

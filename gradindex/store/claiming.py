@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ..errors import ArgumentError, StoreError
 from ..files import discard, is_lock, is_there, locked, storing, temporary_of, write_checked
 from .bases import base_files
-from .manifest import (
+from .documents import (
     INDEX,
     LOCK,
     LOG,
@@ -25,10 +24,12 @@ from .manifest import (
     PENDING,
     SHARDS,
     UNFINISHED,
+    Superseded,
     read_manifest,
-    read_pending,
+    read_plan,
     read_unfinished,
 )
+from .manifest import Manifest
 
 # The i-th of n parts of a job's shards, from 1 on.
 Part = tuple[int, int]
@@ -109,11 +110,11 @@ def _check_free(folder: Path) -> None:
                 f"{folder} holds shards, but neither {MANIFEST} nor {PENDING}, which say what they are. "
                 "Restore it from a copy, or delete the folder."
             )
-        pending = read_pending(folder)
-        planned = set() if pending is None else {shard["name"] for shard in pending["plan"] + pending["keep"]}
-        foreign = [path.name for path in folder.iterdir() if not _is_own(path, pending is not None)]
+        plan = read_plan(folder)
+        planned = set() if plan is None else {*plan.names}
+        foreign = [path.name for path in folder.iterdir() if not _is_own(path, plan is not None)]
         foreign += [f"{SHARDS}/{name}" for name in inside if not _is_shard_of(name, planned)]
-    if foreign and pending is None:
+    if foreign and plan is None:
         raise StoreError(
             f"{folder} is not empty and holds no gradindex store. Choose another folder: {sorted(foreign)[0]} is there."
         )
@@ -162,14 +163,14 @@ def clean(folder: Path) -> None:
     Raises:
         StoreError: manifest or plan is damaged.
     """
-    manifest, pending = read_manifest(folder), read_pending(folder)
-    if pending is None and (unfinished := read_unfinished(folder)) is not None:  # its plan was given up
+    manifest, plan = read_manifest(folder), read_plan(folder)
+    if plan is None and (unfinished := read_unfinished(folder)) is not None:  # its plan was given up
         supersede(folder, manifest, unfinished)
         discard(folder / UNFINISHED)
-    if pending is not None and pending["after"]["generation"] <= manifest["generation"]:
-        named = {entry["name"] for entry in manifest["shards"]}
-        if {planned["name"] for planned in pending["plan"]} <= named:
-            supersede(folder, manifest, pending.get("supersedes", {"shards": [], "bases": None}))
+    if plan is not None and plan.after.generation <= manifest.generation:
+        named = {entry.name for entry in manifest.shards}
+        if {planned.name for planned in plan.shards} <= named:
+            supersede(folder, manifest, plan.supersedes)
         discard(folder / PENDING)
     targets = {MANIFEST, PENDING, UNFINISHED}
     with contextlib.suppress(OSError):
@@ -192,7 +193,7 @@ def begin_unfinished(folder: Path, shards: Sequence[str], bases: str | None) -> 
         OSError: it cannot be written.
     """
     read_unfinished(folder)
-    write_checked(folder / UNFINISHED, {"shards": list(shards), "bases": bases})
+    write_checked(folder / UNFINISHED, Superseded(shards, bases).to_json())
 
 
 def end_unfinished(folder: Path) -> None:
@@ -200,27 +201,27 @@ def end_unfinished(folder: Path) -> None:
     discard(folder / UNFINISHED)
 
 
-def supersede(folder: Path, manifest: Mapping[str, Any], superseded: Mapping[str, Any]) -> None:
+def supersede(folder: Path, manifest: Manifest, superseded: Superseded) -> None:
     """Delete shards and bases that a change has left behind, unless the manifest names them all the same.
 
     Args:
         folder: the store's, claimed.
         manifest: what the store is now.
-        superseded: ``shards``, names; ``bases``, a digest or null.
+        superseded: what the change has left.
     """
-    named = {entry["name"] for entry in manifest["shards"]}
-    for name in superseded["shards"]:
+    named = {entry.name for entry in manifest.shards}
+    for name in superseded.shards:
         if name not in named:
             discard(*(folder / SHARDS / f"{name}{suffix}" for suffix in (".json", ".h5")))
-    if superseded["bases"] not in (None, manifest["map"]["bases"]):
-        discard(*(folder / name for name in base_files(superseded["bases"])))
+    if superseded.bases is not None and superseded.bases != manifest.map.bases:
+        discard(*(folder / name for name in base_files(superseded.bases)))
 
 
 def left_over(folder: Path) -> list[str]:
     """Names of shards that are there and that the manifest does not name, nor the plan of a change under way."""
-    manifest, pending = read_manifest(folder), read_pending(folder)
-    named = {entry["name"] for entry in manifest["shards"]}
-    named |= set() if pending is None else {planned["name"] for planned in pending["plan"]}
+    manifest, plan = read_manifest(folder), read_plan(folder)
+    named = {entry.name for entry in manifest.shards}
+    named |= set() if plan is None else {planned.name for planned in plan.shards}
     with contextlib.suppress(OSError):
         found = {match[1] for path in (folder / SHARDS).iterdir() if (match := _SHARD_FILE.fullmatch(path.name))}
         return sorted(found - named)

@@ -66,9 +66,7 @@ def _pieces(store: GradientStore) -> Iterator[tuple[NDArray[np.int64], dict[str,
 
 
 def _to_numpy(store: GradientStore, path: Path, temporary: Path) -> None:
-    kinds = {
-        name: kind if kind != "U" else f"<U{store.longest(name)}" for name, kind in store.manifest["columns"].items()
-    }
+    kinds = {name: kind if kind != "U" else f"<U{store.longest(name)}" for name, kind in store.manifest.columns.items()}
     shapes = {"ids": ("<i8", ()), "rows": ("<f4", (store.dim,))}
     shapes |= dict.fromkeys(("self_influence", "losses"), ("<f8", (store.n_checkpoints,)))
     shapes |= {f"columns/{name}": (kind, ()) for name, kind in kinds.items()}
@@ -101,7 +99,7 @@ def _to_parquet(store: GradientStore, path: Path, temporary: Path) -> None:
     of_type: Callable[[str], Any] = lambda kind: pa.string() if kind == "U" else pa.from_numpy_dtype(np.dtype(kind))  # noqa: E731
     fields = [("id", pa.int64()), ("row", pa.list_(pa.float32(), store.dim))]
     fields += [(name, pa.list_(pa.float64(), store.n_checkpoints)) for name in ("self_influence", "losses")]
-    fields += [(f"columns.{name}", of_type(kind)) for name, kind in store.manifest["columns"].items()]
+    fields += [(f"columns.{name}", of_type(kind)) for name, kind in store.manifest.columns.items()]
     schema = pa.schema(fields)
     with storing(path):
         writer = pq.ParquetWriter(temporary, schema)

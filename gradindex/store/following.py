@@ -50,7 +50,7 @@ def followed(store: GradientStore, ids: NDArray[np.int64]) -> GradientStore:
         StoreChangedError: one was removed, or is another row now.
     """
     now = GradientStore(store.folder)
-    same = now.manifest["fingerprint"] == store.manifest["fingerprint"] and runs.contain(now.id_runs, ids).all()
+    same = now.manifest.fingerprint == store.manifest.fingerprint and runs.contain(now.id_runs, ids).all()
     if not same or _origins(now, ids) != _origins(store, ids):
         raise StoreChangedError(f"{store.folder} has other rows than when this answer began. Ask again.")
     return now

@@ -6,7 +6,6 @@ name never leads out of the folder, and a size is never more than the file that 
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..choices import FACTOR_TYPES, NORMS, ROW_TYPES
-from ..dates import DATES, STORED_DATES
+from ..dates import DATES
 from ..schema import (
     LARGEST,
     anything,
@@ -35,7 +34,6 @@ from ..schema import (
     tuple_of,
     whole,
 )
-from .encoding import STORED
 
 _DIGEST = text("[0-9a-f]{64}", "a SHA-256 in hexadecimal")
 _NAME = text(r"\d{4,9}-\d{5,9}", "the name of a shard, such as 0001-00000")
@@ -179,9 +177,9 @@ _seal = record(
 )
 
 
-def needs_of(described: Mapping[str, Any]) -> list[str]:
-    """What a reader must know to read such a store, besides version 1."""
-    return [DATES_NEED] if DATES in described["columns"].values() else []
+def needs_of(columns: Mapping[str, str]) -> list[str]:
+    """What a reader must know to read a store of these columns, besides version 1."""
+    return [DATES_NEED] if DATES in columns.values() else []
 
 
 def check_manifest(value: Any) -> None:
@@ -277,52 +275,8 @@ def _item_bytes(kind: str) -> int:
     return size
 
 
-class Expected:
-    """The arrays that shards of a manifest must have, with all but their lengths; made once for many shards."""
-
-    def __init__(self, manifest: Mapping[str, Any], factor_name: Any, sides: Sequence[str]) -> None:
-        checkpoints, self._manifest = len(manifest["map"]["checkpoints"]), manifest
-        per_checkpoint = [checkpoints], "<f8"
-        arrays: dict[str, tuple[list[int], str]] = {"ids": ([], "<i8"), "losses": per_checkpoint}
-        arrays |= {"self_influence": per_checkpoint, "rows": ([manifest["dim"]], STORED[manifest["row_type"]])}
-        if manifest["row_type"] == "int8":
-            arrays["scales"] = [checkpoints], "<f4"
-        if manifest["factors"] is not None:
-            for checkpoint, (number_of, layer) in itertools.product(
-                range(checkpoints), enumerate(manifest["map"]["layers"])
-            ):
-                for side, size in zip(sides, layer["shape"][::-1], strict=True):
-                    arrays[factor_name(checkpoint, number_of, side)] = [size], STORED[manifest["factors"]]
-        self._arrays = arrays
-
-    def check(self, entry: Mapping[str, Any], seal: Mapping[str, Any]) -> None:
-        """Refuse a seal that does not fit the manifest and its entry there.
-
-        Raises:
-            ValueError: says what does not fit.
-        """
-        ids, manifest = seal["ids"], self._manifest
-        count = sum(stop - start for start, stop in ids)
-        if (ids[0][0], ids[-1][1] - 1, count) != (entry["first"], entry["last"], entry["rows"]):
-            raise ValueError("its ids are not those that the manifest names")
-        if seal["map"] != manifest["fingerprint"] or seal["row_type"] != manifest["row_type"]:
-            raise ValueError("its rows are of another kind than the manifest's")
-        found = seal["arrays"]
-        for name, (shape, kind) in self._arrays.items():
-            place = found.get(name)
-            if place is None or place["shape"][1:] != shape or place["dtype"] != kind:
-                raise ValueError(f"{name} is missing, or not of the shape and type that the manifest asks for")
-        for column, kind in manifest["columns"].items():
-            place = found.get(f"columns/{column}")
-            # "S" is text, dates are numbers; the type of numbers is the manifest's.
-            kind = STORED_DATES if kind == DATES else kind
-            sound = place is not None and len(place["shape"]) == 1
-            if place is None or not sound or (place["dtype"][:2] != "|S" if kind == "U" else place["dtype"] != kind):
-                raise ValueError(f"columns/{column} is missing, or not of the type that the manifest asks for")
-
-
 def _check_needs(needs: Sequence[str], described: Mapping[str, Any]) -> None:
-    for feature in needs_of(described):
+    for feature in needs_of(described["columns"]):
         if feature not in needs:
             raise ValueError(f"needs lacks {json.dumps(feature)}, but columns have some")
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import json
 import os
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,31 +23,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError, MismatchError, StoreError
-from ..files import discard, is_there, leftovers, locked, own_file, read_checked, read_text, storing, write_checked
-from . import runs
+from ..errors import MismatchError, StoreError
+from ..files import discard, is_there, leftovers, locked, own_file, read_checked, read_text, storing
 from .claiming import Part, begin_unfinished, check_part, clean, end_unfinished, unused_number
 from .container import Spec
-from .forms import Expected, check_manifest, check_pending, check_seal, needs_of
-from .layout import shard_bytes
-from .manifest import (
-    FORMAT,
+from .documents import (
     LOCK,
     LOG,
     MANIFEST,
     PENDING,
     SHARDS,
     UNFINISHED,
-    VERSION,
-    differences,
+    Plan,
+    PlannedShard,
+    Superseded,
+    check_plan,
     read_manifest,
-    read_pending,
+    read_plan,
+    write_manifest,
+    write_plan,
 )
+from .forms import check_seal
+from .layout import Expected, shard_bytes
+from .manifest import Manifest, ShardEntry
 from .sealing import ShardWriter, entry_of, shard_writer
-from .shards import Shard, expected_of
+from .shards import Shard
 
 
-def share(plan: list[dict[str, Any]], part: Part | None) -> list[dict[str, Any]]:
+def share(plan: Sequence[PlannedShard], part: Part | None) -> Sequence[PlannedShard]:
     """The shards of a plan that a part makes: every n-th, or all."""
     return plan if part is None else plan[part[0] - 1 :: part[1]]
 
@@ -57,41 +60,42 @@ class Job:
 
     Attributes:
         after: what the manifest says in the end, without its shards.
-        plan: the shards to make: ``name``, ``ids`` (runs) and, where rows are copied, ``sources``.
+        data: by which the same data are known again.
+        plan: the shards to make.
     """
 
-    def __init__(self, folder: Path, pending: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder = folder
-        self.kind: str = pending["job"]
-        self.after: dict[str, Any] = pending["after"]
-        self.plan: list[dict[str, Any]] = pending["plan"]
-        self._keep: list[dict[str, Any]] = pending["keep"]
+        self.kind, self.after, self.data, self.plan = plan.job, plan.after, plan.data, plan.shards
+        self._keep = plan.keep
 
     @classmethod
     def pending(cls, folder: Path) -> Job | None:
         """The job that is under way, or ``None``."""
-        pending = read_pending(folder)
-        if pending is None:
+        plan = read_plan(folder)
+        if plan is None:
             return None
-        ended = pending["after"]["generation"] <= generation_of(folder)  # but for taking the plan away
-        return None if ended else cls(folder, pending)
+        ended = plan.after.generation <= generation_of(folder)  # but for taking the plan away
+        return None if ended else cls(folder, plan)
 
     @classmethod
     def begin(
         cls,
         folder: Path,
         kind: str,
-        after: Mapping[str, Any],
-        plan: Sequence[Mapping[str, Any]],
-        keep: Sequence[Mapping[str, Any]] = (),
+        after: Manifest,
+        data: Any,
+        plan: Sequence[PlannedShard],
+        keep: Sequence[ShardEntry] = (),
     ) -> Job:
         """Write down a plan, or go on with the one that an earlier run of the same command wrote.
 
         Args:
             folder: the store's.
             kind: of the job, for people.
-            after: the manifest without ``shards``, and ``data``, by which the same data are known again.
-            plan: ``ids`` of each shard, and ``sources``.
+            after: the manifest at the end, without its shards.
+            data: by which the same data are known again, as JSON.
+            plan: the shards to make, without names.
             keep: entries of the manifest that stay.
 
         Raises:
@@ -99,32 +103,27 @@ class Job:
             StoreError: the plan cannot be written.
         """
         before = read_manifest(folder) if is_there(folder / MANIFEST) else None
-        generation = 1 if before is None else before["generation"] + 1
-        staying = {entry["name"] for entry in keep}
-        superseded: dict[str, Any] = {"shards": [], "bases": None}
+        generation = 1 if before is None else before.generation + 1
+        superseded = Superseded()
         if before is not None:
-            superseded["shards"] = [entry["name"] for entry in before["shards"] if entry["name"] not in staying]
-            superseded["bases"] = before["map"]["bases"]
+            staying = {entry.name for entry in keep}
+            leaving = [entry.name for entry in before.shards if entry.name not in staying]
+            superseded = Superseded(leaving, before.map.bases)
         with storing(folder / PENDING), locked(folder / f"{LOCK}-plan", wait=True):
             job = cls.pending(folder)
             if job is not None:
-                job.check_same(after)
+                job.check_same(after, data)
                 return job
             first = unused_number(folder, generation)
-            named = [{"name": f"{first:04d}-{number:05d}", **planned} for number, planned in enumerate(plan)]
-            header = {"format": FORMAT, "version": VERSION, "needs": needs_of(after), "job": kind}
-            pending = {**header, "after": {**after, "generation": generation}, "plan": named, "keep": list(keep)}
-            pending["supersedes"] = superseded
-            try:
-                check_pending(json.loads(json.dumps(pending)))  # what could not be read is never written
-            except ValueError as error:
-                raise ArgumentError(f"{folder} cannot hold this: {error}. Change the task.") from None
+            named = tuple(planned._replace(name=f"{first:04d}-{number:05d}") for number, planned in enumerate(plan))
+            written = Plan(kind, replace(after, generation=generation), data, named, tuple(keep), superseded)
+            check_plan(folder, written)
             if before is not None:  # what is left of a build is refused as it is
-                begin_unfinished(folder, [planned["name"] for planned in named], after["map"]["bases"])
-            write_checked(folder / PENDING, pending)
-        return cls(folder, pending)
+                begin_unfinished(folder, [planned.name for planned in named], after.map.bases)
+            write_plan(folder, written)
+        return cls(folder, written)
 
-    def check_same(self, after: Mapping[str, Any]) -> None:
+    def check_same(self, after: Manifest, data: Any) -> None:
         """Refuse to go on with what another command began.
 
         Raises:
@@ -132,12 +131,11 @@ class Job:
         """
         way_out = f"Finish it with the same command as before, or delete {self.folder / PENDING} to give it up."
         # Bases fitted by two processes can differ in their last digits; those of the plan hold.
-        unfitted = {**after, "map": {name: value for name, value in after["map"].items() if name != "bases"}}
-        differing = differences(self.after, unfitted)
-        lengths = self.after["next_id"], after["next_id"]
+        differing = self.after.differences(after)
+        lengths = self.after.next_id, after.next_id
         if lengths[0] != lengths[1]:
             differing.append(f"data length ({lengths[0]} then, {lengths[1]} now)")
-        elif self.after["data"] != after["data"]:
+        elif self.data != data:
             differing.append("data")
         if not differing:
             return
@@ -150,7 +148,7 @@ class Job:
             f"{self.folder} has an unfinished `{self.kind}` of other data: {'; '.join(differing)} differ. {way_out}"
         )
 
-    def missing(self, part: Part | None = None) -> list[dict[str, Any]]:
+    def missing(self, part: Part | None = None) -> list[PlannedShard]:
         """The planned shards that are still to be made, all or those of a part."""
         check_part(part)
         return [planned for planned in share(self.plan, part) if self._entry(planned) is None]
@@ -161,32 +159,31 @@ class Job:
 
     def tidy(self, part: Part | None = None) -> None:
         """Delete what killed processes left of the shards that are still to be made."""
-        names = [f"{planned['name']}{suffix}" for planned in self.missing(part) for suffix in (".h5", ".json")]
+        names = [f"{planned.name}{suffix}" for planned in self.missing(part) for suffix in (".h5", ".json")]
         discard(*leftovers(self.folder / SHARDS, *names))
 
     def rows_done(self, part: Part | None = None) -> tuple[int, int]:
         """How many rows are made, and how many there are to be, in all or in a part."""
-        mine = share(self.plan, part)
-        rows = [(runs.count(planned["ids"]), self._entry(planned) is not None) for planned in mine]
+        rows = [(planned.rows, self._entry(planned) is not None) for planned in share(self.plan, part)]
         return sum(count for count, done in rows if done), sum(count for count, _ in rows)
 
-    def _entry(self, planned: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _entry(self, planned: PlannedShard) -> ShardEntry | None:
         """The manifest's entry of a shard, if it is whole."""
-        path = self.folder / SHARDS / f"{planned['name']}.h5"
+        path = self.folder / SHARDS / f"{planned.name}.h5"
         try:
             seal = read_checked(path.with_suffix(".json"))
             check_seal(seal)
-            entry = entry_of(planned["name"], seal)
+            entry = entry_of(planned.name, seal)
             self._expected.check(entry, seal)
-            if seal["ids"] != planned["ids"] or path.stat().st_size != seal["bytes"]:
+            if seal["ids"] != planned.ids or path.stat().st_size != seal["bytes"]:
                 return None
         except (OSError, ValueError):
             return None
-        return entry | ({"origins": planned["origins"]} if "origins" in planned else {})
+        return entry._replace(origins=planned.origins)
 
     @cached_property
     def _expected(self) -> Expected:
-        return expected_of(self.after)
+        return Expected(self.after)
 
     def finish(self) -> None:
         """Make the planned shards the store's, and take away what it no longer needs.
@@ -195,22 +192,21 @@ class Job:
             StoreError: a shard is missing, or the manifest cannot be written.
         """
         entries = [self._entry(planned) for planned in self.plan]
-        missing = [planned["name"] for planned, entry in zip(self.plan, entries, strict=True) if entry is None]
+        missing = [planned.name for planned, entry in zip(self.plan, entries, strict=True) if entry is None]
         if missing:
             raise StoreError(
                 f"{self.folder} is a `{self.kind}` that has not finished: {len(missing)} of {len(self.plan)} shards "
                 f"are missing, the first is {missing[0]}. Run the same `gradindex {self.kind}` again."
             )
         made = [entry for entry in entries if entry is not None]
-        shards = sorted([*self._keep, *made], key=lambda entry: int(entry["first"]))
-        after = {name: value for name, value in self.after.items() if name != "data"}
+        shards = sorted([*self._keep, *made], key=lambda entry: entry.first)
         end_unfinished(self.folder)
-        write_manifest(self.folder, {**after, "shards": shards})
+        write_manifest(self.folder, replace(self.after, shards=tuple(shards)))
         clean(self.folder)
 
     def give_up(self) -> None:
         """Take the plan away, and the shards that were made for it."""
-        discard(*(self.folder / SHARDS / f"{shard['name']}{end}" for shard in self.plan for end in (".json", ".h5")))
+        discard(*(self.folder / SHARDS / f"{shard.name}{end}" for shard in self.plan for end in (".json", ".h5")))
         discard(self.folder / PENDING, self.folder / UNFINISHED)
 
     def made(self, limit: int) -> list[tuple[int, NDArray[np.float64]]]:
@@ -225,13 +221,13 @@ class Job:
                 shard = Shard(self.folder, entry, self._expected)
                 found.append((int(shard.ids[0]), shard.arrays.view("losses", 0, 1)[0]))
             except (OSError, StoreError):
-                discard(self.folder / SHARDS / f"{entry['name']}.json")
+                discard(self.folder / SHARDS / f"{entry.name}.json")
         return found
 
     @contextmanager
     def shard(
         self,
-        planned: Mapping[str, Any],
+        planned: PlannedShard,
         columns: Mapping[str, NDArray[Any]],
         samples: Sequence[tuple[int, str]],
         specs: Mapping[str, Spec] | None = None,
@@ -250,7 +246,7 @@ class Job:
         started = time.perf_counter()
         with shard_writer(self.folder, self.after, planned, columns, samples, specs) as writer:
             yield writer
-        note = {"job": self.kind, "shard": planned["name"], "rows": runs.count(planned["ids"])}
+        note = {"job": self.kind, "shard": planned.name, "rows": planned.rows}
         note |= {"seconds": round(time.perf_counter() - started, 3), "host": socket.gethostname()}
         # Beside the manifest, which is the same whenever a store is made; and nothing depends on it.
         with (
@@ -262,27 +258,7 @@ class Job:
 
 def generation_of(folder: Path) -> int:
     """How often the store has changed; 0 before it is complete."""
-    generation: int = read_manifest(folder)["generation"] if is_there(folder / MANIFEST) else 0
-    return generation
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Replace the manifest, which changes the store at once.
-
-    Raises:
-        StoreError: it cannot be written, or shards overlap.
-    """
-    shards = manifest["shards"]
-    for before, after in itertools.pairwise(shards):
-        if before["last"] >= after["first"]:
-            raise StoreError(f"{folder}: the ids of {before['name']} and {after['name']} overlap.")
-    whole = {"format": FORMAT, "version": VERSION, "needs": needs_of(manifest), **manifest}
-    try:
-        check_manifest(whole)  # what could not be read is never written
-    except ValueError as error:
-        raise StoreError(f"{folder} cannot become what this change makes of it: {error}. It stays as it was.") from None
-    with storing(folder / MANIFEST):
-        write_checked(folder / MANIFEST, whole)
+    return read_manifest(folder).generation if is_there(folder / MANIFEST) else 0
 
 
 def progress_of(folder: Path) -> tuple[int, int]:

@@ -15,26 +15,67 @@ from ..dates import DATES, STORED_DATES
 from ..errors import StoreError
 from . import runs
 from .container import BLOCK_BYTES, Spec
+from .documents import PlannedShard
 from .encoding import STORED
-from .shards import FACTOR_SIDES, factor_name
+from .manifest import Manifest, ShardEntry
 
 # HDF5's own part of a file without columns, and what a seal says of a block.
 _HEADER_BYTES, _BLOCK_DIGEST_BYTES = 1 << 14, 32
 
+FACTOR_SIDES = ("activations", "output_gradients")
 
-def row_specs(after: Mapping[str, Any], count: int) -> dict[str, Spec]:
+
+def factor_name(checkpoint: int, layer: int, side: str) -> str:
+    """Where a shard keeps one side of the exact factors of a layer at a checkpoint."""
+    return f"factors/{checkpoint}/{layer}/{side}"
+
+
+def row_specs(manifest: Manifest, count: int) -> dict[str, Spec]:
     """Shapes and types of the arrays that a manifest asks for in a shard of ``count`` rows, but for columns."""
-    checkpoints = len(after["map"]["checkpoints"])
-    specs: dict[str, Spec] = {"ids": ((count,), "<i8"), "rows": ((count, after["dim"]), STORED[after["row_type"]])}
-    if after["row_type"] == "int8":
+    checkpoints = manifest.n_checkpoints
+    specs: dict[str, Spec] = {"ids": ((count,), "<i8"), "rows": ((count, manifest.dim), STORED[manifest.row_type])}
+    if manifest.row_type == "int8":
         specs["scales"] = ((count, checkpoints), "<f4")
     specs |= dict.fromkeys(("self_influence", "losses"), ((count, checkpoints), "<f8"))
-    if after["factors"] is not None:
+    if manifest.factors is not None:
         for checkpoint in range(checkpoints):
-            for layer, described in enumerate(after["map"]["layers"]):
-                for side, size in zip(FACTOR_SIDES, described["shape"][::-1], strict=True):
-                    specs[factor_name(checkpoint, layer, side)] = ((count, size), STORED[after["factors"]])
+            for number, layer in enumerate(manifest.map.layers):
+                for side, size in zip(FACTOR_SIDES, (layer.d_in, layer.d_out), strict=True):
+                    specs[factor_name(checkpoint, number, side)] = ((count, size), STORED[manifest.factors])
     return specs
+
+
+class Expected:
+    """The arrays that shards of a manifest must have, with all but their lengths; made once for many shards."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._arrays = {name: (list(shape[1:]), kind) for name, (shape, kind) in row_specs(manifest, 0).items()}
+
+    def check(self, entry: ShardEntry, seal: Mapping[str, Any]) -> None:
+        """Refuse a seal that does not fit the manifest and its entry there.
+
+        Raises:
+            ValueError: says what does not fit.
+        """
+        ids, manifest = seal["ids"], self._manifest
+        count = sum(stop - start for start, stop in ids)
+        if (ids[0][0], ids[-1][1] - 1, count) != (entry.first, entry.last, entry.rows):
+            raise ValueError("its ids are not those that the manifest names")
+        if seal["map"] != manifest.fingerprint or seal["row_type"] != manifest.row_type:
+            raise ValueError("its rows are of another kind than the manifest's")
+        places = seal["arrays"]
+        for name, (shape, kind) in self._arrays.items():
+            place = places.get(name)
+            if place is None or place["shape"][1:] != shape or place["dtype"] != kind:
+                raise ValueError(f"{name} is missing, or not of the shape and type that the manifest asks for")
+        for column, kind in manifest.columns.items():
+            place = places.get(f"columns/{column}")
+            # "S" is text, dates are numbers; the type of numbers is the manifest's.
+            kind = STORED_DATES if kind == DATES else kind
+            sound = place is not None and len(place["shape"]) == 1
+            if place is None or not sound or (place["dtype"][:2] != "|S" if kind == "U" else place["dtype"] != kind):
+                raise ValueError(f"columns/{column} is missing, or not of the type that the manifest asks for")
 
 
 def as_stored(column: NDArray[Any], kind: str) -> NDArray[Any]:
@@ -48,8 +89,8 @@ def as_stored(column: NDArray[Any], kind: str) -> NDArray[Any]:
 
 
 def shard_bytes(
-    after: Mapping[str, Any],
-    plan: Sequence[Mapping[str, Any]],
+    after: Manifest,
+    plan: Sequence[PlannedShard],
     columns: Callable[[NDArray[np.int64]], Mapping[str, NDArray[Any]]],
 ) -> int:
     """What planned shards and their seals take on a disk, within a few KiB a shard.
@@ -61,14 +102,14 @@ def shard_bytes(
     """
     total = 0
     for shard in plan:
-        ids = runs.to_ids(shard["ids"])
+        ids = runs.to_ids(shard.ids)
         size = _HEADER_BYTES + sum(_bytes(spec) for spec in row_specs(after, len(ids)).values())
-        size += sum(as_stored(values, after["columns"][name]).nbytes for name, values in columns(ids).items())
+        size += sum(as_stored(values, after.columns[name]).nbytes for name, values in columns(ids).items())
         total += size + -(-size // BLOCK_BYTES) * _BLOCK_DIGEST_BYTES
     return total
 
 
-def factor_bytes(after: Mapping[str, Any], count: int) -> int:
+def factor_bytes(after: Manifest, count: int) -> int:
     """How much of that are exact factors, of ``count`` rows."""
     return sum(_bytes(spec) for name, spec in row_specs(after, count).items() if name.startswith("factors/"))
 

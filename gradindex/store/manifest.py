@@ -1,124 +1,386 @@
-"""The manifest, which says what a store's rows mean, and the plan of a change under way (docs/format.md)."""
+"""What a store's rows mean, typed: the manifest and the map in it, as docs/format.md describes them.
+
+Keys that a later version added are kept in ``unknown`` and written back; what an older version did not write stays
+unwritten, for the fingerprint is a digest of all that was written.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from ..errors import StoreError
-from ..files import checked, digest_of, is_there, read_checked, read_text
-from .forms import DATES_NEED, check_manifest, check_pending, check_unfinished
+from ..choices import FactorType, Norms, Precision, ProjectionKind, RowType
+from ..files import digest_of
+from .forms import needs_of
 
-FORMAT, VERSION = "gradindex-store", 1
-MANIFEST, PENDING, LOCK, LOG = "manifest.json", "pending.json", "lock", "log.jsonl"
-SHARDS, INDEX = "shards", "index"
-# Beside a plan: names of the shards that are of no manifest yet, for when the plan is taken away.
-UNFINISHED = "unfinished.json"
-# What a manifest may list under "needs": parts of the format that came after version 1 and cannot be ignored.
-FEATURES = (DATES_NEED,)
-
-# What changes with the shards; a change keeps all else, also what a later version may have added.
-CHANGING = ("format", "version", "generation", "shards", "sha256")
+VERSION = 1
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def fingerprint(described: Mapping[str, Any]) -> str:
-    """SHA-256 over what a row depends on besides its example: the format's version and the map."""
-    return digest_of({"version": VERSION, "map": described})
+class ShardEntry(NamedTuple):
+    """What the manifest says of one shard.
 
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete store.
-
-    Raises:
-        StoreError: there is none, it is damaged, or of another version.
+    Args:
+        name: of its file and of its seal.
+        first: its lowest id.
+        last: its highest id.
+        rows: how many ids it has, removed ones as well.
+        data: digest of its ids and of samples of its examples.
+        seal: checksum of its seal.
+        origins: where its rows were computed, if not here: ``[seal, first id, last id]`` each.
+        unknown: keys of a later version.
     """
-    path = folder / MANIFEST
-    if not is_there(path):
-        raise StoreError(
-            f"{folder} is not a gradindex store (no {MANIFEST}). Build one: gradindex build TASK --out DIR."
+
+    name: str
+    first: int
+    last: int
+    rows: int
+    data: str
+    seal: str
+    origins: list[list[Any]] | None = None
+    unknown: Mapping[str, Any] = _NOTHING
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ShardEntry:
+        """From a manifest's JSON, whose form was checked."""
+        entry = cls(value["name"], value["first"], value["last"], value["rows"], value["data"], value["seal"])
+        if len(value) == _PLAIN:
+            return entry
+        return entry._replace(origins=value.get("origins"), unknown=_besides(value, cls._fields))
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        written = {name: getattr(self, name) for name in self._fields[:_PLAIN]}
+        return written | ({} if self.origins is None else {"origins": self.origins}) | dict(self.unknown)
+
+    @property
+    def computed_in(self) -> list[list[Any]]:
+        """Where its rows were computed: seals of shards, and the first and last id that came from each.
+
+        Compacting copies rows to new shards, so that their own seals do not tell that they are the same rows.
+        """
+        return self.origins or [[self.seal, self.first, self.last]]
+
+
+# Keys that every entry has.
+_PLAIN = 6
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A layer whose gradients rows hold.
+
+    Args:
+        name: of the module, or of the parameter on the general routes; empty for the model itself.
+        parameters: names of what is tracked in it.
+        d_out: rows of its gradient.
+        d_in: columns of its gradient.
+        route: how its gradients were computed.
+        unknown: keys of a later version.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    d_out: int
+    d_in: int
+    route: str
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> StoredLayer:
+        """From a manifest's JSON, whose form was checked."""
+        known = ("name", "parameters", "shape", "route")
+        d_out, d_in = value["shape"]
+        return cls(value["name"], tuple(value["parameters"]), d_out, d_in, value["route"], _besides(value, known))
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        shape = [self.d_out, self.d_in]
+        written = {"name": self.name, "parameters": list(self.parameters), "shape": shape, "route": self.route}
+        return written | dict(self.unknown)
+
+    @property
+    def title(self) -> str:
+        """What to call it."""
+        return self.name or "(model)"
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A checkpoint that rows have a block of.
+
+    Args:
+        sha256: of its file.
+        step: of the training.
+        weighting: where its learning rates come from.
+        learning_rates: by tracked parameter.
+        key: under which key of the file the weights are, if one was given.
+        prefix: what was cut off the names of the weights, if anything.
+        filled: names that the file lacks.
+        passed_over: names that only the file has.
+        unknown: keys of a later version.
+    """
+
+    sha256: str
+    step: Any
+    weighting: str
+    learning_rates: Mapping[str, float]
+    key: str | None = None
+    prefix: str | None = None
+    filled: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> StoredCheckpoint:
+        """From a manifest's JSON, whose form was checked."""
+        known = ("sha256", "step", "weighting", "learning_rates", "key", "prefix", "filled", "passed_over")
+        return cls(
+            sha256=value["sha256"],
+            step=value["step"],
+            weighting=value["weighting"],
+            learning_rates=value["learning_rates"],
+            key=value.get("key"),
+            prefix=value.get("prefix"),
+            filled=tuple(value.get("filled", ())),
+            passed_over=tuple(value.get("passed_over", ())),
+            unknown=_besides(value, known),
         )
-    manifest = _read(path, check_manifest)
-    if manifest["fingerprint"] != fingerprint(manifest["map"]):
-        raise StoreError(f"{path} is damaged (its map does not match its fingerprint). Restore it from a copy.")
-    return manifest
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        written: dict[str, Any] = {"sha256": self.sha256}
+        written |= {name: value for name in ("key", "prefix") if (value := getattr(self, name)) is not None}
+        written |= {name: list(names) for name in ("filled", "passed_over") if (names := getattr(self, name))}
+        written |= {"step": self.step, "weighting": self.weighting, "learning_rates": dict(self.learning_rates)}
+        return written | dict(self.unknown)
 
 
-def read_pending(folder: Path) -> dict[str, Any] | None:
-    """The plan of the change that is under way, or ``None``.
+@dataclass(frozen=True)
+class StoredProjection:
+    """Which map made the rows; ``unknown`` are keys of a later version."""
 
-    Raises:
-        StoreError: it is damaged, or of another version.
+    kind: ProjectionKind
+    dim: int
+    seed: int
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> StoredProjection:
+        """From a manifest's JSON, whose form was checked."""
+        return cls(value["kind"], value["dim"], value["seed"], _besides(value, ("kind", "dim", "seed")))
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"kind": self.kind, "dim": self.dim, "seed": self.seed, **self.unknown}
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """Everything that rows depend on besides their examples: two rows compare only where these agree.
+
+    Args:
+        model: names and shapes of the model's tensors.
+        loss: name of the loss.
+        layers: what is tracked.
+        checkpoints: a block of a row for each.
+        projection: from gradients to rows.
+        precision: of the gradients.
+        preconditioner: of the geometry, ``None`` for plain TracIn.
+        unit_norm: whether rows were divided by the norm of their gradients.
+        bases: digest of what a fitted projection was fitted to; ``None`` for others, and before it is fitted.
+        fitted_to: how many training examples there were to fit to.
+        unknown: keys of a later version.
+        unwritten: keys that an older version did not write.
     """
-    path = folder / PENDING
-    return _read(path, check_pending) if is_there(path) else None
+
+    model: tuple[tuple[str, tuple[int, ...]], ...]
+    loss: str
+    layers: tuple[StoredLayer, ...]
+    checkpoints: tuple[StoredCheckpoint, ...]
+    projection: StoredProjection
+    precision: Precision
+    preconditioner: str | None
+    unit_norm: bool
+    bases: str | None = None
+    fitted_to: int | None = None
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+    unwritten: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RowMap:
+        """From a manifest's JSON, whose form was checked."""
+        return cls(
+            model=tuple((name, tuple(shape)) for name, shape in value["model"]),
+            loss=value["loss"],
+            layers=tuple(map(StoredLayer.from_json, value["layers"])),
+            checkpoints=tuple(map(StoredCheckpoint.from_json, value["checkpoints"])),
+            projection=StoredProjection.from_json(value["projection"]),
+            precision=value["precision"],
+            preconditioner=value.get("preconditioner"),
+            unit_norm=value["unit_norm"],
+            bases=value["bases"],
+            fitted_to=value["fitted_to"],
+            unknown=_besides(value, _MAP_KEYS),
+            unwritten=frozenset(_MAP_KEYS) - value.keys(),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        written = {
+            "model": [[name, list(shape)] for name, shape in self.model],
+            "loss": self.loss,
+            "layers": [layer.to_json() for layer in self.layers],
+            "checkpoints": [checkpoint.to_json() for checkpoint in self.checkpoints],
+            "projection": self.projection.to_json(),
+            "precision": self.precision,
+            "preconditioner": self.preconditioner,
+            "unit_norm": self.unit_norm,
+            "bases": self.bases,
+            "fitted_to": self.fitted_to,
+        }
+        return {name: value for name, value in written.items() if name not in self.unwritten} | dict(self.unknown)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over what a row depends on besides its example: the format's version and the map."""
+        return digest_of({"version": VERSION, "map": self.to_json()})
+
+    def differences(self, other: RowMap, *, bases: bool) -> list[str]:
+        """Names of what differs; ``bases`` says whether those of a fitted projection count."""
+        names = _MAP_KEYS if bases else _MAP_KEYS[:-2]
+        differing = [name for name in names if getattr(self, name) != getattr(other, name)]
+        if "layers" in differing and "checkpoints" in differing:
+            # Rates are listed for the tracked parameters alone, so that other layers always list others.
+            files = [[checkpoint.sha256 for checkpoint in side.checkpoints] for side in (self, other)]
+            if files[0] == files[1]:
+                differing.remove("checkpoints")
+        return differing
 
 
-def read_unfinished(folder: Path) -> dict[str, Any] | None:
-    """The shards and bases of a change that has not ended: ``shards``, names, and ``bases``, a digest or null.
+@dataclass(frozen=True)
+class Manifest:
+    """What a store says of itself.
 
-    Raises:
-        StoreError: it is damaged, or another's file.
+    Args:
+        task: name of the task that it was built from.
+        map: what its rows depend on.
+        dim: numbers in a row.
+        row_type: how rows are stored.
+        factors: type of the exact factors, ``None`` where there are none.
+        self_influence: ``"exact"`` or ``"projected"``.
+        columns: types by name, in NumPy's notation.
+        next_id: the lowest id that was never used.
+        removed: runs of ids ``[start, stop]`` that no answer holds.
+        batch_size: examples in a pass, of which rows depend in their last bits.
+        shard_rows: rows of a new shard.
+        threads: of a pass, of which rows depend in their last bits.
+        generation: how often the store has changed.
+        tracked: which parameters are tracked and which are left out, for people; ``None`` in older stores.
+        merged: checksums of the manifests that were merged.
+        shards: in the order of their ids.
+        unknown: keys of a later version.
+        sha256: checksum of the manifest that was read; ``None`` before it is written.
     """
-    path = folder / UNFINISHED
-    if not is_there(path):
-        return None
-    try:
-        value = read_checked(path)
-        check_unfinished(value)
-    except (OSError, ValueError) as error:
-        raise StoreError(
-            f"{path} is damaged ({error}). Delete it; shards of a change that was given up then stay."
-        ) from None
-    return value
+
+    task: str
+    map: RowMap
+    dim: int
+    row_type: RowType
+    factors: FactorType | None
+    self_influence: Norms
+    columns: Mapping[str, str]
+    next_id: int
+    removed: Sequence[Sequence[int]] = ()
+    batch_size: int = 0
+    shard_rows: int = 0
+    threads: int = 0
+    generation: int = 0
+    tracked: Mapping[str, Any] | None = None
+    merged: tuple[str, ...] = ()
+    shards: tuple[ShardEntry, ...] = ()
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Manifest:
+        """From a manifest, or the one that a plan leads to, whose form was checked."""
+        plain = {name: value[name] for name in _PLAIN_KEYS}
+        return cls(
+            **plain,
+            map=RowMap.from_json(value["map"]),
+            generation=value["generation"],
+            tracked=value.get("tracked"),
+            merged=tuple(value.get("merged", ())),
+            shards=tuple(map(ShardEntry.from_json, value.get("shards", ()))),
+            unknown=_besides(value, _KNOWN_KEYS),
+            sha256=value.get("sha256"),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What is written of it, without its shards."""
+        written: dict[str, Any] = {"task": self.task, "map": self.map.to_json()}
+        written |= {} if self.tracked is None else {"tracked": self.tracked}
+        written |= {name: getattr(self, name) for name in _PLAIN_KEYS if name != "task"}
+        written |= {"columns": dict(self.columns), "removed": [list(run) for run in self.removed]}
+        written |= {"fingerprint": self.fingerprint}
+        written |= {"merged": list(self.merged)} if self.merged else {}
+        return written | dict(self.unknown) | {"generation": self.generation}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the map."""
+        return self.map.fingerprint
+
+    @property
+    def needs(self) -> list[str]:
+        """What a reader must know to read such a store, besides version 1 of the format."""
+        return needs_of(self.columns)
+
+    @property
+    def n_checkpoints(self) -> int:
+        """Blocks in a row."""
+        return len(self.map.checkpoints)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether exact factors are stored."""
+        return self.factors is not None
+
+    @property
+    def rows(self) -> int:
+        """How many rows its shards hold, removed ones as well."""
+        return sum(entry.rows for entry in self.shards)
+
+    def differences(self, other: Manifest, *, bases: bool = False) -> list[str]:
+        """What differs in the maps and in what is stored beside rows, in words; ``bases`` as for the map."""
+        names = {"columns": "columns", "self_influence": "self_influence", "row_type": "row type", "factors": "factors"}
+        differing = self.map.differences(other.map, bases=bases)
+        return differing + [words for name, words in names.items() if getattr(self, name) != getattr(other, name)]
+
+    def __getitem__(self, name: str) -> Any:
+        """The manifest as a mapping, as it was before version 0.2."""
+        warnings.warn(f'manifest["{name}"] is deprecated, write manifest.{name}', DeprecationWarning, stacklevel=2)
+        as_json = self.to_json() | {"shards": [entry.to_json() for entry in self.shards], "sha256": self.sha256}
+        return as_json[name]
 
 
-def _read(path: Path, check: Callable[[Any], None]) -> dict[str, Any]:
-    try:
-        content = read_text(path)
-        version = _version(content)
-        if version == 0:
-            raise StoreError(f"{path.parent} has format version 0, of a trial version. Build it again.")
-        if version > VERSION:
-            raise StoreError(
-                f"{path.parent} has format version {version}, but this gradindex reads up to {VERSION}. "
-                "Upgrade gradindex."
-            )
-        value = checked(content)
-        unknown = [feature for feature in value["needs"] if feature not in FEATURES]
-        if not unknown:  # else its form may be another one as well
-            check(value)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}. Check the folder.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        way_out = "Restore it from a copy, or delete the folder and build again."
-        if path.name == PENDING and (path.parent / MANIFEST).exists():
-            way_out = "Delete it to give up the change that it plans, and give the command again."
-        raise StoreError(f"{path} is damaged ({error}). {way_out}") from None
-    if unknown:
-        named = ", ".join(map(str, unknown)).encode("ascii", "backslashreplace").decode()[:100]
-        raise StoreError(f"{path.parent} uses {named}, which this gradindex does not know. Upgrade it.")
-    return value
+_MAP_KEYS = (
+    "model", "loss", "layers", "checkpoints", "projection", "precision", "preconditioner", "unit_norm", "bases",
+    "fitted_to",
+)  # fmt: skip
+_PLAIN_KEYS = (
+    "task", "dim", "row_type", "factors", "self_influence", "columns", "next_id", "removed", "batch_size", "shard_rows",
+    "threads",
+)  # fmt: skip
+# Of a manifest and of its header, and what a plan keeps beside the manifest that it leads to.
+_KNOWN_KEYS = {*_PLAIN_KEYS, "map", "generation", "tracked", "merged", "shards", "fingerprint", "sha256"}
+_KNOWN_KEYS |= {"format", "version", "needs", "data"}
 
 
-def _version(content: bytes) -> int:
-    """Found before the checksum is looked at, whose rule may change with it; no number but in its place is taken."""
-    found = re.match(rb'\s*{\s*"format": "([^"]*)",\s*"version": (\d{1,9}),', content)
-    if found is None:
-        raise ValueError("it does not begin as a manifest does")
-    if found[1].decode(errors="replace") != FORMAT:
-        raise ValueError("another format")
-    return int(found[2])
-
-
-def differences(stored: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What differs between two manifests' maps and contents, in words; what ``other`` does not say is left out."""
-    found = [name for name in other["map"] if stored["map"].get(name) != other["map"][name]]
-    if "layers" in found and "checkpoints" in found:
-        # Rates are listed for the tracked parameters alone, so that other layers always list others.
-        files = [[item["sha256"] for item in side["map"]["checkpoints"]] for side in (stored, other)]
-        if files[0] == files[1]:
-            found.remove("checkpoints")
-    named = {"columns": "columns", "self_influence": "self_influence", "row_type": "row type", "factors": "factors"}
-    return found + [words for name, words in named.items() if name in other and stored[name] != other[name]]
+def _besides(value: Mapping[str, Any], known: Any) -> dict[str, Any]:
+    return {name: item for name, item in value.items() if name not in known}

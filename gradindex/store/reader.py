@@ -18,18 +18,11 @@ from ..gaps import with_gaps
 from ..progress import progress
 from . import runs
 from .bases import Bases, read_bases
+from .documents import MANIFEST, PENDING, read_manifest
 from .job import progress_of
-from .manifest import MANIFEST, PENDING, read_manifest
-from .shards import (
-    FACTOR_SIDES,
-    OpenShards,
-    Shard,
-    check_unchanged,
-    expected_of,
-    factor_name,
-    origins_of,
-    problem_of,
-)
+from .layout import FACTOR_SIDES, Expected, factor_name
+from .manifest import ShardEntry
+from .shards import OpenShards, Shard, check_unchanged, problem_of
 
 # Places in a list of ids, their positions in the arrays, and by (checkpoint, layer) activations and output gradients.
 FactorsInPlace = tuple[NDArray[np.int64], NDArray[np.int64], dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]]
@@ -62,14 +55,14 @@ class GradientStore:
             )
         self._seen = signature(self.folder / MANIFEST)
         self.manifest = read_manifest(self.folder)
-        self.dim: int = self.manifest["dim"]
-        self.n_checkpoints: int = len(self.manifest["map"]["checkpoints"])
-        self._removed = runs.as_runs(self.manifest["removed"])
-        self._serve(self.manifest["shards"])
+        self.dim, self.n_checkpoints = self.manifest.dim, self.manifest.n_checkpoints
+        self.has_factors = self.manifest.has_factors
+        self._removed = runs.as_runs(self.manifest.removed)
+        self._serve(self.manifest.shards)
 
-    def _serve(self, entries: list[dict[str, Any]]) -> None:
+    def _serve(self, entries: Sequence[ShardEntry]) -> None:
         self._entries = entries
-        self._firsts = np.array([entry["first"] for entry in entries], dtype=np.int64)
+        self._firsts = np.array([entry.first for entry in entries], dtype=np.int64)
         self._shards = OpenShards(self.folder, entries, self.manifest)
         self._live_runs: NDArray[np.int64] | None = None
 
@@ -86,8 +79,7 @@ class GradientStore:
     @property
     def n_train(self) -> int:
         """The number of training examples that have a row, removed ones not counted."""
-        rows: int = sum(entry["rows"] for entry in self._entries)
-        return rows - runs.count(self._removed)
+        return sum(entry.rows for entry in self._entries) - runs.count(self._removed)
 
     @property
     def ids(self) -> NDArray[np.int64]:
@@ -109,25 +101,25 @@ class GradientStore:
 
         Compacting and repairing keep them, and other rows have others: an index knows its rows again by them.
         """
-        return [origin for entry in self._entries for origin in origins_of(entry)]
+        return [origin for entry in self._entries for origin in entry.computed_in]
 
     def shard(self, name: str) -> Shard | None:
         """The shard of this name, open; ``None`` where there is none."""
-        numbers = [number for number, entry in enumerate(self._entries) if entry["name"] == name]
+        numbers = [number for number, entry in enumerate(self._entries) if entry.name == name]
         return self._shards[numbers[0]] if numbers else None
 
     def shard_runs(self, number: int) -> runs.Runs:
         """The ids of a shard, removed ones as well."""
         entry = self._entries[number]
-        if entry["rows"] == entry["last"] - entry["first"] + 1:
-            return [[entry["first"], entry["last"] + 1]]
+        if entry.rows == entry.last - entry.first + 1:
+            return [[entry.first, entry.last + 1]]
         found: list[list[int]] = self._shards.seal(number)["ids"]
         return found
 
     @property
     def columns(self) -> list[str]:
         """Names of the columns."""
-        return list(self.manifest["columns"])
+        return list(self.manifest.columns)
 
     def blocks(self, only: runs.Runs | None = None) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Ids (m,) and rows (m, dim) float32 in the order of ids, in pieces of about 16 MiB.
@@ -139,8 +131,8 @@ class GradientStore:
         for number, entry in enumerate(self._entries):
             if only is not None and not len(runs.without(only, runs.without(only, self.shard_runs(number)))):
                 continue
-            for start in range(0, entry["rows"], step):
-                shard, stop = self._shards[number], min(start + step, entry["rows"])
+            for start in range(0, entry.rows, step):
+                shard, stop = self._shards[number], min(start + step, entry.rows)
                 ids, rows = shard.ids[start:stop], shard.rows(start, stop)
                 kept = ~runs.contain(self._removed, ids)
                 if only is not None:
@@ -163,7 +155,7 @@ class GradientStore:
         of int8 the codes.
 
         Args:
-            number: of the shard, as in ``manifest["shards"]``.
+            number: of the shard, as in ``manifest.shards``.
             start: first position in the shard.
             stop: the position after the last, by default all.
 
@@ -206,7 +198,7 @@ class GradientStore:
         else:
             ids = runs.as_ids(ids)
             values = self._values(f"columns/{name}", ids.ravel(), ()).reshape(ids.shape)
-        return values.view(DATES) if self.manifest["columns"][name] == DATES else values
+        return values.view(DATES) if self.manifest.columns[name] == DATES else values
 
     def longest(self, name: str) -> int:
         """The most bytes that a text of a column takes in UTF-8, at least 1."""
@@ -221,14 +213,13 @@ class GradientStore:
         Raises:
             ArgumentError: the store has none, or an id has no row.
         """
-        if self.manifest["factors"] is None:
-            raise ArgumentError(f"{self.folder} has no factors. Build a store with factors='float32'.")
-        ids, keys = self._checked(ids), self._factor_keys()
+        keys, ids = self._factor_keys(), self._checked(ids)
         if len(ids):
             arrays = iter(self._gather([factor_name(*key, side) for key in keys for side in FACTOR_SIDES], ids))
         else:
-            kind, layers = self.manifest["factors"], self.manifest["map"]["layers"]
-            arrays = (np.empty((0, size), dtype=kind) for _, layer in keys for size in layers[layer]["shape"][::-1])
+            kind, layers = self.manifest.factors, self.manifest.map.layers
+            sizes = (size for _, number in keys for size in (layers[number].d_in, layers[number].d_out))
+            arrays = (np.empty((0, size), dtype=kind) for size in sizes)
         return {key: (next(arrays), next(arrays)) for key in keys}
 
     def factors_in_place(self, ids: NDArray[np.int64]) -> Iterator[FactorsInPlace]:
@@ -243,16 +234,16 @@ class GradientStore:
             ArgumentError: the store has none, or an id has no row.
             StoreError: a block that an id touches is damaged.
         """
-        if self.manifest["factors"] is None:
-            raise ArgumentError(f"{self.folder} has no factors. Build a store with factors='float32'.")
-        ids, keys = self._checked(ids), self._factor_keys()
+        keys, ids = self._factor_keys(), self._checked(ids)
         names = [factor_name(*key, side) for key in keys for side in FACTOR_SIDES]
         for places, shard, positions in self._by_shard(ids):
             sides = iter(shard.arrays.at(names, positions))
             yield places, positions, {key: (next(sides), next(sides)) for key in keys}
 
     def _factor_keys(self) -> list[tuple[int, int]]:
-        return [(c, layer) for c in range(self.n_checkpoints) for layer in range(len(self.manifest["map"]["layers"]))]
+        if not self.has_factors:
+            raise ArgumentError(f"{self.folder} has no factors. Build a store with factors='float32'.")
+        return [(c, layer) for c in range(self.n_checkpoints) for layer in range(len(self.manifest.map.layers))]
 
     def top_self_influence(
         self, k: int, only: NDArray[np.int64] | None = None
@@ -298,7 +289,7 @@ class GradientStore:
         Raises:
             StoreError: missing or damaged.
         """
-        digest = self.manifest["map"]["bases"]
+        digest = self.manifest.map.bases
         try:
             return None if digest is None else read_bases(self.folder, digest)
         except StoreError:
@@ -328,13 +319,13 @@ class GradientStore:
 
     def damaged(self) -> Iterator[tuple[int, str]]:
         """Read every shard: numbers of the damaged ones, and a sentence that names the file and the ids in it."""
-        expected = expected_of(self.manifest)
-        with progress("verifying", sum(entry["rows"] for entry in self._entries), "rows") as advance:
+        expected = Expected(self.manifest)
+        with progress("verifying", sum(entry.rows for entry in self._entries), "rows") as advance:
             for number, entry in enumerate(self._entries):
                 problem = problem_of(self.folder, entry, expected)
                 if problem:
                     yield number, problem
-                advance(entry["rows"])
+                advance(entry.rows)
 
     def verify(self) -> list[str]:
         """Read every file and compare every block with its checksum.
@@ -372,15 +363,14 @@ class GradientStore:
             if runs.contain(self._removed, np.array([wrong]))[0]:
                 raise ArgumentError(f"Training example {wrong} was removed from {self.folder}.")
             raise ArgumentError(
-                f"There is no training id {wrong}; ids go from {self._firsts[0]} to {self._entries[-1]['last']}."
+                f"There is no training id {wrong}; ids go from {self._firsts[0]} to {self._entries[-1].last}."
             )
 
     def _owners(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.searchsorted(self._firsts, ids, side="right") - 1
 
     def _column_type(self, name: str) -> str:
-        kind: str = self.manifest["columns"][name.removeprefix("columns/")]
-        return kind
+        return self.manifest.columns[name.removeprefix("columns/")]
 
     def _live(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The ids of a shard that are not removed, and where they are."""
@@ -415,8 +405,9 @@ class GradientStore:
         if not name.startswith("factors/"):
             return None
         _, _, layer, side = name.split("/")
-        size = self.manifest["map"]["layers"][int(layer)]["shape"][::-1][FACTOR_SIDES.index(side)]
-        return np.empty((count, size), dtype=self.manifest["factors"])
+        stored = self.manifest.map.layers[int(layer)]
+        size = (stored.d_in, stored.d_out)[FACTOR_SIDES.index(side)]
+        return np.empty((count, size), dtype=self.manifest.factors)
 
     def _gathered(self, name: str, ids: NDArray[np.int64], shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
         ids = self._checked(ids)

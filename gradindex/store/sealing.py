@@ -14,10 +14,10 @@ from ..errors import StoreError
 from ..files import digest_of
 from . import runs
 from .container import Spec, Writer, writing
+from .documents import FORMAT, SHARDS, PlannedShard
 from .encoding import encode
-from .layout import as_stored, row_specs
-from .manifest import FORMAT, SHARDS, VERSION
-from .shards import FACTOR_SIDES, factor_name
+from .layout import FACTOR_SIDES, as_stored, factor_name, row_specs
+from .manifest import VERSION, Manifest, ShardEntry
 
 
 class ShardWriter:
@@ -29,7 +29,7 @@ class ShardWriter:
         ids: (m,) of the shard.
     """
 
-    def __init__(self, raw: Writer, after: Mapping[str, Any], ids: NDArray[np.int64]) -> None:
+    def __init__(self, raw: Writer, after: Manifest, ids: NDArray[np.int64]) -> None:
         self.raw, self._after, self._ids, self._place = raw, after, ids, 0
 
     def append(
@@ -45,18 +45,18 @@ class ShardWriter:
             ArgumentError: a number is too large for the type in which it is stored.
             StoreError: they are more than the shard has ids, or cannot be written.
         """
-        place, kind = self._place, self._after["factors"]
+        place, kind = self._place, self._after.factors
         if place + len(rows) > len(self._ids):
             raise StoreError(
                 f"A shard of {len(self._ids)} training examples has got {place + len(rows)}, so it is not kept: "
                 "the data set hands out more examples than its length says."
             )
         name = lambda row: f"Training example {self._ids[place + row]}"  # noqa: E731  # short, used twice
-        arrays = encode(rows, self._after["row_type"], self_influence.shape[1], name)
+        arrays = encode(rows, self._after.row_type, self_influence.shape[1], name)
         arrays |= {"self_influence": self_influence, "losses": losses}
         for (checkpoint, layer), sides in factors.items():
             for side, values in zip(FACTOR_SIDES, sides, strict=True):
-                (stored,) = encode(values, kind, 1, name, "factors").values()
+                (stored,) = encode(values, kind or "float32", 1, name, "factors").values()
                 arrays[factor_name(checkpoint, layer, side)] = stored
         for array, values in arrays.items():
             self.raw.put(array, place, values)
@@ -66,34 +66,28 @@ class ShardWriter:
 @contextmanager
 def shard_writer(
     folder: Path,
-    after: Mapping[str, Any],
-    planned: Mapping[str, Any],
+    after: Manifest,
+    planned: PlannedShard,
     columns: Mapping[str, NDArray[Any]],
     samples: Sequence[tuple[int, str]],
     specs: Mapping[str, Spec] | None = None,
 ) -> Iterator[ShardWriter]:
     """See :meth:`Job.shard`."""
-    ids = runs.to_ids(planned["ids"])
-    values = {f"columns/{name}": as_stored(column, after["columns"][name]) for name, column in columns.items()}
+    ids = runs.to_ids(planned.ids)
+    values = {f"columns/{name}": as_stored(column, after.columns[name]) for name, column in columns.items()}
     all_specs = row_specs(after, len(ids)) if specs is None else {"ids": ((len(ids),), "<i8"), **specs}
     all_specs |= {name: (column.shape, column.dtype.str) for name, column in values.items()}
-    attributes = {"format": FORMAT, "version": VERSION, "map": after["fingerprint"], "rows@row_type": after["row_type"]}
-    about = {"name": planned["name"], "map": after["fingerprint"], "ids": planned["ids"]}
-    about |= {"row_type": after["row_type"], "samples": samples}
-    with writing(folder / SHARDS / f"{planned['name']}.h5", all_specs, attributes, about) as raw:
+    attributes = {"format": FORMAT, "version": VERSION, "map": after.fingerprint, "rows@row_type": after.row_type}
+    about = {"name": planned.name, "map": after.fingerprint, "ids": planned.ids}
+    about |= {"row_type": after.row_type, "samples": samples}
+    with writing(folder / SHARDS / f"{planned.name}.h5", all_specs, attributes, about) as raw:
         for name, column in {"ids": ids, **values}.items():
             raw.put(name, 0, column)
         yield ShardWriter(raw, after, ids)
 
 
-def entry_of(name: str, seal: Mapping[str, Any]) -> dict[str, Any]:
+def entry_of(name: str, seal: Mapping[str, Any]) -> ShardEntry:
     """What the manifest says of a sealed shard."""
     ids = seal["ids"]
-    return {
-        "name": name,
-        "first": ids[0][0],
-        "last": ids[-1][1] - 1,
-        "rows": runs.count(ids),
-        "data": digest_of({"ids": ids, "samples": seal["samples"]}),
-        "seal": seal["sha256"],
-    }
+    data = digest_of({"ids": ids, "samples": seal["samples"]})
+    return ShardEntry(name, ids[0][0], ids[-1][1] - 1, runs.count(ids), data, seal["sha256"])

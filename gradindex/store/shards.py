@@ -7,7 +7,7 @@ import errno
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,52 +19,33 @@ from ..errors import StoreChangedError, StoreError
 from ..files import read_checked
 from . import runs
 from .container import Container
+from .documents import MANIFEST, SHARDS
 from .encoding import decode
-from .forms import Expected, check_seal
-from .manifest import MANIFEST, SHARDS
+from .forms import check_seal
+from .layout import Expected
+from .manifest import Manifest, ShardEntry
 
 T = TypeVar("T")
 
 _TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 _MOST_OPEN = 4096
 
-FACTOR_SIDES = ("activations", "output_gradients")
-
-
-def factor_name(checkpoint: int, layer: int, side: str) -> str:
-    """Where a shard keeps one side of the exact factors of a layer at a checkpoint."""
-    return f"factors/{checkpoint}/{layer}/{side}"
-
-
-def origins_of(entry: Mapping[str, Any]) -> list[list[Any]]:
-    """Where the rows of a shard were computed: seals of shards, and the first and last id that came from each.
-
-    Compacting copies rows to new shards, so that their own seals do not tell that they are the same rows.
-    """
-    found: list[list[Any]] = entry.get("origins") or [[entry["seal"], entry["first"], entry["last"]]]
-    return found
-
 
 class TooManyOpenError(StoreError):
     """This process may open no further file."""
 
 
-def expected_of(manifest: Mapping[str, Any]) -> Expected:
-    """What the shards of a manifest must hold."""
-    return Expected(manifest, factor_name, FACTOR_SIDES)
-
-
-def read_seal(folder: Path, entry: Mapping[str, Any], expected: Expected | None = None) -> dict[str, Any]:
+def read_seal(folder: Path, entry: ShardEntry, expected: Expected | None = None) -> dict[str, Any]:
     """The seal of a shard, which fits its entry in the manifest and what is ``expected`` of all of them.
 
     Raises:
         StoreError: it is damaged, or not the one that the manifest names.
         OSError: it cannot be read.
     """
-    path = folder / SHARDS / f"{entry['name']}.json"
+    path = folder / SHARDS / f"{entry.name}.json"
     try:
         seal = read_checked(path)
-        if seal["sha256"] != entry["seal"]:
+        if seal["sha256"] != entry.seal:
             raise StoreError(f"{path} is not the one that the manifest names")
         check_seal(seal)
         if expected is not None:
@@ -92,13 +73,13 @@ class Shard:
     def __init__(
         self,
         folder: Path,
-        entry: Mapping[str, Any],
+        entry: ShardEntry,
         expected: Expected | None = None,
         seal: dict[str, Any] | None = None,
         sound: NDArray[np.bool_] | None = None,
     ) -> None:
         self.seal = read_seal(folder, entry, expected) if seal is None else seal
-        self.arrays = Container(folder / SHARDS / f"{entry['name']}.h5", self.seal, sound)
+        self.arrays = Container(folder / SHARDS / f"{entry.name}.h5", self.seal, sound)
         self.row_type: str = self.seal["row_type"]
 
     @cached_property
@@ -125,13 +106,13 @@ class Shard:
         return np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
 
 
-def opened(folder: Path, entry: Mapping[str, Any], action: Callable[[Path, Mapping[str, Any]], T]) -> T:
+def opened(folder: Path, entry: ShardEntry, action: Callable[[Path, ShardEntry], T]) -> T:
     """Open a shard of a store, or do something else with it, with errors that say what to do.
 
     Raises:
         StoreError: it is missing or damaged, or too many files are open.
     """
-    path = folder / SHARDS / f"{entry['name']}.h5"
+    path = folder / SHARDS / f"{entry.name}.h5"
     try:
         return action(folder, entry)
     except StoreError as error:
@@ -151,9 +132,9 @@ def opened(folder: Path, entry: Mapping[str, Any], action: Callable[[Path, Mappi
     )
 
 
-def problem_of(folder: Path, entry: Mapping[str, Any], expected: Expected | None = None) -> str | None:
+def problem_of(folder: Path, entry: ShardEntry, expected: Expected | None = None) -> str | None:
     """Read a whole shard: a sentence that says what is damaged, and the ids that it holds; ``None`` if it is sound."""
-    everything = f"(ids {entry['first']} to {entry['last']})"
+    everything = f"(ids {entry.first} to {entry.last})"
     try:
         shard = Shard(folder, entry, expected)
         damaged = shard.arrays.damaged()
@@ -161,7 +142,7 @@ def problem_of(folder: Path, entry: Mapping[str, Any], expected: Expected | None
         return f"{error} {everything}"
     except OSError as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-        return f"{error.filename or entry['name']} {reason} {everything}"
+        return f"{error.filename or entry.name} {reason} {everything}"
     if not damaged:
         return None
     places = shard.arrays.positions_in(damaged)
@@ -182,7 +163,7 @@ class OpenShards:
         manifest: the manifest.
     """
 
-    def __init__(self, folder: Path, entries: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, entries: Sequence[ShardEntry], manifest: Manifest) -> None:
         self._folder, self._entries, self._manifest = folder, entries, manifest
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._seals: dict[int, dict[str, Any]] = {}
@@ -205,7 +186,7 @@ class OpenShards:
         """The seal of a shard, which need not be open."""
         if number not in self._seals:
 
-            def read(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+            def read(folder: Path, entry: ShardEntry) -> dict[str, Any]:
                 return read_seal(folder, entry, self._expected)
 
             self._seals[number] = self._said(number, lambda n: opened(self._folder, self._entries[n], read))
@@ -213,10 +194,10 @@ class OpenShards:
 
     @cached_property
     def _expected(self) -> Expected:
-        return expected_of(self._manifest)
+        return Expected(self._manifest)
 
     def _opened(self, number: int) -> Shard:
-        def shard(folder: Path, entry: Mapping[str, Any]) -> Shard:
+        def shard(folder: Path, entry: ShardEntry) -> Shard:
             made = Shard(folder, entry, self._expected, self._seals.get(number), self._sound.get(number))
             self._seals[number], self._sound[number] = made.seal, made.arrays.sound
             return made
@@ -238,12 +219,12 @@ class OpenShards:
             raise
 
 
-def check_unchanged(folder: Path, manifest: Mapping[str, Any]) -> None:
+def check_unchanged(folder: Path, manifest: Manifest) -> None:
     """Refuse to go on with a manifest in whose place another one is now.
 
     Raises:
         StoreChangedError: the store has changed.
     """
     with contextlib.suppress(OSError, ValueError):
-        if read_checked(folder / MANIFEST)["sha256"] != manifest["sha256"]:
+        if read_checked(folder / MANIFEST)["sha256"] != manifest.sha256:
             raise StoreChangedError(f"{folder} has changed since it was opened. Open it again.")

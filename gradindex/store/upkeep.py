@@ -8,6 +8,7 @@ import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from ..progress import progress
 from . import runs
 from .claiming import begin_unfinished, claimed, clean, end_unfinished, supersede, unused_number
 from .container import Spec, Writer
-from .job import Job, write_manifest
-from .manifest import CHANGING, PENDING, SHARDS, differences
+from .documents import PENDING, SHARDS, PlannedShard, Superseded, write_manifest
+from .job import Job
+from .manifest import Manifest, ShardEntry
 from .reader import GradientStore
 from .sealing import ShardWriter, entry_of, shard_writer
-from .shards import Shard, origins_of, read_seal
+from .shards import Shard, read_seal
 
 # What is copied at once.
 _PIECE_BYTES = 16 << 20
@@ -46,14 +48,15 @@ def remove(folder: str | os.PathLike[str], ids: NDArray[np.int64] | Sequence[int
     """
     wanted = np.unique(runs.as_ids(ids))
     with changing(folder) as store:
-        gone: list[list[int]] = store.manifest["removed"]
+        gone = store.manifest.removed
         store.check_ids(wanted[~runs.contain(gone, wanted)])
         removed = runs.to_runs(np.union1d(runs.to_ids(gone), wanted))
-        if removed.tolist() == gone:
+        if removed.tolist() == [list(run) for run in gone]:
             return store  # the command was given again after its end
-        if runs.count(removed) == sum(entry["rows"] for entry in store.manifest["shards"]):
+        if runs.count(removed) == store.manifest.rows:
             raise ArgumentError(f"No training example would be left in {store.folder}. Delete the folder instead.")
-        write_manifest(store.folder, {**_next(store), "removed": removed.tolist()})
+        generation = store.manifest.generation + 1
+        write_manifest(store.folder, replace(store.manifest, removed=removed.tolist(), generation=generation))
         return GradientStore(store.folder)
 
 
@@ -70,9 +73,9 @@ def compact(folder: str | os.PathLike[str]) -> GradientStore:
     """
     with changing(folder, "compact") as store:
         plan, keep = _repacking(store)
-        if Job.pending(store.folder) is None and keep == store.manifest["shards"]:
+        if Job.pending(store.folder) is None and keep == list(store.manifest.shards):
             return store
-        job = Job.begin(store.folder, "compact", {**kept(store), "removed": [], "data": None}, plan, keep)
+        job = Job.begin(store.folder, "compact", replace(kept(store), removed=()), None, plan, keep)
         _copy(job, {".": store})
         return GradientStore(store.folder)
 
@@ -107,29 +110,28 @@ def merge(
         raise ArgumentError(f"offset is {shift}, but must not be negative.")
     with changing(folder, "merge") as store:
         sources = {os.path.realpath(path): GradientStore(path) for path in paths}
-        merged = [source.manifest["sha256"] for source in sources.values()]
-        if Job.pending(store.folder) is None and set(merged) <= set(store.manifest.get("merged", [])):
+        merged = [str(source.manifest.sha256) for source in sources.values()]
+        if Job.pending(store.folder) is None and set(merged) <= set(store.manifest.merged):
             return store  # the command was given again after its end
         if len(sources) < len(paths) or os.path.realpath(store.folder) in sources:
             raise ArgumentError("A store is named twice. Name each store once.")
-        plan: list[dict[str, Any]] = []
-        end = store.manifest["next_id"]
+        plan: list[PlannedShard] = []
+        end = store.manifest.next_id
         for name, source in sources.items():
             _check_mergeable(store, source)
-            for number, entry in enumerate(source.manifest["shards"]):
-                live = runs.without(source.shard_runs(number), source.manifest["removed"])
+            for number, entry in enumerate(source.manifest.shards):
+                live = runs.without(source.shard_runs(number), source.manifest.removed)
                 if len(live):
-                    plan.append({"ids": (live + shift).tolist(), "sources": [[name, entry["name"], shift]]})
-            last = source.manifest["next_id"] + shift
+                    plan.append(PlannedShard((live + shift).tolist(), [[name, entry.name, shift]]))
+            last = source.manifest.next_id + shift
             if last > _LARGEST_ID:
                 raise ArgumentError(f"offset is {shift}, but ids must stay below 2^63. Give a smaller one.")
             end, shift = max(end, last), shift if offset is None else last
-        plan.sort(key=lambda planned: int(planned["ids"][0][0]))
+        plan.sort(key=lambda planned: planned.ids[0][0])
         if Job.pending(store.folder) is None:
             _check_apart(store, plan)
-        known = [*store.manifest.get("merged", []), *merged]
-        after = {**kept(store), "next_id": end, "merged": known, "data": [merged, offset]}
-        job = Job.begin(store.folder, "merge", after, plan, store.manifest["shards"])
+        after = replace(kept(store), next_id=end, merged=(*store.manifest.merged, *merged))
+        job = Job.begin(store.folder, "merge", after, [merged, offset], plan, store.manifest.shards)
         _copy(job, sources)
         return GradientStore(store.folder)
 
@@ -175,22 +177,16 @@ def changing(folder: str | os.PathLike[str], kind: str = "") -> Iterator[Gradien
         yield store
 
 
-def kept(store: GradientStore) -> dict[str, Any]:
-    """What a change keeps of the manifest, also of what a later version may have added."""
-    return {name: value for name, value in store.manifest.items() if name not in CHANGING}
+def kept(store: GradientStore) -> Manifest:
+    """What a change keeps of the manifest, also of what a later version may have added: all but the shards."""
+    return replace(store.manifest, shards=(), sha256=None)
 
 
-def live_plan(store: GradientStore) -> list[dict[str, Any]]:
+def live_plan(store: GradientStore) -> list[PlannedShard]:
     """A plan that makes every shard anew, without removed rows."""
-    removed = store.manifest["removed"]
-    live = [runs.without(store.shard_runs(number), removed) for number in range(len(store.manifest["shards"]))]
-    return [{"ids": ids.tolist(), "sources": []} for ids in live if len(ids)]
-
-
-def _next(store: GradientStore) -> dict[str, Any]:
-    """The manifest of a store after a change of nothing."""
-    manifest = store.manifest
-    return {**kept(store), "generation": manifest["generation"] + 1, "shards": manifest["shards"]}
+    removed = store.manifest.removed
+    live = [runs.without(store.shard_runs(number), removed) for number in range(len(store.manifest.shards))]
+    return [PlannedShard(ids.tolist()) for ids in live if len(ids)]
 
 
 @contextmanager
@@ -215,7 +211,7 @@ def rewritten(
         MismatchError: its examples are not those that the store was built from.
     """
     manifest = GradientStore(store.folder).manifest
-    entry = manifest["shards"][number]
+    entry = manifest.shards[number]
     try:
         ids = runs.to_ids(store.shard_runs(number))
     except StoreError as error:
@@ -228,17 +224,16 @@ def rewritten(
         agree = all(now[i] == text for i, text in samples)
     except (OSError, StoreError):
         samples = list(sample(ids))
-        agree = (
-            entry_of("", {"ids": runs.to_runs(ids).tolist(), "samples": samples, "sha256": ""})["data"] == entry["data"]
-        )
+        seal = {"ids": runs.to_runs(ids).tolist(), "samples": samples, "sha256": ""}
+        agree = entry_of("", seal).data == entry.data
     if not agree:
         raise MismatchError(
-            f"The training examples of {entry['name']} (ids {entry['first']} to {entry['last']}) are not those that "
+            f"The training examples of {entry.name} (ids {entry.first} to {entry.last}) are not those that "
             f"{store.folder} was built from, so it is not repaired. Give the same data, or restore it from a copy."
         )
-    generation = manifest["generation"] + 1
+    generation = manifest.generation + 1
     name = f"{unused_number(store.folder, generation):04d}-{number:05d}"
-    planned = {"name": name, "ids": runs.to_runs(ids).tolist()}
+    planned = PlannedShard(runs.to_runs(ids).tolist(), name=name)
     (store.folder / SHARDS).mkdir(exist_ok=True)
     with storing(store.folder):
         begin_unfinished(store.folder, [name], None)
@@ -246,40 +241,41 @@ def rewritten(
         with shard_writer(store.folder, manifest, planned, columns(ids), samples) as writer:
             yield ids, writer
         made = entry_of(name, read_checked(store.folder / SHARDS / f"{name}.json"))
-        made["origins"] = origins_of(entry)  # the same examples at the same checkpoints
-        shards = [*manifest["shards"][:number], made, *manifest["shards"][number + 1 :]]
-        after = {key: value for key, value in manifest.items() if key not in CHANGING}
+        made = made._replace(origins=entry.computed_in)  # the same examples at the same checkpoints
+        shards = (*manifest.shards[:number], made, *manifest.shards[number + 1 :])
         end_unfinished(store.folder)
-        write_manifest(store.folder, {**after, "generation": generation, "shards": shards})
+        write_manifest(store.folder, replace(manifest, generation=generation, shards=shards))
     except BaseException:
-        supersede(store.folder, GradientStore(store.folder).manifest, {"shards": [name], "bases": None})
+        supersede(store.folder, GradientStore(store.folder).manifest, Superseded([name]))
         end_unfinished(store.folder)
         raise
-    supersede(store.folder, GradientStore(store.folder).manifest, {"shards": [entry["name"]], "bases": None})
+    supersede(store.folder, GradientStore(store.folder).manifest, Superseded([entry.name]))
 
 
-def _repacking(store: GradientStore) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _repacking(store: GradientStore) -> tuple[list[PlannedShard], list[ShardEntry]]:
     """The shards that a compaction makes, and the entries of those that stay as they are."""
-    keep: list[dict[str, Any]] = []
-    plan: list[dict[str, Any]] = []
-    group: list[tuple[dict[str, Any], NDArray[np.int64]]] = []
-    removed, shard_rows = runs.as_runs(store.manifest["removed"]), store.manifest["shard_rows"]
+    keep: list[ShardEntry] = []
+    plan: list[PlannedShard] = []
+    group: list[tuple[ShardEntry, NDArray[np.int64]]] = []
+    removed, shard_rows = runs.as_runs(store.manifest.removed), store.manifest.shard_rows
 
     def end_group() -> None:
-        if len(group) == 1 and runs.count(group[0][1]) == group[0][0]["rows"]:
+        if len(group) == 1 and runs.count(group[0][1]) == group[0][0].rows:
             keep.append(group[0][0])  # small, but with no neighbour to join
         elif group:
             ids = runs.to_ids(np.concatenate([live for _, live in group]))
             for start in range(0, len(ids), shard_rows):
-                some = ids[start : start + shard_rows]
-                mine = [e for e, _ in group if e["first"] <= some[-1] and e["last"] >= some[0]]
-                planned = {"ids": runs.to_runs(some).tolist(), "sources": [[".", e["name"], 0] for e in mine]}
-                plan.append({**planned, "origins": _origins_within(mine, int(some[0]), int(some[-1]))})
+                new_ids = ids[start : start + shard_rows]
+                first, last = int(new_ids[0]), int(new_ids[-1])
+                entries = [entry for entry, _ in group if entry.first <= last and entry.last >= first]
+                sources = [[".", entry.name, 0] for entry in entries]
+                origins = _origins_within(entries, first, last)
+                plan.append(PlannedShard(runs.to_runs(new_ids).tolist(), sources, origins))
         group.clear()
 
-    for number, entry in enumerate(store.manifest["shards"]):
+    for number, entry in enumerate(store.manifest.shards):
         live = runs.without(store.shard_runs(number), removed)
-        if runs.count(live) == entry["rows"] >= shard_rows // 2:
+        if runs.count(live) == entry.rows >= shard_rows // 2:
             end_group()
             keep.append(entry)
         else:
@@ -288,15 +284,15 @@ def _repacking(store: GradientStore) -> tuple[list[dict[str, Any]], list[dict[st
     return plan, keep
 
 
-def _origins_within(entries: Sequence[Mapping[str, Any]], first: int, last: int) -> list[list[Any]]:
-    """Where ids from ``first`` to ``last`` were computed that are copied from some shards; see :func:`origins_of`."""
-    spans = [(seal, max(begin, first), min(end, last)) for entry in entries for seal, begin, end in origins_of(entry)]
+def _origins_within(entries: Sequence[ShardEntry], first: int, last: int) -> list[list[Any]]:
+    """Where ids from ``first`` to ``last`` were computed that are copied from some shards."""
+    spans = [(seal, max(begin, first), min(end, last)) for entry in entries for seal, begin, end in entry.computed_in]
     return [[seal, begin, end] for seal, begin, end in spans if begin <= end]
 
 
 def _check_mergeable(store: GradientStore, other: GradientStore) -> None:
-    differing = differences(store.manifest, other.manifest)
-    if store.manifest["map"] != other.manifest["map"] and not differing:
+    differing = store.manifest.differences(other.manifest, bases=True)
+    if store.manifest.fingerprint != other.manifest.fingerprint and not differing:
         differing = ["map"]
     if differing and set(differing) <= {"bases", "fitted_to"}:
         raise MismatchError(
@@ -310,15 +306,15 @@ def _check_mergeable(store: GradientStore, other: GradientStore) -> None:
         )
 
 
-def _check_apart(store: GradientStore, plan: Sequence[Mapping[str, Any]]) -> None:
+def _check_apart(store: GradientStore, plan: Sequence[PlannedShard]) -> None:
     """Ids must be new: apart from each other, and from all that the store has or ever had."""
-    spans = [(0, store.manifest["next_id"], store.folder.name)]
-    spans += [(p["ids"][0][0], p["ids"][-1][1], Path(p["sources"][0][0]).name) for p in plan]
+    spans = [(0, store.manifest.next_id, store.folder.name)]
+    spans += [(shard.ids[0][0], shard.ids[-1][1], Path(shard.sources[0][0]).name) for shard in plan]
     for (_, stop, one), (start, _, other) in itertools.pairwise(sorted(spans)):
         if start < stop:
             raise ArgumentError(
                 f"Ids of {one} and {other} collide: {other} has {start}, and {one} has or had ids up to {stop - 1}. "
-                f"Give an offset, such as {store.manifest['next_id']}."
+                f"Give an offset, such as {store.manifest.next_id}."
             )
 
 
@@ -329,9 +325,7 @@ def _copy(job: Job, sources: Mapping[str, GradientStore]) -> None:
     try:
         with progress(job.kind, total, "rows", done) as advance:
             for planned in job.missing():
-                parts = [
-                    (_source(job, sources, name, shard), shift) for name, shard, shift in planned.get("sources", ())
-                ]
+                parts = [(_source(job, sources, name, shard), shift) for name, shard, shift in planned.sources]
                 advance(_copy_shard(job, planned, parts))
     except StoreError:
         if any(source.verify() for source in sources.values()):
@@ -351,10 +345,10 @@ def _source(job: Job, sources: Mapping[str, GradientStore], name: str, shard: st
     return found
 
 
-def _copy_shard(job: Job, planned: Mapping[str, Any], parts: Sequence[tuple[Shard, int]]) -> int:
+def _copy_shard(job: Job, planned: PlannedShard, parts: Sequence[tuple[Shard, int]]) -> int:
     """Make one shard of the rows of some others, whose ids are shifted; returns how many."""
-    count, there = runs.count(planned["ids"]), sum(len(shard.ids) for shard, _ in parts)
-    wanted = runs.to_ids(planned["ids"]) if count <= there else np.empty(0, dtype=np.int64)
+    count, there = planned.rows, sum(len(shard.ids) for shard, _ in parts)
+    wanted = runs.to_ids(planned.ids) if count <= there else np.empty(0, dtype=np.int64)
     chosen = [(shard, np.intersect1d(wanted, shard.ids + shift), shift) for shard, shift in parts]
     if not sum(len(ids) for _, ids, _ in chosen) == count == len(wanted):
         raise StoreError(
@@ -371,7 +365,7 @@ def _copy_shard(job: Job, planned: Mapping[str, Any], parts: Sequence[tuple[Shar
     samples = samples[:: max(1, -(-len(samples) // _SAMPLES))]
     columns = {
         name: np.concatenate([shard.arrays.take(f"columns/{name}", where) for shard, where in places])
-        for name in job.after["columns"]
+        for name in job.after.columns
     }
     first = parts[0][0].arrays
     copied = [name for name in first.names() if name != "ids" and not name.startswith("columns/")]

@@ -227,7 +227,7 @@ def sizes(bench: Bench, name: str, store: gradindex.GradientStore) -> None:
     of_index = sum(path.stat().st_size for path in index.rglob("*")) if index.exists() else 0
     whole = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
     each = (whole - of_index) / store.n_train
-    part, factors = name.partition(",")[0], store.manifest["factors"]
+    part, factors = name.partition(",")[0], store.manifest.factors
     what = f"{name}: store with {factors} factors"
     if part in ROOM:
         bench.bar(what, each / 1024, "KiB a row", ROOM[part], at_most=True)

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     order = np.lexsort((ids, -scores))
     ids, scores = ids[order], scores[order]
     first = list(_records(store, ids[:k], scores[:k], 1))
-    note = f"{store.manifest['self_influence']} {NOTE}"
+    note = f"{store.manifest.self_influence} {NOTE}"
     print(f"{table(first)}\n{note}")
     if options.csv:
         ours = ",".join(first[0]).encode()

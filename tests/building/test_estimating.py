@@ -148,7 +148,7 @@ def test_a_fitted_projection_and_later_examples_skip_as_well(task, tmp_path):
     longer = replace(broken(task, 300), columns={})
     longer.train.append(task.train[0])
     nothing = gradindex.add(replace(longer, skip=[*bad, 300]), tmp_path / "store")
-    assert (nothing.n_train, nothing.manifest["next_id"], nothing.verify()) == (297, 301, [])
+    assert (nothing.n_train, nothing.manifest.next_id, nothing.verify()) == (297, 301, [])
 
 
 def test_a_build_goes_on_only_with_the_same_examples_left_out(task, tmp_path):

@@ -39,7 +39,7 @@ def test_added_examples_answer_as_if_they_had_always_been_there(task, tmp_path):
     store = gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
     before = {path: path.read_bytes() for path in (store.folder / "shards").iterdir()}
     grown = gradindex.add(task, store.folder)
-    assert (grown.n_train, grown.manifest["next_id"], grown.manifest["generation"]) == (30, 30, 2)
+    assert (grown.n_train, grown.manifest.next_id, grown.manifest.generation) == (30, 30, 2)
     assert {path: path.read_bytes() for path in before} == before
     assert_answers_as_a_fresh_build(grown, task, range(30), tmp_path)
     again = snapshot(store.folder)
@@ -82,9 +82,9 @@ def test_compacting_frees_room_and_changes_no_answer(task, tmp_path):
     gradindex.store.remove(store.folder, np.array(gone))
     rows = gradindex.GradientStore(store.folder).rows(np.array(left))
     compacted = gradindex.store.compact(store.folder)
-    assert sum(entry["rows"] for entry in compacted.manifest["shards"]) == 19
-    assert compacted.manifest["removed"] == []
-    assert [entry["name"][:4] for entry in compacted.manifest["shards"]].count("0001") == 3  # 0-3, 16-19, 24-27 stay
+    assert sum(entry.rows for entry in compacted.manifest.shards) == 19
+    assert compacted.manifest.removed == []
+    assert [entry.name[:4] for entry in compacted.manifest.shards].count("0001") == 3  # 0-3, 16-19, 24-27 stay
     np.testing.assert_array_equal(compacted.rows(np.array(left)), rows)
     assert_answers_as_a_fresh_build(compacted, task, left, tmp_path)
     again = snapshot(store.folder)
@@ -104,9 +104,9 @@ def test_small_shards_of_many_additions_are_joined(task, tmp_path):
     gradindex.build(first(task, 4), tmp_path / "store", **OPTIONS)
     for n in range(5, 13):
         gradindex.add(first(task, n), tmp_path / "store")
-    assert len(gradindex.GradientStore(tmp_path / "store").manifest["shards"]) == 9
+    assert len(gradindex.GradientStore(tmp_path / "store").manifest.shards) == 9
     compacted = gradindex.store.compact(tmp_path / "store")
-    assert [entry["rows"] for entry in compacted.manifest["shards"]] == [4, 4, 4]
+    assert [entry.rows for entry in compacted.manifest.shards] == [4, 4, 4]
     assert_answers_as_a_fresh_build(compacted, first(task, 12), range(12), tmp_path)
 
 
@@ -120,7 +120,7 @@ def test_stores_built_apart_are_merged(task, tmp_path):
         gradindex.store.merge(tmp_path / "a", [tmp_path / "b", tmp_path / "c"])
     merged = gradindex.store.merge(tmp_path / "a", [tmp_path / "b", tmp_path / "c"], offset=10)
     assert_answers_as_a_fresh_build(merged, task, [i for i in range(30) if i != 12], tmp_path)
-    assert merged.manifest["next_id"] == 30
+    assert merged.manifest.next_id == 30
     assert (snapshot(tmp_path / "b"), snapshot(tmp_path / "c")) == untouched
 
 
@@ -161,7 +161,7 @@ def test_a_checkpoint_is_added_without_computing_the_others(task, tmp_path, opti
     gradindex.build(earlier, tmp_path / "store", **(OPTIONS | options))
     gradindex.store.remove(tmp_path / "store", np.array([3, 4, 29]))
     longer = gradindex.growth.add_checkpoint(task, tmp_path / "store")
-    assert (longer.n_checkpoints, longer.manifest["removed"]) == (3, [])
+    assert (longer.n_checkpoints, longer.manifest.removed) == (3, [])
     whole = gradindex.build(task, tmp_path / "whole", **(OPTIONS | options))
     tolerance = 1e-2 if "row_type" in options else 1e-5
     np.testing.assert_allclose(longer.rows(longer.ids), whole.rows(longer.ids), rtol=tolerance, atol=1e-6)
@@ -386,7 +386,7 @@ def test_the_log_tells_how_long_it_took_and_a_torn_line_harms_nothing(task, tmp_
     with (store.folder / "log.jsonl").open("a") as log:
         log.write('{"job": "build", "sha')
     lines = (store.folder / "log.jsonl").read_text().splitlines()[:8]
-    spent = gradindex.store.overview(store.folder)["seconds"]
+    spent = gradindex.store.overview(store.folder).seconds
     assert spent == pytest.approx(sum(json.loads(line)["seconds"] for line in lines))
     assert isinstance(GradientStore(store.folder), GradientStore)
     assert Path(store.folder / "lock").read_text() == ""

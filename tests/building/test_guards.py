@@ -16,6 +16,7 @@ from gradindex.errors import ArgumentError, MismatchError, StoreError, TaskError
 from gradindex.projection import Projection
 from gradindex.store import GradientStore, Job, runs, sealing
 from gradindex.store import job as files_of
+from gradindex.store.documents import write_manifest
 from gradindex.store.encoding import decode, encode
 
 
@@ -189,8 +190,8 @@ def test_compacting_drops_a_shard_that_is_removed_as_a_whole(task, tmp_path):
     gradindex.build(task, tmp_path / "store", **OPTIONS)
     gradindex.store.remove(tmp_path / "store", range(4, 8))
     store = gradindex.store.compact(tmp_path / "store")
-    assert [entry["first"] for entry in store.manifest["shards"]] == [0, 8, 12, 16, 20, 24, 28]
-    assert store.manifest["removed"] == []
+    assert [entry.first for entry in store.manifest.shards] == [0, 8, 12, 16, 20, 24, 28]
+    assert store.manifest.removed == []
     assert store.n_train == 26
 
 
@@ -204,7 +205,7 @@ def test_a_damaged_shard_stops_a_compaction_and_can_be_repaired_then(task, tmp_p
     assert gradindex.store.compact(store.folder).n_train == 28
     with pytest.raises(StoreError, match="gradindex build --repair"):
         store = gradindex.GradientStore(store.folder)
-        (store.folder / "shards" / f"{store.manifest['shards'][0]['name']}.h5").unlink()
+        (store.folder / "shards" / f"{store.manifest.shards[0].name}.h5").unlink()
         extra = gradindex.Checkpoint(task.checkpoints[0].path, 0.1, step=9)
         gradindex.growth.add_checkpoint(replace(task, checkpoints=[*task.checkpoints, extra]), store.folder)
 
@@ -268,12 +269,12 @@ def test_what_a_later_version_adds_is_kept_by_changes(task, tmp_path):
         patch.setattr(sealing.ShardWriter, "append", with_extra)
         gradindex.add(task, store.folder)
     manifest = GradientStore(store.folder).manifest
-    del manifest["sha256"]
-    files_of.write_manifest(store.folder, {**manifest, "later": [1, 2], "generation": manifest["generation"] + 1})
+    later = replace(manifest, unknown={"later": [1, 2]}, generation=manifest.generation + 1)
+    write_manifest(store.folder, later)
     gradindex.store.remove(store.folder, range(13, 17))
     compacted = gradindex.store.compact(store.folder)
-    assert compacted.manifest["later"] == [1, 2]
-    kept = [compacted._shards[number].arrays for number in range(len(compacted.manifest["shards"]))]
+    assert compacted.manifest.unknown["later"] == [1, 2]
+    kept = [compacted._shards[number].arrays for number in range(len(compacted.manifest.shards))]
     assert sum("later/extra" in arrays for arrays in kept) >= 3
 
 
@@ -316,7 +317,7 @@ def test_a_list_of_whole_numbers_and_fractions_is_one_column_in_every_shard(tmp_
     task = toys.make_task(tmp_path, n_train=len(values), columns={"n": values})
     store = gradindex.build(task, tmp_path / "store", projection=Projection(dim=2), batch_size=512)
     assert store.column("n").tolist() == values
-    assert store.manifest["columns"] == {"n": "<f8"}
+    assert store.manifest.columns == {"n": "<f8"}
 
 
 def test_blocks_without_a_row_are_exported_as_nothing(task, tmp_path):

@@ -154,7 +154,7 @@ def test_a_build_keeps_to_its_budget(task, tmp_path, projection):
     sizes = {}
     for memory in (1, 1 << 18, 1 << 34):
         store = gradindex.build(task, tmp_path / str(memory), memory=memory, projection=projection)
-        sizes[memory] = store.manifest["batch_size"]
+        sizes[memory] = store.manifest.batch_size
     assert sizes[1] == 1
     assert 1 < sizes[1 << 18] < sizes[1 << 34] == 256
     with Engine(task) as engine:
@@ -172,7 +172,7 @@ def test_a_build_keeps_to_its_budget(task, tmp_path, projection):
 def test_the_batch_size_of_a_build_that_goes_on_is_not_chosen_again(task, tmp_path, monkeypatch):
     gradindex.build(task, tmp_path / "store", memory=1)
     monkeypatch.setattr("gradindex.building.pick_batch_size", None)
-    assert gradindex.build(task, tmp_path / "store").manifest["batch_size"] == 1
+    assert gradindex.build(task, tmp_path / "store").manifest.batch_size == 1
 
 
 def test_a_budget_and_a_batch_size_contradict_each_other(task, tmp_path):

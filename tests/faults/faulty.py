@@ -15,7 +15,7 @@ def make_index(folder):
     """A small index of a store, without the tuning that takes seconds."""
     store = GradientStore(folder)
     made = CompactIndex.build(Shape("ivf", 4, 3), store.rows(store.ids), store.blocks)
-    about = {"map": store.manifest["fingerprint"], "ids": store.id_runs.tolist(), "covers": store.origins}
+    about = {"map": store.manifest.fingerprint, "ids": store.id_runs.tolist(), "covers": store.origins}
     recall = {"k": 3, "proponents_at_least": 0.5, "opponents_at_least": 0.5, "against": "a test"}
     made.save(folder / "index", about | {"effort": {"probes": 2, "proposals": 8}, "recall": recall})
 
@@ -25,13 +25,13 @@ def everything(folder):
     store = GradientStore(folder)
     ids = store.ids
     values = [ids, store.rows(ids), store.self_influence(), store.losses(), *map(store.column, store.columns)]
-    if store.manifest["factors"] is not None:
+    if store.has_factors:
         values += [side for sides in store.factors(ids).values() for side in sides]
     values += [side for sides in (store.bases() or {}).values() for side in sides]
     values += [rows for _, rows in store.blocks()]
     values += store.top_self_influence(min(3, store.n_train))
     values += Candidates(store).search(store.rows(ids[:2]), 3)[1:]  # whose scores may be rounded by another route
-    return [value.tobytes() for value in values] + [json.dumps(store.manifest["map"])]
+    return [value.tobytes() for value in values] + [json.dumps(store.manifest.map.to_json())]
 
 
 def fingerprint(folder):

@@ -52,8 +52,8 @@ def test_verify_finds_every_damage_of_a_shard(built, faults):
 
 def contents(folder):
     """Shards in the order of ids."""
-    entries = GradientStore(folder).manifest["shards"]
-    return [(folder / "shards" / f"{entry['name']}.h5").read_bytes() for entry in entries]
+    entries = GradientStore(folder).manifest.shards
+    return [(folder / "shards" / f"{entry.name}.h5").read_bytes() for entry in entries]
 
 
 def flip(path):
@@ -74,7 +74,7 @@ def test_damaged_shards_are_repaired_alone(built):
     assert contents(folder) == before
     assert (folder / "shards" / "0001-00000.h5").stat().st_mtime_ns == untouched
     for suffix in (".h5", ".json"):
-        name = GradientStore(folder).manifest["shards"][0]["name"]
+        name = GradientStore(folder).manifest.shards[0].name
         (folder / "shards" / f"{name}{suffix}").unlink()
         gradindex.growth.repair(task, folder)
         assert contents(folder) == before

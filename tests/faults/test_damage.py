@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import faulty
@@ -192,7 +193,7 @@ def unfinished_plan(states, tmp_path):
 
     with upkeep.changing(folder, "compact") as store:
         plan, keep = upkeep._repacking(store)
-        upkeep.Job.begin(store.folder, "compact", {**upkeep.kept(store), "removed": [], "data": None}, plan, keep)
+        upkeep.Job.begin(store.folder, "compact", replace(upkeep.kept(store), removed=()), None, plan, keep)
     return folder / "pending.json"
 
 

@@ -18,7 +18,7 @@ from gradindex.errors import StoreChangedError, StoreError
 from gradindex.evaluation.tuning import drop
 from gradindex.projection import Projection
 from gradindex.retrieval.candidates import Candidates
-from gradindex.store import GradientStore, Job, claimed, overview, upkeep
+from gradindex.store import GradientStore, Job, PlannedShard, claimed, overview, upkeep
 
 OPTIONS = {"projection": Projection(dim=16), "batch_size": 10, "shard_rows": 20}
 
@@ -143,7 +143,7 @@ def test_shards_of_a_newer_manifest_survive_an_older_one(task, folder, copy_of):
     newest, newer = (folder / "manifest.json").read_bytes(), faulty.fingerprint(folder)
     shutil.copytree(older / "shards", folder / "shards", dirs_exist_ok=True)
     (folder / "manifest.json").write_bytes(manifest)
-    assert any("belong to no rows" in line for line in overview(folder)["health"])
+    assert any("belong to no rows" in line for line in overview(folder).health)
     gradindex.add(task, folder)  # numbers its shards anew
     gradindex.store.remove(folder, [5])
     gradindex.store.compact(folder)
@@ -155,9 +155,9 @@ def test_shards_of_a_newer_manifest_survive_an_older_one(task, folder, copy_of):
 def test_shards_of_a_change_that_was_given_up_are_not_taken_for_anothers(task, folder):
     """Of the same ids and the same map, but other data."""
     with upkeep.changing(folder, "add") as store:
-        after = {**upkeep.kept(store), "next_id": 60, "data": "other"}
-        plan = [{"ids": [[40, 60]], "sources": []}]
-        job = Job.begin(folder, "add", after, plan, store.manifest["shards"])
+        after = replace(upkeep.kept(store), next_id=60)
+        plan = [PlannedShard([[40, 60]])]
+        job = Job.begin(folder, "add", after, "other", plan, store.manifest.shards)
         with job.shard(job.plan[0], {"word": np.array(["x"] * 20)}, []) as writer:
             writer.append(np.ones((20, 32), np.float32), np.ones((20, 2)), np.ones((20, 2)), {})
     (folder / "pending.json").unlink()
@@ -171,8 +171,8 @@ def test_shards_of_a_change_that_was_given_up_are_not_taken_for_anothers(task, f
 @pytest.mark.parametrize("rows", [0, 19, 21])
 def test_a_shard_that_got_fewer_or_more_rows_than_ids_is_never_sealed(folder, rows):
     with upkeep.changing(folder, "add") as store:
-        after = {**upkeep.kept(store), "next_id": 60, "data": "other"}
-        job = Job.begin(folder, "add", after, [{"ids": [[40, 60]], "sources": []}], store.manifest["shards"])
+        after = replace(upkeep.kept(store), next_id=60)
+        job = Job.begin(folder, "add", after, "other", [PlannedShard([[40, 60]])], store.manifest.shards)
         with (
             pytest.raises(StoreError, match=rf"has got {rows}"),
             job.shard(job.plan[0], {"word": np.array(["x"] * 20)}, []) as writer,
@@ -185,8 +185,8 @@ def test_a_shard_that_got_fewer_or_more_rows_than_ids_is_never_sealed(folder, ro
 
 def test_an_array_that_is_left_out_is_never_sealed(folder):
     with upkeep.changing(folder, "add") as store:
-        after = {**upkeep.kept(store), "next_id": 60, "data": "other"}
-        job = Job.begin(folder, "add", after, [{"ids": [[40, 60]], "sources": []}], store.manifest["shards"])
+        after = replace(upkeep.kept(store), next_id=60)
+        job = Job.begin(folder, "add", after, "other", [PlannedShard([[40, 60]])], store.manifest.shards)
         with (
             pytest.raises(StoreError, match="has got 0 of 20 losses"),
             job.shard(job.plan[0], {"word": np.array(["x"] * 20)}, []) as writer,

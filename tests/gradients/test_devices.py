@@ -102,7 +102,7 @@ def test_channels_last_changes_the_layout_and_not_the_numbers(tmp_path, shape, m
     assert set(layouts[: len(layouts) // 2]) == {False}
     assert set(layouts[len(layouts) // 2 :]) == {True}
     np.testing.assert_allclose(last.rows(np.arange(20)), plain.rows(np.arange(20)), rtol=1e-4, atol=1e-5)
-    assert last.manifest["fingerprint"] == plain.manifest["fingerprint"]
+    assert last.manifest.fingerprint == plain.manifest.fingerprint
 
 
 class Flattening(nn.Module):

@@ -26,8 +26,8 @@ def check_all(task, tmp_path):
     store = gradindex.build(task, tmp_path / "store", projection=WHOLE)
     retriever = gradindex.load(store.folder, task)
     answers = [retriever.proponents([0, 1], k=12, **options) for options in ({"rerank": "rows"}, {})]
-    names = gradindex.GradientStore(store.folder).manifest["map"]["layers"]
-    prefixes = tuple(name for layer in names for name in layer["parameters"])
+    names = gradindex.GradientStore(store.folder).manifest.map.layers
+    prefixes = tuple(name for layer in names for name in layer.parameters)
     train, queries = (
         reference.gradients(task, items, role, prefixes=prefixes)
         for items, role in (([task.train[i] for i in range(12)], "train"), (items, "query"))

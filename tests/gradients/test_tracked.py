@@ -288,7 +288,7 @@ def test_a_store_goes_on_where_less_is_trained_and_refuses_where_more_is(tmp_pat
     gradindex.growth.add_checkpoint(task, tmp_path / "store")
     whole = gradindex.build(task, tmp_path / "whole")
     store = gradindex.GradientStore(tmp_path / "store")
-    assert store.manifest["map"] == whole.manifest["map"]
+    assert store.manifest.map == whole.manifest.map
     np.testing.assert_allclose(store.rows(store.ids), whole.rows(whole.ids), rtol=1e-5, atol=1e-6)
     hits = gradindex.load(tmp_path / "store", task).proponents([0], k=10, source="train")
     expected = naive(task, rates)[0]

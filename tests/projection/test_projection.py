@@ -296,7 +296,7 @@ def test_impossible_projections_are_refused(options, message):
 )
 def test_a_size_can_be_that_of_a_row(tmp_path, size, dim):
     store = gradindex.build(toys.make_task(tmp_path), tmp_path / "store", projection=Projection(**size))
-    assert store.manifest["map"]["projection"] == {"kind": "tensorsketch", "dim": dim, "seed": 0}
+    assert store.manifest.map.projection.to_json() == {"kind": "tensorsketch", "dim": dim, "seed": 0}
     assert store.dim == 3 * dim
     assert store.dim <= size.get("row_dim", store.dim)
     assert store.rows(np.array([0])).nbytes <= size.get("row_bytes", 1 << 20)

@@ -46,7 +46,7 @@ def make(folder, *, index=False, **options):
 def save_index(store, proposals=40, dim=6):
     made = CompactIndex.build(Shape("flat", dim), store.rows(store.ids), store.blocks)
     recall = {"k": 10, "proponents_at_least": 0.9, "opponents_at_least": 0.9, "against": "a test"}
-    about = {"map": store.manifest["fingerprint"], "ids": store.id_runs.tolist(), "covers": store.origins} | {
+    about = {"map": store.manifest.fingerprint, "ids": store.id_runs.tolist(), "covers": store.origins} | {
         "recall": recall
     }
     made.save(store.folder / INDEX_FOLDER, about | {"effort": {"probes": 1, "proposals": proposals}})
@@ -490,7 +490,7 @@ def test_an_index_that_finds_too_few_leaves_the_query_to_all_rows(tmp_path, esti
     store = retriever.store
     made = CompactIndex.build(Shape("ivf", 6, 7), store.rows(store.ids), store.blocks)
     recall = {"k": 10, "proponents_at_least": 0.9, "opponents_at_least": 0.9, "against": "a test"}
-    about = {"map": store.manifest["fingerprint"], "ids": store.id_runs.tolist(), "covers": store.origins} | {
+    about = {"map": store.manifest.fingerprint, "ids": store.id_runs.tolist(), "covers": store.origins} | {
         "recall": recall
     }
     made.save(store.folder / INDEX_FOLDER, about | {"effort": {"probes": 1, "proposals": 20}})

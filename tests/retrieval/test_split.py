@@ -58,7 +58,7 @@ def by_layer(task, layers, queries, ids):
     theirs = reference.gradients(task, [task.train[i] for i in ids]).numpy()
     parts = []
     for layer in layers:
-        some = np.concatenate([np.arange(starts[n], starts[n] + sizes[n]) for n in layer["parameters"]])
+        some = np.concatenate([np.arange(starts[n], starts[n] + sizes[n]) for n in layer.parameters])
         parts.append(np.einsum("qcp,ncp,c->qnc", mine[:, :, some], theirs[:, :, some], np.array(toys.RATES)))
     return np.stack(parts, 3)
 
@@ -71,13 +71,13 @@ def test_a_split_equals_autograd_layer_by_layer_and_adds_up(tmp_path, case, coun
     retriever = gradindex.load(tmp_path / "store", task)
     ids = [5, 0, 11, 5]
     split = retriever.split(range(count), ids)
-    layers = store.manifest["map"]["layers"]
+    layers = store.manifest.map.layers
     assert split.scores.shape == (count, 4, 3, len(layers)) and split.scores.dtype == np.float64
     exact = gradindex.exact_scores(task, [task.query[q] for q in range(count)], np.array(ids), precision="float64")
     np.testing.assert_allclose(split.scores.sum((2, 3)), exact, atol=1e-9 * np.abs(exact).max())
     truth = by_layer(task, layers, range(count), ids)
     np.testing.assert_allclose(split.scores, truth, atol=1e-9 * np.abs(truth).max())
-    assert split.layers == tuple(layer["name"] for layer in layers)
+    assert split.layers == tuple(layer.name for layer in layers)
     assert split.checkpoints == tuple(f"{n} w_{n}.pt" for n in range(3))
 
 
@@ -86,7 +86,7 @@ def test_a_group_on_every_route_has_the_weighted_sum_of_its_queries(tmp_path, ca
     task = MODELS[case](tmp_path)
     store = gradindex.build(task, tmp_path / "store", projection=Projection(dim=16), precision="float64")
     retriever = gradindex.load(tmp_path / "store", task)
-    each = by_layer(task, store.manifest["map"]["layers"], range(4), [5, 0, 11]).mean(0)
+    each = by_layer(task, store.manifest.map.layers, range(4), [5, 0, 11]).mean(0)
     monkeypatch.setattr(gradindex.gradients.products, "_AT_ONCE", 3)
     split = retriever.split(range(4), [5, 0, 11], aggregate="mean")
     np.testing.assert_allclose(split.scores[0], each, atol=1e-9 * np.abs(each).max())
@@ -112,7 +112,7 @@ def test_stored_factors_give_the_split_without_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "__enter__", lambda self: pytest.fail("the model was used"))
     split = retriever.split(asked, [2, 7, 1])
     monkeypatch.undo()
-    truth = by_layer(task, store.manifest["map"]["layers"], [0, 3], [2, 7, 1])
+    truth = by_layer(task, store.manifest.map.layers, [0, 3], [2, 7, 1])
     np.testing.assert_allclose(split.scores, truth, atol=1e-5 * np.abs(truth).max())
 
 

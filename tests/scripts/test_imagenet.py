@@ -382,11 +382,11 @@ def test_checkpoints_with_recorded_rates_and_a_factory_of_ones_own(few, tmp_path
     arguments = [*few[:6], *own, "--checkpoints", str(tmp_path / "recorded"), "--out", str(tmp_path / "store")]
     build.main([*arguments, "--projection", "kronecker", "--dim", "40", "--row-type", "int8"])
     store = gradindex.GradientStore(tmp_path / "store")
-    (checkpoint,) = store.manifest["map"]["checkpoints"]
-    assert checkpoint["weighting"] == "learning_rate"
-    assert set(checkpoint["learning_rates"].values()) == {0.25}
-    assert [layer["name"] for layer in store.manifest["map"]["layers"]] == ["0", "2"]
-    assert store.manifest["row_type"] == "int8"
+    (checkpoint,) = store.manifest.map.checkpoints
+    assert checkpoint.weighting == "learning_rate"
+    assert set(checkpoint.learning_rates.values()) == {0.25}
+    assert [layer.name for layer in store.manifest.map.layers] == ["0", "2"]
+    assert store.manifest.row_type == "int8"
 
 
 def test_the_network_is_torchvisions_by_its_names_and_sizes():

@@ -312,7 +312,7 @@ def test_a_large_store_has_a_limited_number_of_files(n, shards, tmp_path, monkey
     monkeypatch.setattr(building, "_SHARD_ROWS", 10)
     monkeypatch.setattr(building, "_SHARDS", 4)
     store = gradindex.build(toys.make_task(tmp_path, n_train=n), tmp_path / "store", batch_size=5)
-    assert [entry["rows"] for entry in store.manifest["shards"]] == shards
+    assert [entry.rows for entry in store.manifest.shards] == shards
 
 
 def test_self_influence_ranks_by_sum_then_by_id(tmp_path, monkeypatch):

@@ -221,8 +221,8 @@ def test_scores_of_a_tied_model_equal_autograd_and_what_was_filled_is_told(tmp_p
     assert re.search(
         r"tied_0\.safetensors \(like 2 others\) lacks decode\.weight, taken from .*has criterion\.w bes", said[0]
     )
-    for item in store.manifest["map"]["checkpoints"]:
-        assert (item["filled"], item["passed_over"]) == (["decode.weight"], ["criterion.w"])
+    for item in store.manifest.map.checkpoints:
+        assert (item.filled, item.passed_over) == (("decode.weight",), ("criterion.w",))
     hits = gradindex.load(store.folder, partial).proponents([0, 3], k=9, source="train")
     of_all = gradients(task, task.train)
     expected, size = scores(task, of_all[[0, 3]], of_all, toys.RATES)
@@ -234,7 +234,7 @@ def test_a_plain_store_says_nothing_of_names(tmp_path, capsys):
     store = gradindex.build(toys.make_task(tmp_path), tmp_path / "store")
     assert capsys.readouterr().err == ""
     keys = {"sha256", "step", "weighting", "learning_rates"}
-    assert all(set(item) == keys for item in store.manifest["map"]["checkpoints"])
+    assert all(set(item.to_json()) == keys for item in store.manifest.map.checkpoints)
 
 
 def pipe(path):

@@ -503,7 +503,7 @@ def test_stores_of_dates_merge_and_shards_of_them_are_repaired(gaps, tmp_path):
     one, other = build(list(range(5)), "one"), build(list(range(5, 12)), "other")
     merged = gradindex.store.merge(one.folder, other.folder, offset=5)
     assert merged.column("day").tolist() == task.columns["day"].astype("M8[us]").tolist()
-    assert merged.manifest["needs"] == ["dates"] and merged.verify() == []
+    assert merged.manifest.needs == ["dates"] and merged.verify() == []
     shard = sorted((store.folder / "shards").glob("*.h5"))[1]
     shard.write_bytes(b"\0" * shard.stat().st_size)
     assert len(store.verify()) == 1

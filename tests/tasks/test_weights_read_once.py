@@ -81,7 +81,7 @@ def test_a_file_that_changes_during_a_build_changes_no_row_and_no_digest(case, t
     assert path.read_bytes() != then
     ids = np.arange(40)
     assert np.array_equal(store.rows(ids), sound.rows(ids))
-    assert store.manifest["map"]["checkpoints"][0]["sha256"] == hashlib.sha256(then).hexdigest()
+    assert store.manifest.map.checkpoints[0].sha256 == hashlib.sha256(then).hexdigest()
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -162,9 +162,9 @@ def test_two_checkpoints_of_one_file_have_its_digest_and_their_own_weights(tmp_p
     stores = [
         gradindex.build(replace(task, checkpoints=[item]), tmp_path / f"store-{item.key}") for item in checkpoints
     ]
-    first, second = (store.manifest["map"]["checkpoints"][0] for store in stores)
-    assert first["sha256"] == second["sha256"]
-    assert (first["key"], second["key"]) == ("model", "ema")
+    first, second = (store.manifest.map.checkpoints[0] for store in stores)
+    assert first.sha256 == second.sha256
+    assert (first.key, second.key) == ("model", "ema")
     with pytest.raises(MismatchError, match="checkpoints"):  # the same file, but other weights
         gradindex.load(stores[0].folder, replace(task, checkpoints=checkpoints[1:])).proponents([0], k=1)
 
