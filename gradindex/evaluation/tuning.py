@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -13,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..choices import INDEX_KINDS, IndexKind
-from ..errors import ArgumentError, OutOfMemoryError, RecallError, check_choice, check_k
-from ..index import CompactIndex, Shape, devices
+from ..choices import IndexKind
+from ..errors import ArgumentError, OutOfMemoryError, RecallError, check_k
+from ..index import INDEXES, CompactIndex, Shape, devices
 from ..memory import available_bytes
 from ..progress import progress
 from ..retrieval.candidates import INDEX_FOLDER, Candidates, Effort, candidates_for
@@ -27,14 +26,8 @@ from .truth import Truth, held_out, real
 
 # Rows that directions, lists and codes are fitted to.
 _SAMPLE_BYTES, _SAMPLE_ROWS = 256 << 20, 32_768
-_DIMS = (16, 32, 64, 128, 256, 512, 1024)
 # With fewer rows than this, all of them are compared unasked: that takes a millisecond and is exact.
 _SMALL = 2_000
-# With fewer rows than this, lists cost more recall than they save time.
-_LISTS_FROM = 100_000
-_LISTS = 4  # times the square root of the number of rows, about
-# Codes of two bits a number are tried up to so many rows, for all are compared, and from so many numbers on.
-_SCANNED, _BITS_FROM = 500_000, 256
 _PROPOSALS = (1, 2, 3, 4, 5, 6, 8, 12, 20, 40)  # times k
 _TIMED = 40
 # As many queries tell whether lists are worth more than a glance: whether all of them, and what this mean may be wrong
@@ -104,7 +97,7 @@ def index(
         truth = held_out(store, n_query, k, seed) if retriever is None else real(retriever, n_query, k, seed)
         sample = _sample(store, seed)
         shapes = _shapes(store, kind, dim)
-        choices, best, kept = _choices(store, sample, shapes, truth.part(0), recall, seed, device)
+        choices, best, built = _choices(store, sample, shapes, truth.part(0), recall, seed, device)
         all_rows = _milliseconds(store, Candidates(store, use_index=False, device=device), truth, None, k)
         quicker = [each for each in choices if each.milliseconds < all_rows]
         if choices and not quicker:
@@ -112,13 +105,13 @@ def index(
             return Candidates(store, device=device)
         reached, tries = [], _tries(quicker)
         for choice in tries:
-            if kept is None or kept.about["shape"] != asdict(choice.shape):
-                kept = CompactIndex.build(choice.shape, sample, store.blocks, seed, devices(device))
-            searched, effort = Candidates(store, kept, device=device), choice.effort
+            if built is None or built.shape != choice.shape:
+                built = CompactIndex.build(choice.shape, sample, store.blocks, seed, devices(device))
+            searched, effort = Candidates(store, built, device=device), choice.effort
             count = handed_on(store, effort, k)
             measured = measure(searched, truth.part(1), count, effort, tries=len(tries))
             if measured.at_least >= recall:
-                kept.save(
+                built.save(
                     store.folder / INDEX_FOLDER, _about(store, choice, choices, measured, truth, recall, all_rows)
                 )
                 return Candidates(store, device=device)
@@ -194,25 +187,25 @@ def _choices(
     No more than two are in memory at once.
     """
     choices: list[Choice] = []
-    best, kept, least = 0.0, None, np.inf
+    best, fastest, least = 0.0, None, np.inf
     ended: set[IndexKind] = set()
     with progress("indexes", len(shapes), "indexes") as advance:
         for shape in shapes:
             advance(1)
             if shape.kind in ended:
                 continue
-            made = CompactIndex.build(shape, sample, store.blocks, seed, devices(device))
-            search = Candidates(store, made, device=device)
-            found, reached = _efforts(store, search, shape, truth, recall + _MARGIN * (1 - recall))
-            if not found and reached >= recall:
-                found, _ = _efforts(store, search, shape, truth, recall)
-            best, choices = max(best, reached), choices + found
-            if found and found[0].milliseconds < least:
-                kept, least = made, found[0].milliseconds
-            elif found and found[0].milliseconds > _HOPELESS * least:
+            built = CompactIndex.build(shape, sample, store.blocks, seed, devices(device))
+            search = Candidates(store, built, device=device)
+            efforts, reached = _efforts(store, search, shape, truth, recall + _MARGIN * (1 - recall))
+            if not efforts and reached >= recall:
+                efforts, _ = _efforts(store, search, shape, truth, recall)
+            best, choices = max(best, reached), choices + efforts
+            if efforts and efforts[0].milliseconds < least:
+                fastest, least = built, efforts[0].milliseconds
+            elif efforts and efforts[0].milliseconds > _HOPELESS * least:
                 ended.add(shape.kind)
-            del made, search  # before the next is made
-    return choices, best, kept
+            del built, search  # before the next is made
+    return choices, best, fastest
 
 
 def _efforts(
@@ -222,12 +215,12 @@ def _efforts(
 
     After the fastest come two that go further, for when the fastest does not hold with other queries.
     """
-    fastest, best = None, 0.0
-    if shape.lists > 1:
+    fastest, best, all_probes = None, 0.0, shape.method.probes
+    if len(all_probes) > 1:
         glance = _with_all_lists(search, shape, truth)
         if min(glance.proponents, glance.opponents) + _GLANCE < recall:
             return [], glance.at_least
-    for probes in [2**i for i in range(max(shape.lists, 1).bit_length())]:
+    for probes in all_probes:
         proposals, reached = _fewest_proposals(search, truth, recall, probes)
         best = max(best, reached)
         if proposals is None:
@@ -244,18 +237,18 @@ def _efforts(
     further, effort = [fastest], fastest.effort
     for _ in range(_FURTHER):
         more = [count for count in _counts(search, truth.k) if count > effort.proposals]
-        effort = Effort(min(2 * effort.probes, max(shape.lists, 1)), (more or [effort.proposals])[0])
+        effort = Effort(min(2 * effort.probes, all_probes[-1]), (more or [effort.proposals])[0])
         taken = _milliseconds(store, search, truth, effort, truth.k)
-        found = _found(search, truth, effort.proposals + 1, effort.probes)
-        further.append(Choice(shape, effort, taken, measured_of(truth, found, effort.proposals).at_least))
+        proposed = _proposed(search, truth, effort.proposals + 1, effort.probes)
+        further.append(Choice(shape, effort, taken, measured_of(truth, proposed, effort.proposals).at_least))
     return further, best
 
 
 def _with_all_lists(search: Candidates, shape: Shape, truth: Truth) -> Measured:
     """What some of the queries reach with all lists and as many proposals as there may be."""
-    some = truth.part(0, max(1, len(truth.rows) // _GLANCED))
+    glanced = truth.part(0, max(1, len(truth.rows) // _GLANCED))
     most = _counts(search, truth.k)[-1]
-    return measured_of(some, _found(search, some, most + 1, shape.lists), most)
+    return measured_of(glanced, _proposed(search, glanced, most + 1, shape.method.probes[-1]), most)
 
 
 def _counts(search: Candidates, k: int) -> list[int]:
@@ -265,21 +258,15 @@ def _counts(search: Candidates, k: int) -> list[int]:
 def _shapes(store: GradientStore, kind: IndexKind | None, dim: int | None) -> list[Shape]:
     """What may be made, with few numbers first, and fits the memory."""
     if kind is not None:
-        check_choice("kind", kind, INDEX_KINDS)
+        INDEXES.check(kind)
     if dim is not None and not 1 <= dim <= store.dim:
         raise ArgumentError(f"dim is {dim}, but must be from 1 to the numbers in a row, {store.dim}.")
-    n = store.n_train
-    lists = 1 << round(math.log2(_LISTS * n**0.5))
-    kinds: list[IndexKind] = [kind] if kind else ["ivf" if n >= _LISTS_FROM else "flat"]
-    if kind is None and dim is None and n <= _SCANNED:
-        kinds.append("pq")
-    shapes = []
-    for each in kinds:
-        least = _BITS_FROM if each == "pq" and kind is None else 0
-        dims = [size for size in _DIMS if least <= size < store.dim]
-        if not least and not dims:
-            dims = [max(1, store.dim // 2 * 2) if each == "pq" else store.dim]
-        shapes += [Shape(each, size, lists if each == "ivf" else 0) for size in ([dim] if dim else dims)]
+    shapes: list[Shape] = []
+    for name, method in INDEXES.items():
+        if name == kind or (kind is None and method.tried_unasked(store.n_train, dim)):
+            dims = [dim] if dim else method.dims(store.dim, asked=kind is not None)
+            lists = method.lists_for(store.n_train)
+            shapes += [Shape(name, size, lists) for size in dims]  # type: ignore[arg-type]  # a registered kind
     budget = 2 * available_bytes(torch.device("cpu"))  # half of what is free
     fitting = [shape for shape in shapes if shape.bytes_for(store.n_train) <= budget]
     if not fitting:
@@ -294,7 +281,7 @@ def _shapes(store: GradientStore, kind: IndexKind | None, dim: int | None) -> li
     return fitting
 
 
-def _found(search: Candidates, truth: Truth, most: int, probes: int) -> dict[int, NDArray[np.int64]]:
+def _proposed(search: Candidates, truth: Truth, most: int, probes: int) -> dict[int, NDArray[np.int64]]:
     """By sign, the ids that the index proposes; one more than count, for it may be the query itself."""
     assert search.index is not None
     most = min(most, search.n_train)
@@ -303,10 +290,10 @@ def _found(search: Candidates, truth: Truth, most: int, probes: int) -> dict[int
 
 def _fewest_proposals(search: Candidates, truth: Truth, recall: float, probes: int) -> tuple[int | None, float]:
     counts = _counts(search, truth.k)
-    found = _found(search, truth, counts[-1] + 1, probes)
+    proposed = _proposed(search, truth, counts[-1] + 1, probes)
     reached = 0.0
     for count in counts:
-        reached = measured_of(truth, found, count).at_least
+        reached = measured_of(truth, proposed, count).at_least
         if reached >= recall:
             return count, reached
     return None, reached

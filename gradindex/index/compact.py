@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..choices import INDEX_KINDS
 from ..errors import IndexFileError
 from ..files import (
     discard,
@@ -30,9 +29,10 @@ from ..files import (
 )
 from ..schema import LARGEST, Check, list_of, number, one_of, record, runs, text, tuple_of, whole
 from . import gpu
-from .flat import Blocks, checked_query, ranked
+from .exact import Blocks, checked_query, ranked
+from .kinds import INDEXES, Rows
 from .library import load_faiss
-from .shapes import Rows, Shape, made
+from .shapes import Shape, made
 
 FORMAT, VERSION = "gradindex-index", 1
 MANIFEST = "manifest.json"
@@ -42,10 +42,16 @@ _NAME = re.compile(r"index-([0-9a-f]{16})\.faiss")
 _DIGEST = text("[0-9a-f]{64}", "a SHA-256 in hexadecimal")
 _share: Check = number(0, 1)
 
+
+def _kind(value: Any) -> None:
+    """One of the kinds that are registered by now."""
+    one_of(*INDEXES)(value)
+
+
 # What a manifest must be to be trusted, and what it may hold besides.
 _form = record(
     {
-        "shape": record({"kind": one_of(*INDEX_KINDS), "dim": whole(1, 1 << 31), "lists": whole(0, 1 << 31)}),
+        "shape": record({"kind": _kind, "dim": whole(1, 1 << 31), "lists": whole(0, 1 << 31)}),
         "dim": whole(1, 1 << 40),
         "rows": whole(1),
         "file": record({"name": text(_NAME.pattern, "the name of an index"), "bytes": whole(), "sha256": _DIGEST}),
@@ -92,11 +98,14 @@ class CompactIndex:
 
     def __init__(self, index: Any, about: Mapping[str, Any], gpus: Sequence[int] = ()) -> None:
         self._index, self.about, self._copy = index, dict(about), None
+        self.shape = _shape_of(about)
+        self._method = self.shape.method
         if gpus:
             faiss = load_faiss()
             turn = faiss.downcast_VectorTransform(index.chain.at(0))
             self._turn = faiss.vector_to_array(turn.A).reshape(turn.d_out, turn.d_in).T
-            self._copy = gpu.GpuCopy(faiss.downcast_index(index.index), gpus)
+            copied = self._method.for_gpu(faiss.downcast_index(index.index))
+            self._copy = None if copied is None else gpu.GpuCopy(*copied, gpus)
 
     @classmethod
     def build(
@@ -107,7 +116,7 @@ class CompactIndex:
         seed: int = 0,
         gpus: Sequence[int] = (),
     ) -> CompactIndex:
-        """Make an index; rows stream, for ``"ivf"`` three times, for ``"flat"`` twice.
+        """Make an index; rows stream, for ``"ivf"`` three times, for ``"flat"`` twice, for ``"pq"`` once.
 
         Args:
             shape: what to make.
@@ -144,27 +153,24 @@ class CompactIndex:
         """
         faiss, query = load_faiss(), checked_query(query, self.about["dim"])
         removed = None if removed is None or not len(removed.ids) else removed
-        count = self.about["rows"]
-        found = min(k, count)
-        # GPUs and short codes know no way to leave out rows: more are found, and those dropped.
-        more = min(found + (0 if removed is None else len(removed.ids)), count)
+        n_rows = self.about["rows"]
+        wanted = min(k, n_rows)
+        # GPUs and some codes know no way to leave out rows: more are found, and those dropped.
+        more = min(wanted + (0 if removed is None else len(removed.ids)), n_rows)
         if self._copy is not None and max(more, probes) <= gpu.MOST:
             scores, ids = self._copy.search(np.ascontiguousarray(query @ self._turn), more, probes)
-        elif self.about["shape"]["kind"] == "pq":
-            scores, ids = self._index.search(query, more)
         else:
             selector = None if removed is None else removed.selector
-            inner = faiss.SearchParameters(sel=selector)
-            if self.about["shape"]["kind"] == "ivf":
-                inner = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
-                # Threads share out the queries, or the lists of a single one; a race for this changes no answer.
-                faiss.extract_index_ivf(self._index).parallel_mode = int(len(query) == 1)
-            options = faiss.SearchParametersPreTransform(index_params=inner)
-            scores, ids = self._index.search(query, found, params=options)
+            inner = self._method.options(self._index, len(query), probes, selector)
+            if inner is None:
+                scores, ids = self._index.search(query, more)
+            else:
+                options = faiss.SearchParametersPreTransform(index_params=inner)
+                scores, ids = self._index.search(query, wanted, params=options)
         if removed is not None:
             ids = np.where(removed.has(ids), -1, ids)
         scores = np.where(ids < 0, -np.inf, scores).astype(np.float32)  # FAISS pads with a score like any other
-        return ranked(scores, ids.astype(np.int64), found)
+        return ranked(scores, ids.astype(np.int64), wanted)
 
     def save(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Write the index, then its manifest, which makes it the store's at once; readers go on with the one they have.
@@ -210,13 +216,13 @@ class CompactIndex:
         try:
             about = checked(folder)
             faiss, path = load_faiss(), folder / about["file"]["name"]
-            mapped = about["shape"]["kind"] == "ivf" and not gpus
+            method = _shape_of(about).method
+            mapped = method.mapped and not gpus
             try:
                 index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if mapped else 0)
                 stored = index.metric_type, index.d, index.ntotal, isinstance(index, faiss.IndexPreTransform)
-                if mapped:  # starting threads that read ahead takes six times as long as searching what is in memory
-                    lists = faiss.extract_index_ivf(index).invlists
-                    faiss.downcast_InvertedLists(lists).prefetch_nthread = 0
+                if mapped:
+                    method.after_mapping(index)
             except (RuntimeError, AttributeError) as error:
                 raise IndexFileError(f"{path} cannot be read by FAISS ({str(error)[:100]})") from None
             if stored != (faiss.METRIC_INNER_PRODUCT, about["dim"], about["rows"], True):
@@ -249,12 +255,12 @@ def _own_files(folder: Path) -> list[Path]:
         named = read_checked(folder / MANIFEST)["file"]["name"]
     own = []
     for path in folder.iterdir():
-        found = _NAME.fullmatch(path.name)
-        mine = path.name == MANIFEST or temporary_of(path.name) in (MANIFEST, _IN_PROGRESS)
-        if not mine and found:
+        name = _NAME.fullmatch(path.name)
+        is_own = path.name == MANIFEST or temporary_of(path.name) in (MANIFEST, _IN_PROGRESS)
+        if not is_own and name:
             with contextlib.suppress(OSError):
-                mine = path.name == named or sha256(path).startswith(found[1])
-        own += [path] if mine and stat.S_ISREG(path.lstat().st_mode) else []
+                is_own = path.name == named or sha256(path).startswith(name[1])
+        own += [path] if is_own and stat.S_ISREG(path.lstat().st_mode) else []
     return own
 
 
@@ -273,6 +279,11 @@ def _written(faiss: Any, index: Any, path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": state.hexdigest()}
 
 
+def _shape_of(about: Mapping[str, Any]) -> Shape:
+    """The shape that a manifest tells; a later version's may have more to it."""
+    return Shape(*(about["shape"][name] for name in ("kind", "dim", "lists")))
+
+
 def checked(folder: Path) -> dict[str, Any]:
     """What the manifest says of the index in ``folder``, whose file has the size and checksum that it tells.
 
@@ -288,6 +299,7 @@ def checked(folder: Path) -> dict[str, Any]:
         if about["version"] > VERSION:
             raise IndexFileError(f"{path} has version {about['version']}, but this gradindex reads up to {VERSION}")
         _form(about)
+        _shape_of(about)
         path = folder / about["file"]["name"]
         if path.stat().st_size != about["file"]["bytes"] or sha256(path) != about["file"]["sha256"]:
             raise ValueError("it has another size or checksum than when it was written")

@@ -58,10 +58,10 @@ def knn(
     """As ``faiss.knn`` by inner product, on the first device where ``k`` is not too large for one."""
     faiss = load_faiss()
     if not gpus or k > MOST:
-        found: tuple[NDArray[np.float32], NDArray[np.int64]] = faiss.knn(
+        best: tuple[NDArray[np.float32], NDArray[np.int64]] = faiss.knn(
             query, rows, k, metric=faiss.METRIC_INNER_PRODUCT
         )
-        return found
+        return best
     with _LOCK:
         scores, places = faiss.knn_gpu(
             _resources(gpus[0]), query, rows, k, metric=faiss.METRIC_INNER_PRODUCT, device=gpus[0]
@@ -73,23 +73,18 @@ class GpuCopy:
     """A compact index's codes on one or several devices, its rows shared out among them.
 
     Args:
-        inner: FAISS's ``IndexIVFScalarQuantizer``, or ``IndexIDMap2`` of an ``IndexScalarQuantizer``, of which there
-            is no kernel: its rows are decoded to float16.
+        codes: FAISS's ``IndexIVFScalarQuantizer``; or rows, an ``IndexFlatIP``, which become float16 there.
+        ids: of rows, by place; ``None`` for lists, which have their own.
         gpus: numbers of the devices.
     """
 
-    def __init__(self, inner: Any, gpus: Sequence[int]) -> None:
+    def __init__(self, codes: Any, ids: NDArray[np.int64] | None, gpus: Sequence[int]) -> None:
         faiss = load_faiss()
-        self._ids: NDArray[np.int64] | None = None
-        if not isinstance(inner, faiss.IndexIVF):
-            self._ids = faiss.vector_to_array(inner.id_map).astype(np.int64)
-            codes = faiss.downcast_index(inner.index)
-            inner = faiss.IndexFlatIP(codes.d)
-            inner.add(codes.reconstruct_n(0, codes.ntotal))
+        self._ids = ids
         options = faiss.GpuMultipleClonerOptions()
         options.shard, options.useFloat16 = len(gpus) > 1, self._ids is not None
         resources = [_resources(number) for number in gpus]
-        self._index = faiss.index_cpu_to_gpu_multiple_py(resources, inner, options, list(gpus))
+        self._index = faiss.index_cpu_to_gpu_multiple_py(resources, codes, options, list(gpus))
 
     def search(self, query: NDArray[np.float32], k: int, probes: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Scores and ids (n_query, k) by inner product; -1 where fewer are found. ``k`` and ``probes`` up to 2,048."""
@@ -123,6 +118,6 @@ def train_centroids(rows: NDArray[np.float32], count: int, iterations: int, seed
 def nearest(centroids: NDArray[np.float32], gpus: Sequence[int]) -> Any:
     """A flat index of centroids by inner product, on the first device where there is one."""
     faiss = load_faiss()
-    found = faiss.IndexFlatIP(centroids.shape[1])
-    found.add(centroids)
-    return faiss.index_cpu_to_gpu(_resources(gpus[0]), gpus[0], found) if gpus else found
+    index = faiss.IndexFlatIP(centroids.shape[1])
+    index.add(centroids)
+    return faiss.index_cpu_to_gpu(_resources(gpus[0]), gpus[0], index) if gpus else index

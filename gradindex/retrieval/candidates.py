@@ -101,13 +101,12 @@ class Candidates:
             return "exact over all rows; stale: the index is of other rows, `gradindex index` makes it anew"
         if self.index is None:
             return "exact over all rows"
-        shape, recall = self.index.about["shape"], self.index.about["recall"]
-        lists = f", {shape['lists']} lists" if shape["kind"] == "ivf" else ""
+        recall = self.index.about["recall"]
         new = f"; {runs.count(self._new):,} newer rows are compared in full" if len(self._new) else ""
         gone = len(self._gone.ids)
         new += f"; {gone:,} removed rows are passed over, which a new index need not" if gone else ""
         return (
-            f"index {shape['kind']} of {shape['dim']} numbers{lists}, recall@{recall['k']} at least "
+            f"index {self.index.shape}, recall@{recall['k']} at least "
             f"{min(recall['proponents_at_least'], recall['opponents_at_least']):.4f} ({recall['against']}){new}"
         )
 

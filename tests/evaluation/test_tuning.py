@@ -21,6 +21,7 @@ from gradindex.errors import ArgumentError, OutOfMemoryError, RecallError
 from gradindex.evaluation import truth as truth_of
 from gradindex.evaluation import tuning
 from gradindex.index import CompactIndex, Shape, gpu
+from gradindex.index.kinds import base
 from gradindex.projection import Projection
 from gradindex.retrieval.candidates import Candidates, Effort
 from gradindex.store import GradientStore
@@ -109,7 +110,7 @@ def test_a_promise_that_cannot_be_kept_is_an_error_and_leaves_what_was_there(sto
     _, folder = store
     evaluation.index(folder, recall=0.9, k=10, n_query=100)
     before = {path: path.read_bytes() for path in (folder / "index").iterdir()}
-    monkeypatch.setattr(tuning, "_DIMS", (1,))
+    monkeypatch.setattr(base, "DIMS", (1,))
     monkeypatch.setattr(tuning, "_PROPOSALS", (1,))
     with pytest.raises(
         RecallError,
