@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import gradindex
+from gradindex.choices import ROW_TYPES
 from gradindex.projection import Projection
 
 
@@ -46,7 +47,7 @@ def main(out: Path) -> None:
     """Write one store for each type."""
     with tempfile.TemporaryDirectory() as folder:
         task = make_task(Path(folder))
-        for row_type in ("float32", "float16", "bfloat16", "int8"):
+        for row_type in ROW_TYPES:
             store = gradindex.build(
                 task,
                 out / row_type,

@@ -46,12 +46,14 @@ class SearchIndex:
         check_k(k, self.n_train)
         scores = np.empty((len(query), 0), dtype=np.float32)
         ids = np.empty((len(query), 0), dtype=np.int64)
-        for some, rows in self._blocks():
-            if not len(some):
+        for block_ids, rows in self._blocks():
+            if not len(block_ids):
                 continue
             rows = np.ascontiguousarray(rows, dtype=np.float32)
-            found, places = self._best(query, rows, min(k, len(rows)))
-            scores, ids = ranked(np.concatenate([scores, found], 1), np.concatenate([ids, some[places]], 1), k)
+            block_scores, places = self._best(query, rows, min(k, len(rows)))
+            scores, ids = ranked(
+                np.concatenate([scores, block_scores], 1), np.concatenate([ids, block_ids[places]], 1), k
+            )
         return scores, ids
 
     def _best(
@@ -61,9 +63,9 @@ class SearchIndex:
         width = k
         while True:
             width = min(width + 1, len(rows))
-            found, places = gpu.knn(query, rows, width, self._gpus)
-            if width == len(rows) or (found[:, -1] < found[:, k - 1]).all():
-                return found, places
+            scores, places = gpu.knn(query, rows, width, self._gpus)
+            if width == len(rows) or (scores[:, -1] < scores[:, k - 1]).all():
+                return scores, places
             width *= 2
 
 

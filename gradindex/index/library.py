@@ -79,7 +79,7 @@ def paired_products(
         assert pair[0].shape[1] == pair[1].shape[1]
     faiss = load_faiss()
     pointer = faiss.swig_ptr
-    first_at, second_at, found = pointer(at), pointer(other_at), []
+    first_at, second_at, products_of_sides = pointer(at), pointer(other_at), []
     before, work = faiss.omp_get_max_threads(), len(at) * sum(one.shape[1] for one, _ in sides)
     # For little work, to wait for another thread takes longer than it spares, above all on a busy machine.
     faiss.omp_set_num_threads(before if work >= _WORTH_THREADS else 1)  # of this thread alone
@@ -89,7 +89,7 @@ def paired_products(
             faiss.pairwise_indexed_inner_product(
                 one.shape[1], len(at), pointer(one), first_at, pointer(other), second_at, pointer(products)
             )
-            found.append(products)
+            products_of_sides.append(products)
     finally:
         faiss.omp_set_num_threads(before)
-    return found
+    return products_of_sides

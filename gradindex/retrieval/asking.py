@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..choices import AGGREGATES, Aggregate, Source
+from ..choices import AGGREGATES, SOURCES, Aggregate, Source
 from ..columns import is_whole, positions_of, values_of
 from ..errors import ArgumentError, GradIndexError
 from ..gradients import Engine, Products
@@ -143,7 +143,7 @@ def find(task: Task, queries: Any, source: Source) -> Examples:
     Raises:
         ArgumentError: there is nothing to ask about, or a position is out of range.
     """
-    if source not in ("query", "train"):
+    if source not in SOURCES:
         raise ArgumentError(f"source is {source!r}, but must be 'query' or 'train'.")
     if isinstance(queries, slice) or is_whole(queries):
         return _at_positions(task, queries, source)

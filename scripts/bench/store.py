@@ -25,6 +25,7 @@ from harness import Bench, timed
 from torch.utils.data import Subset
 
 import gradindex
+from gradindex.choices import ROW_TYPES
 from gradindex.evaluation import recall_at_k
 from gradindex.store.container import writing
 
@@ -252,7 +253,7 @@ def row_types(bench: Bench, folder: Path) -> None:
     if bench.quick:
         task = replace(task, train=Subset(task.train, range(1500)), columns={})
     truth = gradindex.exact_scores(task, [task.query[i] for i in queries])
-    for row_type in ("float32", "float16", "bfloat16", "int8"):
+    for row_type in ROW_TYPES:
         store = gradindex.build(task, folder / row_type, row_type=row_type)
         retriever = gradindex.load(store.folder, task)
         size = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
