@@ -13,13 +13,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import building as building
+    from . import checkpoint as checkpoint
+    from . import evaluation as evaluation
+    from . import growth as growth
+    from . import store as store
     from .building import build as build
     from .checkpoint import Checkpoint as Checkpoint
     from .checkpoint import find_checkpoints as find_checkpoints
     from .errors import GradIndexError as GradIndexError
     from .growth import add as add
+    from .options import BuildOptions as BuildOptions
     from .recorder import Recorder as Recorder
     from .retrieval.hits import Hits as Hits
+    from .retrieval.question import Question as Question
     from .retrieval.retriever import Retriever as Retriever
     from .retrieval.retriever import load as load
     from .retrieval.scoring import exact_scores as exact_scores
@@ -31,10 +38,12 @@ __version__ = "0.1.0"
 
 # Loaded on first use (PEP 562), so that `gradindex --help` and `gradindex info` need no torch.
 _HOMES = {
+    "BuildOptions": "options",
     "Checkpoint": "checkpoint",
     "GradIndexError": "errors",
     "GradientStore": "store",
     "Hits": "retrieval.hits",
+    "Question": "retrieval.question",
     "Recorder": "recorder",
     "Retriever": "retrieval.retriever",
     "Task": "task",
@@ -52,14 +61,16 @@ _ROOMS = ("building", "checkpoint", "evaluation", "growth", "store")
 __all__ = [*_HOMES, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return importlib.import_module(f".{name}", __name__)
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gradindex' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # to a type checker, a module with this function has every name
+
+    def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return importlib.import_module(f".{name}", __name__)
+        if name not in _HOMES:
+            raise AttributeError(f"module 'gradindex' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -136,7 +136,7 @@ def run(out: Path) -> Path:
     with clock("build store and index"):
         store = build(task, out / "store")
     with clock("open store and index"):
-        retriever = load(out / "store", task)
+        retriever = load(task, out / "store")
     queries = list(range(task.n_query))
     with clock("all test digits: the index alone"):
         answers = {"the index alone": retriever.proponents(queries, k=100, rerank="rows")}

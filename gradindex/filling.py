@@ -15,6 +15,7 @@ from .forking import check_threads, one_thread_in_children
 from .gradients import Engine, Tracked, check_routes
 from .index import require
 from .matching import check_losses
+from .options import ComputeOptions
 from .progress import note, progress
 from .projection import Bases
 from .reading import read, reading_processes
@@ -35,17 +36,24 @@ def planned(ids: NDArray[np.int64], shard_rows: int) -> list[PlannedShard]:
 def running(
     task: Task,
     precision: Precision,
-    device: str | None,
-    channels_last: bool | None,
+    options: ComputeOptions,
     batch_size: int | None,
     tracked: Tracked | None = None,
 ) -> Iterator[Engine]:
-    """The engine of a task whose data and routes are checked, and a FAISS that can be used later."""
+    """The engine of a task whose data and routes are checked, and a FAISS that can be used later.
+
+    Args:
+        task: what is differentiated.
+        precision: of the gradients.
+        options: where and how they are computed.
+        batch_size: examples in a pass, if that is known; with 1, each goes by itself.
+        tracked: which parameters, by default as the task says.
+    """
     require()
     one_thread_in_children("torch", torch.set_num_threads)
     task.check_reads_repeat()
-    alone = batch_size == 1
-    with preserved_random_state(), Engine(task, precision, device, channels_last, tracked, alone) as engine:
+    engine = Engine(task, precision, options.device, options.channels_last, tracked, alone=batch_size == 1)
+    with preserved_random_state(), engine:
         for line in engine.notes:
             note(line)
         check_routes(engine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,8 @@ from .files import storing
 from .filling import batches, fill, planned, row_maker, running, threads
 from .gradients import Engine, continued
 from .matching import check_task
-from .reading import check_workers, reading_processes
+from .options import ComputeKeywords, ComputeOptions, chosen
+from .reading import reading_processes
 from .rows import describe, fit_bases, projection_of
 from .store import (
     GradientStore,
@@ -29,14 +30,16 @@ from .store import (
 )
 from .task import Task
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 def add(
     task: Task,
     folder: str | os.PathLike[str],
     *,
-    device: str | None = None,
-    channels_last: bool | None = None,
-    workers: int = 0,
+    options: ComputeOptions | None = None,
+    **keywords: Unpack[ComputeKeywords],
 ) -> GradientStore:
     """Add the training examples that a task has beyond those of its store; call it again to go on.
 
@@ -45,9 +48,8 @@ def add(
     Args:
         task: the one that the store was built from, with more training data.
         folder: of the store.
-        device: as for :func:`build`.
-        channels_last: as for :func:`build`.
-        workers: as for :func:`build`.
+        options: where and how gradients are computed.
+        **keywords: fields of :class:`~gradindex.options.ComputeOptions`, such as ``device="cuda"``.
 
     Returns:
         The store, as it was if there is nothing to add.
@@ -56,11 +58,11 @@ def add(
         MismatchError: the task is not the store's; says what differs.
         GradIndexError: the task, its data or the folder cannot be used; the store stays as it was.
     """
-    check_workers(workers)
+    options = chosen(options, keywords, ComputeOptions)
     with changing(folder, "add") as store:
         manifest = store.manifest
         precision = manifest.map.precision
-        with running(task, precision, device, channels_last, manifest.batch_size) as engine:
+        with running(task, precision, options, manifest.batch_size) as engine:
             check_task(store, engine)
             _check_columns(store, task)
             first = manifest.next_id
@@ -70,7 +72,7 @@ def add(
             after, data = replace(kept(store), next_id=task.n_train), task.data_fingerprint(new)
             plan = planned(new, manifest.shard_rows)
             job = Job.begin(store.folder, "add", after, data, plan, manifest.shards)
-            fill(job, engine, task, workers)
+            fill(job, engine, task, options.workers)
             job.finish()
     return GradientStore(folder)
 
@@ -79,9 +81,8 @@ def add_checkpoint(
     task: Task,
     folder: str | os.PathLike[str],
     *,
-    device: str | None = None,
-    channels_last: bool | None = None,
-    workers: int = 0,
+    options: ComputeOptions | None = None,
+    **keywords: Unpack[ComputeKeywords],
 ) -> GradientStore:
     """Add the checkpoints that a task has beyond those of its store, at the end; the others are not computed again.
 
@@ -90,20 +91,19 @@ def add_checkpoint(
     Args:
         task: the one that the store was built from, with checkpoints appended.
         folder: of the store.
-        device: as for :func:`build`.
-        channels_last: as for :func:`build`.
-        workers: as for :func:`build`.
+        options: where and how gradients are computed.
+        **keywords: fields of :class:`~gradindex.options.ComputeOptions`, such as ``device="cuda"``.
 
     Raises:
         MismatchError: the task is not the store's; says what differs.
         GradIndexError: the task, its data or the folder cannot be used; the store stays as it was.
     """
-    check_workers(workers)
+    options = chosen(options, keywords, ComputeOptions)
     with changing(folder, "add-checkpoint") as store:
         manifest, n = store.manifest, store.n_checkpoints
         precision, batch_size = manifest.map.precision, manifest.batch_size
         earlier = replace(task, checkpoints=task.checkpoints[:n])
-        with running(earlier, precision, device, channels_last, batch_size) as engine:
+        with running(earlier, precision, options, batch_size) as engine:
             check_task(store, engine)
             names = engine.parameters
         if len(task.checkpoints) == n:
@@ -114,7 +114,7 @@ def add_checkpoint(
                 raise StoreError(f"{problems[0]}. Repair it first: gradindex build TASK --out {store.folder} --repair.")
         later = replace(task, checkpoints=task.checkpoints[n:])
         tracked = continued(task, names, n)
-        with running(later, precision, device, channels_last, batch_size, tracked) as engine:
+        with running(later, precision, options, batch_size, tracked) as engine:
             projection = projection_of(manifest.map)
             described = describe(engine, projection, manifest.map.unit_norm)
             if described.layers != manifest.map.layers:
@@ -129,7 +129,7 @@ def add_checkpoint(
             dim = manifest.dim // n * (n + engine.n_checkpoints)
             after = replace(kept(store), map=longer, removed=(), dim=dim)
             job = Job.begin(store.folder, "add-checkpoint", after, None, live_plan(store))
-            fill(job, engine, later, workers, beside=store)
+            fill(job, engine, later, options.workers, beside=store)
             job.finish()
     return GradientStore(folder)
 
@@ -138,18 +138,16 @@ def repair(
     task: Task,
     folder: str | os.PathLike[str],
     *,
-    device: str | None = None,
-    channels_last: bool | None = None,
-    workers: int = 0,
+    options: ComputeOptions | None = None,
+    **keywords: Unpack[ComputeKeywords],
 ) -> list[str]:
     """Compute the damaged shards of a store again, and no others.
 
     Args:
         task: the one that the store was built from.
         folder: of the store.
-        device: as for :func:`build`.
-        channels_last: as for :func:`build`.
-        workers: as for :func:`build`.
+        options: where and how gradients are computed.
+        **keywords: fields of :class:`~gradindex.options.ComputeOptions`, such as ``device="cuda"``.
 
     Returns:
         One sentence for each shard that was mended; none if the store was sound.
@@ -158,7 +156,7 @@ def repair(
         StoreError: something is damaged that cannot be computed again; says what.
         GradIndexError: the task, its data or the folder cannot be used.
     """
-    check_workers(workers)
+    options = chosen(options, keywords, ComputeOptions)
     said = []
     with changing(folder) as store:
         manifest = store.manifest
@@ -166,7 +164,7 @@ def repair(
         if not damaged and basis is None:
             return []
         precision = manifest.map.precision
-        with running(task, precision, device, channels_last, manifest.batch_size) as engine:
+        with running(task, precision, options, manifest.batch_size) as engine:
             intact = store.without([number for number, _ in damaged])
             check_task(intact, engine)
             _check_columns(intact, task)
@@ -181,7 +179,7 @@ def repair(
                     reading_processes(),
                     rewritten(store, number, columns, task.sample_digests) as (ids, writer),
                 ):
-                    for _, batch in batches(maker, task, ids, manifest, workers, []):
+                    for _, batch in batches(maker, task, ids, manifest, options.workers, []):
                         writer.append(batch.rows, batch.self_influence, batch.losses, batch.factors)
                 said.append(f"{problem}: computed again")
     return said

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import multiprocessing
-import os
 import pickle
 import tarfile
 import traceback
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .errors import ArgumentError, GradIndexError, TaskError, UserCodeError, WorkerError, user_code
+from .errors import GradIndexError, TaskError, UserCodeError, WorkerError, user_code
 from .importing import import_file, task_files
 from .task import Task, read_example
 
@@ -30,17 +29,6 @@ from .task import Task, read_example
 _ALIGNED = 64
 # How far attributes of a data set are followed to find what cannot be handed on.
 _DEPTH, _MOST_LOOKED_AT = 5, 1000
-
-
-def check_workers(count: int) -> None:
-    """Refuse more processes than could be of use.
-
-    Raises:
-        ArgumentError: below 0, or above 64 and eight times the processors.
-    """
-    most = max(64, 8 * (os.cpu_count() or 1))
-    if not 0 <= count <= most:
-        raise ArgumentError(f"workers is {count}, but must be from 0 to {most} on this machine.")
 
 
 def read(task: Task, ids: NDArray[np.int64], batch_size: int, workers: int) -> Iterator[list[Any]]:

@@ -67,6 +67,6 @@ def check_everything(task, folder):
     scale = np.abs(exact).max()
     np.testing.assert_allclose(rows[:2] @ rows.T, exact, atol=1e-4 * scale)
     np.testing.assert_allclose(store.self_influence().sum(1), np.square(rows).sum(1), rtol=1e-4)
-    shares = gradindex.load(store.folder, task).split([0, 1], range(12), source="train")
+    shares = gradindex.load(task, store.folder).explain([0, 1], range(12), source="train")
     np.testing.assert_allclose(shares.scores.sum((2, 3)), exact, atol=1e-4 * scale)
     return routes

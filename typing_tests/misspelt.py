@@ -1,27 +1,38 @@
 """What people mistype. Mypy must refuse each line with an ignore: strict, it reports one that ignores nothing."""
 
-from gradindex import Hits, Retriever, Task, evaluation
+import gradindex
+from gradindex import BuildOptions, Hits, Question, Retriever, Task, evaluation
 from gradindex.building import build
 from gradindex.projection import Projection
 
 
 def names() -> None:
     """Functions that do not exist."""
+    gradindex.laod  # type: ignore[attr-defined]
+    gradindex.evaluation.idnex("store")  # type: ignore[attr-defined]
     evaluation.recal_at_k  # type: ignore[attr-defined]
     evaluation.indx("store", recall=0.9)  # type: ignore[attr-defined]
 
 
 def options_of_a_build(task: Task) -> None:
     """Options that do not exist, and values that they do not take."""
-    build(task, "store", precison="float32")  # type: ignore[call-arg]
-    build(task, "store", precision="float23")  # type: ignore[arg-type]
-    build(task, "store", row_type="int4")  # type: ignore[arg-type]
+    build(task, "store", precison="float32")  # type: ignore[call-overload]
+    build(task, "store", precision="float23")  # type: ignore[call-overload]
+    build(task, "store", row_type="int4")  # type: ignore[call-overload]
+    BuildOptions(row_tpye="int8")  # type: ignore[call-arg]
+    gradindex.add(task, "store", worker=2)  # type: ignore[call-arg]
+    gradindex.load("store", task)  # type: ignore[arg-type]
     Projection("kroneker", 512)  # type: ignore[arg-type]
 
 
 def options_of_a_question(retriever: Retriever) -> None:
     """Methods and options that do not exist, and values that they do not take."""
     retriever.search(0, at_leats=1)  # type: ignore[call-arg]
+    retriever.proponents(0, at_leats=1)  # type: ignore[call-arg]
+    retriever.opponents(0, 5, whre={"label": 3})  # type: ignore[call-arg]
+    retriever.both(0, kind="absolute")  # type: ignore[call-arg]
+    retriever.explian(0, [3])  # type: ignore[attr-defined]
+    Question(kind="oponents")  # type: ignore[arg-type]
     retriever.search(0, kind="proponent")  # type: ignore[arg-type]
 
 

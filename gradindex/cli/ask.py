@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..choices import ANSWER_KINDS, RERANKS
+from ..choices import ANSWER_KINDS
 from ..output import shown_as, table_lines
-from .main import AGGREGATE, DEVICE, FILE, FOLDER, PATH, POSITION, TASK, TRAIN_ID, WHERE, Form, forms, say, show
+from ..retrieval.question import Question
+from .main import Form, forms, say, show
+from .options import AGGREGATE, DEVICE, FILE, FOLDER, PATH, POSITION, TASK, TRAIN_ID, WHERE, options_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +33,6 @@ _AT_ONCE = 10_000
 @POSITION
 @TRAIN_ID
 @FILE
-@click.option("-k", type=int, help="Hits for each query, at most; by default 10, or with --at-least all.")
 @click.option(
     "--kind",
     type=click.Choice(["both", *ANSWER_KINDS]),
@@ -40,25 +40,9 @@ _AT_ONCE = 10_000
     show_default=True,
     help="The highest scores, the lowest, or the largest sizes.",
 )
-@click.option(
-    "--at-least", type=float, metavar="X", help="Only scores from X on; for opponents below -X; for absolute, sizes."
-)
-@click.option(
-    "--rerank",
-    type=click.Choice(RERANKS),
-    default="exact",
-    show_default=True,
-    help="The last stage: exact scores, the rows' inner products, or the index's own estimates.",
-)
-@click.option(
-    "--candidates",
-    type=int,
-    help="Candidates to settle by exact scores, by default 10 k, or what the index was tuned to.",
-)
+@options_of(Question, leave_out=["kind"])
 @WHERE
-@click.option("--differs", metavar="COLUMN", help="Only training examples whose value is not the query's own.")
 @click.option("--ids", "ids_file", type=PATH, metavar="FILE", help="Only these training ids: one a line, or .npy.")
-@AGGREGATE
 @DEVICE
 @click.option("--html", type=PATH, help="Also write a page with pictures here (extra \"demo\").")  # fmt: skip
 @forms
@@ -75,9 +59,9 @@ def query(
         from ..report import check_page
 
         check_page(html)  # before the gradients
-    retriever, asked = _ask(folder, task, position, train_id, path, aggregate, device)
+    retriever, asked = _prepare(folder, task, position, train_id, path, aggregate, device)
     from ..retrieval.filters import parse_where, read_ids
-    from ..retrieval.hits import note, text_lines
+    from ..retrieval.hits import summary, text_lines
 
     options |= {"where": parse_where(retriever.store, where), "ids": None if ids_file is None else read_ids(ids_file)}
     if kind == "both":
@@ -90,15 +74,13 @@ def query(
     show(
         (record for hits in answers for record in hits.each_record()),
         lambda: text_lines(answers),
-        note(answers),
+        summary(answers),
         ["query", "kind", "rank", "id", "score", *map(shown_as, answers[0].columns)],
         form,
-        scored=answers[0].scored,
-        stages={hits.kind: [asdict(stage) for stage in hits.stages] for hits in answers},
     )
 
 
-def _ask(
+def _prepare(
     folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None, aggregate: Any,
     device: str | None,
 ) -> tuple[Retriever, Queries]:  # fmt: skip
@@ -110,14 +92,14 @@ def _ask(
 
     loaded = load_task(task)
     queries = loaded.read_queries(path) if path else list(position or train_id)
-    retriever = load(folder, loaded, device=device)
+    retriever = load(loaded, folder, device=device)
     if retriever.unseen:
         say(
             f"{folder} lacks {retriever.unseen:,} training examples of the task, which it answers without. "
             f"To add them: gradindex add {folder} --task {task}",
             err=True,
         )
-    return retriever, retriever.ask(queries, "train" if train_id else "query", aggregate)
+    return retriever, retriever.prepare(queries, "train" if train_id else "query", aggregate)
 
 
 @click.command()
@@ -143,19 +125,18 @@ def explain(
         from ..report import check_page
 
         check_page(html)  # before the gradients
-    retriever, asked = _ask(folder, task, position, train_id, path, aggregate, device)
-    split = retriever.split(asked, list(ids))
+    retriever, asked = _prepare(folder, task, position, train_id, path, aggregate, device)
+    explanation = retriever.explain(asked, list(ids))
     if html:
-        split.save_html(html)
+        explanation.save_html(html)
         say(str(html), err=True)
     names = ["query", "id", "checkpoint", "layer", "score"]
     show(
-        split.records(),
-        lambda: str(split).split("\n"),
-        split.note,
+        explanation.records(),
+        lambda: str(explanation).split("\n"),
+        {"note": explanation.note, "scored": explanation.scored},
         names,
         form,
-        scored=split.scored,
     )
 
 
@@ -225,4 +206,4 @@ def self_influence(folder: Path, k: int | str | None, where: list[tuple[str, str
         yield note
 
     names = ["rank", "id", "self_influence", *map(shown_as, store.columns)]
-    show(records(), lines, note, names, form)
+    show(records(), lines, {"note": note}, names, form)

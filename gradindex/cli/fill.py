@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from ..choices import FACTOR_TYPES, NORMS, PRECISIONS, PROJECTION_KINDS, ROW_TYPES
-from .main import CHANNELS, DEVICE, FOLDER, PATH, WORKERS, say
+from ..choices import PROJECTION_KINDS
+from ..options import BuildOptions, ComputeOptions
+from .main import say
+from .options import FOLDER, PATH, options_of
 
 
 @click.command()
@@ -35,38 +38,13 @@ def demo(out: Path) -> None:
 @click.option("--row-dim", type=int, help="Instead of --dim: numbers in a whole row, at most.")
 @click.option("--row-bytes", type=int, help="Instead of --dim: bytes of a whole row, at most.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random map.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
-@click.option(
-    "--row-type", type=click.Choice(ROW_TYPES), default="float32", show_default=True, help="How rows are kept."
-)
-@click.option(
-    "--factors",
-    type=click.Choice(FACTOR_TYPES),
-    help="Also keep exact factors of linear layers: exact scores without a pass over training examples.",
-)
-@click.option(
-    "--self-influence",
-    type=click.Choice(NORMS),
-    default="exact",
-    show_default=True,
-    help="Exact, or the squared norm of the row: faster, an estimate.",
-)
-@click.option("--unit-norm", is_flag=True, help="Rank by the cosine of the gradients instead of TracInCP.")
-@DEVICE
-@WORKERS
-@CHANNELS
-@click.option("--batch-size", type=int, help="Examples per pass; by default as many, up to 256, as --memory holds.")
-@click.option(
-    "--memory", metavar="SIZE", help="What a pass may take, such as 2G; by default a quarter of what is free."
-)
-@click.option("--shard-rows", type=int, help="Rows per file, at least; by default 8,192, or as many as make 64 files.")
-@click.option("--bases-from", type=PATH, metavar="DIR", help="A store whose fitted bases to take, to be merged later.")
+@options_of(BuildOptions)
 @click.option("--part", metavar="I/N", help="Make the I-th of N parts, beside others; then run `gradindex seal DIR`.")
 @click.option("--dry-run", is_flag=True, help="Say what it takes (disk, memory, time by a few batches), and stop.")
 @click.option("--repair", is_flag=True, help="Compute damaged shards of the finished store again, and no others.")
 def build(
     task: str, out: Path, projection: Any, dim: int | None, row_dim: int | None, row_bytes: int | None, seed: int,
-    memory: str | None, part: str | None, dry_run: bool, repair: bool, **options: Any,
+    part: str | None, dry_run: bool, repair: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Build the store of TASK (path/to/file.py:name or package.module:name).
 
@@ -75,7 +53,6 @@ def build(
     Example: gradindex build scripts/tasks/mnist.py:task --out /tmp/mnist
     """
     from .. import building, growth
-    from ..memory import parse_bytes
     from ..projection import DEFAULT_DIM, Projection
     from ..task import load_task
 
@@ -84,17 +61,17 @@ def build(
     if repair:
         context = click.get_current_context()
         by_hand = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-        idle = [name for name in by_hand if name not in ("task", "out", "repair", "device", "workers", "channels_last")]
+        computing = {each.name for each in fields(ComputeOptions)}
+        idle = [name for name in by_hand if name not in {"task", "out", "repair", *computing}]
         if idle:
             raise click.UsageError(f"--repair takes all else from the store: leave out --{idle[0].replace('_', '-')}.")
-        said = growth.repair(load_task(task), out, **{n: options[n] for n in ("device", "workers", "channels_last")})
+        said = growth.repair(load_task(task), out, **{name: options[name] for name in computing})
         say("\n".join(said) if said else f"{out} is sound: nothing to repair")
         return
     parts = None if part is None else re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", part, re.ASCII)
     if part is not None and parts is None:
         raise click.UsageError(f"--part is {part!r}, but must look like 2/8, the second of eight.")
     options["projection"] = Projection(projection, DEFAULT_DIM if dim is None else dim, seed, row_dim, row_bytes)
-    options["memory"] = None if memory is None else parse_bytes(memory)
     numbers = None if parts is None else (int(parts[1]), int(parts[2]))
     if dry_run:
         click.echo(building.estimate(load_task(task), out, part=numbers, **options))
@@ -113,9 +90,7 @@ _TASK = click.option("--task", required=True, help="The task, now with more of t
 @click.command()
 @FOLDER
 @_TASK
-@DEVICE
-@WORKERS
-@CHANNELS
+@options_of(ComputeOptions)
 def add(folder: Path, task: str, **options: Any) -> None:
     """Add the training examples that the task has beyond those in the store.
 
@@ -136,9 +111,7 @@ def add(folder: Path, task: str, **options: Any) -> None:
 @click.command("add-checkpoint")
 @FOLDER
 @_TASK
-@DEVICE
-@WORKERS
-@CHANNELS
+@options_of(ComputeOptions)
 def add_checkpoint(folder: Path, task: str, **options: Any) -> None:
     """Add the checkpoints that the task has beyond those in the store; the others are not computed again.
 

@@ -10,7 +10,8 @@ import click
 
 from ..choices import UNSIZED_PROJECTIONS
 from ..output import printable, table, to_json
-from .main import FOLDER, JSON, PATH, say
+from .main import JSON, say
+from .options import FOLDER, PATH
 
 if TYPE_CHECKING:
     from ..store import StoredCheckpoint

@@ -10,38 +10,18 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import click
 
 from .. import __version__
-from ..choices import AGGREGATES
 from ..errors import GradIndexError, UserCodeError
 from ..output import csv_cell, plain, printable, to_json
 
 # Commands that go on where they were when they are given again.
 _RESUMABLE = ("build", "add", "add-checkpoint", "compact", "merge")
 
-PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a path, the function says
-FOLDER = click.argument("folder", metavar="DIR", type=PATH)
-DEVICE = click.option("--device", help="Where to compute, such as cuda; by default where the task's model is.")
-WORKERS = click.option("--workers", default=0, show_default=True, help="Processes that read examples.")
-CHANNELS = click.option(
-    "--channels-last/--channels-first",
-    default=None,
-    help="How pictures are laid out in memory; by default with the channels last where the model runs so.",
-)
-TASK = click.option("--task", required=True, help="The task that the store was built from, as for build.")
-POSITION = click.option("-q", "--position", multiple=True, type=int, help="Position in the task's queries; repeatable.")
-TRAIN_ID = click.option("--train-id", multiple=True, type=int, help="Training id as the query; repeatable.")
-FILE = click.option("--file", "path", type=PATH, help="A file that the task's read_query reads.")
-AGGREGATE = click.option(
-    "--aggregate",
-    type=click.Choice(AGGREGATES),
-    help="Make one question of all queries: what helps them together.",
-)
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 _CSV = click.option(
     "--csv",
@@ -162,46 +142,28 @@ def main(debug: bool) -> None:
     """Which training examples made my model do this? Answered by TracIn, as a search engine."""
 
 
-def condition(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str]]:
-    """``column=value`` as pairs."""
-    for value in values:
-        if not value.partition("=")[0] or "=" not in value:
-            raise click.BadParameter(f"{value!r} is not of the form column=value.")
-    return [(name, text) for name, _, text in (value.partition("=") for value in values)]
-
-
-WHERE = click.option(
-    "--where",
-    multiple=True,
-    callback=condition,
-    metavar="COLUMN=VALUE",
-    help="Only training examples with this value; repeatable: a column given twice may have either value.",
-)
-
-
 def show(
     records: Iterable[dict[str, Any]],
     lines: Callable[[], Iterable[str]],
-    note: str,
+    summary: Mapping[str, Any],
     names: Sequence[str],
     form: Form,
-    **more: Any,
 ) -> None:
     """Print records as the user wants them, one after another.
 
     Args:
         records: of the same keys, ``names``; JSON and CSV are written as they come.
         lines: makes the table, line by line.
-        note: what the numbers mean; on standard error where CSV goes to standard output.
+        summary: what else the JSON object holds; its ``note`` says what the numbers mean, and goes to standard error
+            where CSV goes to standard output.
         names: the keys, in order.
         form: a table, one JSON object, or CSV, in which cells that begin as a formula are made harmless or left raw.
-        more: what else the JSON object holds.
     """
     if form == "table":
         for line in lines():
             sys.stdout.write(f"{line}\n")
     elif form == "json":
-        sys.stdout.write(f'{to_json({"note": note, **more})[:-1]}, "records": [')
+        sys.stdout.write(f'{to_json(summary)[:-1]}, "records": [')
         for number, record in enumerate(records):
             sys.stdout.write(f"{', ' if number else ''}{to_json(record)}")
         sys.stdout.write("]}\n")
@@ -212,4 +174,4 @@ def show(
         writer = csv.writer(sys.stdout)
         writer.writerow(map(cell, names))
         writer.writerows(map(cell, record.values()) for record in records)
-        say(note, err=True)
+        say(summary["note"], err=True)

@@ -9,7 +9,8 @@ import click
 
 from ..choices import INDEX_KINDS
 from ..output import table, to_json
-from .main import DEVICE, FOLDER, JSON, say
+from .main import JSON, say
+from .options import DEVICE, FOLDER
 
 _TASK = click.option("--task", help="Take the task's own queries and exact scores; by default training examples.")
 _K = click.option("-k", "--k", type=int, help="How many are the top; by default 100, or as many as there are.")
@@ -24,7 +25,7 @@ def _retriever(folder: Path, task: str | None, device: str | None) -> Any:
     from ..retrieval.retriever import load
     from ..task import load_task
 
-    return load(folder, load_task(task), device=device, use_index=False)
+    return load(load_task(task), folder, device=device, use_index=False)
 
 
 def _top(folder: Path, k: int | None, task: str | None) -> int:

@@ -79,7 +79,7 @@ class Examples:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Queries:
-    """Queries whose gradients were computed; every search takes them in place of positions. Made by ``Retriever.ask``.
+    """Queries whose gradients were computed, by ``Retriever.prepare``; every search takes them in place of positions.
 
     Args:
         examples: what they are.

@@ -17,6 +17,7 @@ from ..dates import NotKeptError, as_dates, read_date
 from ..errors import ArgumentError
 from ..gaps import MISSING_TEXT
 from ..store import GradientStore, runs
+from .question import Question
 
 # Values of a column that are looked at together.
 _AT_ONCE = 1 << 16
@@ -25,25 +26,6 @@ _WORDS["M"] = "a date, such as 2024-01-31 or 2024-01-31T08:30:00"
 
 # By column a value or several, any of which will do.
 Where = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Filter:
-    """What training examples must be to answer; all conditions must hold.
-
-    Args:
-        ids: these alone.
-        where: by column the value, or a list of values one of which an example must have.
-        differs: a column in which the example's value must not be the query's own.
-    """
-
-    ids: Any = None
-    where: Where | None = None
-    differs: str | None = None
-
-    def __bool__(self) -> bool:
-        without = self.where is None or (isinstance(self.where, Mapping) and not self.where)
-        return self.ids is not None or not without or self.differs is not None
 
 
 @dataclass(frozen=True)
@@ -73,12 +55,12 @@ class Allowed:
         return mask
 
 
-def allow(store: GradientStore, wanted: Filter, query_columns: Mapping[str, NDArray[Any]], n_query: int) -> Allowed:
-    """Apply a filter; columns are read in pieces.
+def allow(store: GradientStore, question: Question, query_columns: Mapping[str, NDArray[Any]], n_query: int) -> Allowed:
+    """Apply a question's filter; columns are read in pieces.
 
     Args:
         store: a complete one.
-        wanted: the filter.
+        question: its ``ids``, ``where`` and ``differs``, all of which must hold.
         query_columns: by name (m,), of the m examples that are asked about.
         n_query: m, or 1 where these are one question.
 
@@ -87,16 +69,16 @@ def allow(store: GradientStore, wanted: Filter, query_columns: Mapping[str, NDAr
             a value to differ from.
     """
     ids = None
-    if wanted.ids is not None:
-        ids = np.unique(runs.as_ids(wanted.ids).ravel())
+    if question.ids is not None:
+        ids = np.unique(runs.as_ids(question.ids).ravel())
         if len(ids):
             store.check_ids(ids)
-    if wanted.where is not None:
-        ids = matching(store, wanted.where, ids)
+    if question.where is not None:
+        ids = matching(store, question.where, ids)
     values = np.empty(0)
-    if wanted.differs is not None:
-        values = _values_to_differ_from(store, wanted.differs, query_columns, n_query)
-    return Allowed(ids, store, wanted.differs, values)
+    if question.differs is not None:
+        values = _values_to_differ_from(store, question.differs, query_columns, n_query)
+    return Allowed(ids, store, question.differs, values)
 
 
 def matching(store: GradientStore, where: Where, ids: NDArray[np.int64] | None = None) -> NDArray[np.int64]:

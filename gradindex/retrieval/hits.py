@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DependencyError
-from ..output import plain, printable, shown_as, table_lines
+from ..output import plain, printable, shown_as, table_lines, to_json
 from ..report import Card, Section, Tile, cards_html, write_page
 
 SIGN = (
@@ -129,6 +130,20 @@ class Hits:
             query_columns={name: values[:queries] for name, values in self.query_columns.items()},
         )
 
+    def to_dict(self, *others: Hits) -> dict[str, Any]:
+        """What ``gradindex query --json`` prints, as JSON takes it: dates are text, NaN and infinity are ``None``.
+
+        Args:
+            others: answers to the same queries, such as the opponents.
+
+        Returns:
+            ``note``, ``scored``, ``stages`` by kind, and ``records``, those of :meth:`records`.
+        """
+        answers = [self, *others]
+        records = [record for answer in answers for record in answer.each_record()]
+        as_json: dict[str, Any] = json.loads(to_json({**summary(answers), "records": records}))
+        return as_json
+
     @property
     def note(self) -> str:
         """One line: how the scores were computed, what their sign means, and what the answer went through."""
@@ -221,6 +236,12 @@ def _part(columns: Mapping[str, NDArray[Any]], name: str, row: int, part: slice)
 
 def _cut(columns: Mapping[str, NDArray[Any]], name: str, queries: int, k: int) -> NDArray[Any]:
     return columns.cut(name, queries, k) if isinstance(columns, LookedUp) else columns[name][:queries, :k]
+
+
+def summary(answers: Sequence[Hits]) -> dict[str, Any]:
+    """What answers to the same queries say besides their hits: the note, where scores come from, stages by kind."""
+    stages = {answer.kind: [asdict(stage) for stage in answer.stages] for answer in answers}
+    return {"note": note(answers), "scored": answers[0].scored, "stages": stages}
 
 
 def note(answers: Sequence[Hits]) -> str:

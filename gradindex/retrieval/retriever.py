@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..choices import Aggregate, AnswerKind, Precision, Rerank, Source
+from ..choices import Aggregate, AnswerKind, Precision, Source
+from ..deprecation import deprecated, in_order
 from ..errors import ArgumentError, StoreChangedError, StoreError
 from ..forking import one_thread_in_children
 from ..gaps import with_gaps
@@ -26,12 +27,16 @@ from ..task import Task
 from ..tree import preserved_random_state
 from .asking import Queries, find, prepare
 from .candidates import Candidates
-from .filters import Filter, Where, allow
+from .explanation import Explanation
+from .filters import allow
 from .hits import Hits, LookedUp
+from .question import Question, QuestionKeywords, SearchKeywords
 from .ranking import Ranked
 from .scoring import Scores, by_factors, cosine_norms, joined, scored_as, shares, shown, through_model
-from .split import Split
-from .stages import Answer, Question, Search
+from .stages import Answer, Search
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Hits from which on columns are looked up when they are asked for, and not kept.
 _KEPT_COLUMNS = 1 << 18
@@ -44,8 +49,8 @@ class Retriever:
     training examples where the store has no factors. Everything else runs side by side.
 
     Args:
+        task: the task that the store was built from.
         store: a complete store.
-        task: the task that it was built from.
         device: where to compute and to search, by default where the model is and on the CPU.
         use_index: whether an index is used, where there is one.
 
@@ -54,7 +59,8 @@ class Retriever:
         StoreError: the store is damaged.
     """
 
-    def __init__(self, store: GradientStore, task: Task, device: str | None = None, use_index: bool = True) -> None:
+    def __init__(self, task: Task, store: GradientStore, device: str | None = None, use_index: bool = True) -> None:
+        task, store = in_order(task, store, Task, "Retriever(task, store)")
         require()
         one_thread_in_children("torch", torch.set_num_threads)
         self.task = task
@@ -107,7 +113,7 @@ class Retriever:
         """How rows are searched: with which index and recall, or all of them."""
         return asked_again(self._now)[1].how
 
-    def ask(
+    def prepare(
         self, queries: int | Sequence[Any], source: Source = "query", aggregate: Aggregate | None = None
     ) -> Queries:
         """Compute the gradients of queries once, for several questions about them.
@@ -136,75 +142,61 @@ class Retriever:
             maker = RowMaker(engine, self._projection, self._bases, unit_norm=self._unit_norm, factors=stored)
             return prepare(examples, maker, store, self._unit_norm, aggregate)
 
-    def _asked(
+    def ask(
+        self, queries: int | Sequence[Any], source: Source = "query", aggregate: Aggregate | None = None
+    ) -> Queries:
+        """The former name of :meth:`prepare`."""
+        deprecated("Retriever.ask", "Retriever.prepare")
+        return self.prepare(queries, source, aggregate)
+
+    def _prepared(
         self, store: GradientStore, queries: int | Sequence[Any] | Queries, source: Source, aggregate: Aggregate | None
     ) -> Queries:
         if not isinstance(queries, Queries):
-            return self.ask(queries, source, aggregate)
+            return self.prepare(queries, source, aggregate)
         if source != "query" or aggregate is not None:
-            raise ArgumentError("source and aggregate belong to ask(): these queries are prepared already.")
+            raise ArgumentError("source and aggregate belong to prepare(): these queries are prepared already.")
         lacks = store.has_factors and queries.factors is None
         if queries.fingerprint != store.manifest.fingerprint or lacks:
-            raise ArgumentError(f"These queries were prepared for other rows than those of {store.folder}. Ask again.")
+            raise ArgumentError(
+                f"These queries were prepared for other rows than those of {store.folder}. Prepare them again."
+            )
         return queries
 
-    def proponents(self, queries: int | Sequence[Any] | Queries, k: int | None = None, **options: Any) -> Hits:
+    def proponents(
+        self, queries: int | Sequence[Any] | Queries, k: int | None = None, **options: Unpack[QuestionKeywords]
+    ) -> Hits:
         """The training examples with the highest scores; options as in :meth:`search`."""
-        return self.search(queries, k, kind="proponents", **options)
+        return self.answer(queries, Question(kind="proponents", k=k, **options))
 
-    def opponents(self, queries: int | Sequence[Any] | Queries, k: int | None = None, **options: Any) -> Hits:
+    def opponents(
+        self, queries: int | Sequence[Any] | Queries, k: int | None = None, **options: Unpack[QuestionKeywords]
+    ) -> Hits:
         """The training examples with the lowest scores; options as in :meth:`search`."""
-        return self.search(queries, k, kind="opponents", **options)
+        return self.answer(queries, Question(kind="opponents", k=k, **options))
 
-    def both(self, queries: int | Sequence[Any] | Queries, k: int | None = None, **options: Any) -> tuple[Hits, Hits]:
+    def both(
+        self, queries: int | Sequence[Any] | Queries, k: int | None = None, **options: Unpack[QuestionKeywords]
+    ) -> tuple[Hits, Hits]:
         """Proponents and opponents from one gradient pass; options as in :meth:`search`."""
-        up, down = self._answers(("proponents", "opponents"), queries, k, **options)
+        up, down = self._answers(queries, Question(k=k, **options), ("proponents", "opponents"))
         return up, down
 
     def search(
-        self,
-        queries: int | Sequence[Any] | Queries,
-        k: int | None = None,
-        *,
-        kind: AnswerKind = "proponents",
-        at_least: float | None = None,
-        rerank: Rerank = "exact",
-        candidates: int | None = None,
-        ids: Any = None,
-        where: Where | None = None,
-        differs: str | None = None,
-        source: Source = "query",
-        aggregate: Aggregate | None = None,
+        self, queries: int | Sequence[Any] | Queries, k: int | None = None, **options: Unpack[SearchKeywords]
     ) -> Hits:
         """The best training examples for each query.
 
         In three stages, which the answer counts: the index, where there is one, proposes candidates (for opponents
         with the negated query, for the largest sizes with both); their full rows are compared; exact TracInCP
-        settles the order. A stage that decides nothing is left out: rows, where the index proposes no more than
-        what exact scores settle.
-
-        With ``at_least`` nothing is missed among all rows (``rerank="rows"`` and ``"none"``) or, where the store
-        has factors, among all exact scores. Exact scores through the model are a heuristic: candidates are doubled
-        until a whole doubling adds no hit. With a filter or ``at_least`` no index is used, but for that heuristic,
-        because its recall was measured without.
+        re-ranks the best. A stage that decides nothing is left out: rows, where the index proposes no more than
+        what exact scores re-rank.
 
         Args:
-            queries: positions in ``task.query`` (or ids, with ``source="train"``), items, or what :meth:`ask` made.
-            k: how many at most, from 1 to n_train; by default 10 (or all, if there are fewer), with ``at_least`` all.
-            kind: ``"proponents"``, the highest scores; ``"opponents"``, the lowest; ``"absolute"``, the largest
-                sizes, whose scores keep their sign.
-            at_least: only scores of at least this for proponents, of at most its negative for opponents, of at
-                least this size for ``"absolute"``.
-            rerank: the last stage: ``"exact"``; ``"rows"`` for the inner products with the full rows; ``"none"`` for
-                the index's own estimates (all rows are compared where no index is used, as with ``"rows"``).
-            candidates: how many rows are re-scored exactly, by default 10 k, or what the index was tuned to; with
-                ``at_least``, how many to begin with.
-            ids: only these training ids answer.
-            where: only training examples whose columns have these values: ``{"label": "cat"}``, or a list of
-                values for any of them; several columns must all hold.
-            differs: only training examples whose value in this column is not the query's own.
-            source: where positions are looked up; the query loss is explained either way.
-            aggregate: as in :meth:`ask`.
+            queries: positions in ``task.query`` (or ids, with ``source="train"``), items, or what :meth:`prepare` made.
+            k: how many hits at most, from 1 to n_train; by default 10 (or all, if there are fewer).
+            **options: fields of :class:`~gradindex.Question`, such as ``kind="absolute"`` or
+                ``where={"label": "cat"}``.
 
         Returns:
             Hits with ids and scores of shape (n_query, w), with w at most k; see there for queries with fewer.
@@ -212,38 +204,33 @@ class Retriever:
         Raises:
             ArgumentError: an option is out of range or of the wrong type; there is no such id or column.
         """
-        (hits,) = self._answers(
-            (kind,), queries, k, at_least=at_least, rerank=rerank, candidates=candidates, ids=ids, where=where,
-            differs=differs, source=source, aggregate=aggregate,
-        )  # fmt: skip
+        return self.answer(queries, Question(k=k, **options))
+
+    def answer(self, queries: int | Sequence[Any] | Queries, question: Question) -> Hits:
+        """The same for a question that was put together before, or came as JSON (:meth:`Question.from_dict`).
+
+        Args:
+            queries: as in :meth:`search`.
+            question: what is asked about them.
+        """
+        (hits,) = self._answers(queries, question, (question.kind,))
         return hits
 
     def _answers(
-        self,
-        kinds: Sequence[AnswerKind],
-        queries: int | Sequence[Any] | Queries,
-        k: int | None,
-        *,
-        at_least: float | None = None,
-        rerank: Rerank = "exact",
-        candidates: int | None = None,
-        ids: Any = None,
-        where: Where | None = None,
-        differs: str | None = None,
-        source: Source = "query",
-        aggregate: Aggregate | None = None,
+        self, queries: int | Sequence[Any] | Queries, question: Question, kinds: Sequence[AnswerKind]
     ) -> list[Hits]:
-        question = Question(kinds, k, rerank, candidates, at_least)
         question.most(self.store.n_train)  # refused before the gradients are computed
-        limits = Filter(ids, where, differs)
-        asked = self._asked(self.store, queries, source, aggregate)
+        prepared = self._prepared(self.store, queries, question.source, question.aggregate)
 
         def answers() -> list[Hits]:
-            store, searched = self._now()
+            store, candidates = self._now()
             question.most(store.n_train)
-            allowed = allow(store, limits, asked.examples.columns, len(asked)) if limits else None
-            found = Search(store, searched, self._computing, asked, question, allowed, self._unit_norm).answers()
-            return [self._hits(store, asked, kind, answer) for kind, answer in zip(kinds, found, strict=True)]
+            columns = prepared.examples.columns
+            allowed = allow(store, question, columns, len(prepared)) if question.filtered else None
+            search = Search(store, candidates, self._computing, prepared, question, kinds, allowed, self._unit_norm)
+            return [
+                self._hits(store, prepared, kind, answer) for kind, answer in zip(kinds, search.answers(), strict=True)
+            ]
 
         return asked_again(answers)
 
@@ -271,14 +258,14 @@ class Retriever:
     def _measure(self) -> str:
         return "cosines of the gradients behind TracInCP" if self._unit_norm else "TracInCP scores"
 
-    def split(
+    def explain(
         self,
         queries: int | Sequence[Any] | Queries,
         ids: Any,
         *,
         source: Source = "query",
         aggregate: Aggregate | None = None,
-    ) -> Split:
+    ) -> Explanation:
         """Exact scores of some training examples by checkpoint and layer, which add up to the score.
 
             TracInCP(z, z') = sum_c sum_l eta_c <grad_l l(w_c; z), grad_l l(w_c; z')>
@@ -289,7 +276,7 @@ class Retriever:
             queries: as in :meth:`search`.
             ids: (n_ids,) training ids.
             source: as in :meth:`search`.
-            aggregate: as in :meth:`ask`.
+            aggregate: as in :meth:`prepare`.
 
         Returns:
             Scores (n_query, n_ids, C, L) float64 with the names of checkpoints and layers.
@@ -302,7 +289,7 @@ class Retriever:
         if chosen.ndim != 1 or not len(chosen):
             raise ArgumentError(f"ids have shape {chosen.shape}, but must be a list of at least one training id.")
         asked_again(lambda: self._now()[0].check_ids(chosen))
-        asked = self._asked(store, queries, source, aggregate)
+        asked = self._prepared(store, queries, source, aggregate)
 
         def scores() -> NDArray[np.float64]:
             store = self._now()[0]
@@ -314,7 +301,7 @@ class Retriever:
                     found = shares(store, asked, chosen, engine)
             return found / cosine_norms(store, asked.norms, chosen)[:, :, None, None] if self._unit_norm else found
 
-        return Split(
+        return Explanation(
             asked_again(scores),
             asked.names,
             chosen,
@@ -324,16 +311,21 @@ class Retriever:
             self._measure,
         )
 
+    def split(self, queries: int | Sequence[Any] | Queries, ids: Any, **options: Any) -> Explanation:
+        """The former name of :meth:`explain`."""
+        deprecated("Retriever.split", "Retriever.explain")
+        return self.explain(queries, ids, **options)
+
     def query_rows(self, queries: int | Sequence[Any] | Queries, source: Source = "query") -> NDArray[np.float32]:
         """(n_query, dim) float32 rows of queries, as :meth:`search` takes them."""
-        return self._asked(self.store, queries, source, None).rows
+        return self._prepared(self.store, queries, source, None).rows
 
     def exact_scores(self, queries: int | Sequence[Any] | Queries, source: Source = "query") -> NDArray[Any]:
         """(n_query, n_train) exact scores of all rows' training examples, in the order of the store's ids.
 
         TracInCP, or cosines where the store's rows have unit norm.
         """
-        asked = self._asked(self.store, queries, source, None)
+        asked = self._prepared(self.store, queries, source, None)
         dtype = np.float64 if self._engine.dtype == torch.float64 else np.float32
 
         def scores() -> NDArray[Any]:
@@ -390,12 +382,12 @@ class Retriever:
         return cosine_norms(followed(store, ids), norms, ids)
 
 
-def load(folder: str | os.PathLike[str], task: Task, *, device: str | None = None, use_index: bool = True) -> Retriever:
+def load(task: Task, folder: str | os.PathLike[str], *, device: str | None = None, use_index: bool = True) -> Retriever:
     """Open a store for queries.
 
     Args:
-        folder: what :func:`build` filled.
         task: the task that it was built from.
+        folder: what :func:`build` filled.
         device: where to compute and to search, such as ``"cuda"``; by default where the model is, and the CPU searches.
         use_index: whether an index is used, where there is one; else all rows are compared.
 
@@ -403,7 +395,8 @@ def load(folder: str | os.PathLike[str], task: Task, *, device: str | None = Non
         StoreError: missing, damaged or not complete.
         MismatchError: the task is not the store's; says what differs.
     """
-    return asked_again(lambda: Retriever(GradientStore(folder), task, device, use_index))
+    task, folder = in_order(task, folder, Task, "load(task, folder)")
+    return asked_again(lambda: Retriever(task, GradientStore(folder), device, use_index))
 
 
 def _rectangular(found: list[Ranked]) -> tuple[NDArray[np.int64], NDArray[Any]]:

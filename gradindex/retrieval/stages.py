@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,85 +10,27 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..choices import ANSWER_KINDS, RERANKS, AnswerKind, Rerank
-from ..errors import ArgumentError, as_whole, check_choice, check_k
+from ..choices import AnswerKind
+from ..errors import ArgumentError
 from ..gradients import Engine
 from ..store import GradientStore
 from .asking import Queries
 from .candidates import Candidates, Effort, candidates_for, pieces, scan
 from .filters import Allowed
 from .hits import Stage
+from .question import DEFAULT_K, Question
 from .ranking import Best, Ranked, ranked
 from .scoring import Scores, by_factors, cosine_norms, of_candidates, through_model
 
-_DEFAULT_K, _FAISS_K = 10, 1024
+_FAISS_K = 1024
 # Ids whose exact scores stream together where all are scored.
 _STREAMED = 1 << 16
-# How far scores may differ that were summed in another order, as a share.
-_ROUNDING = 1e-4
 # What is searched for a kind: each with the query or with its negation, never as the lowest of what was found.
 _SIGNS: Mapping[AnswerKind, Sequence[AnswerKind]] = {
     "proponents": ("proponents",),
     "opponents": ("opponents",),
     "absolute": ("proponents", "opponents"),
 }
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is wanted of a search.
-
-    Args:
-        kinds: of answers, one or several.
-        k: how many at most; by default 10, or all if there are fewer, or with ``at_least`` all that reach it.
-        rerank: the last stage that scores come from.
-        candidates: how many go to exact scores.
-        at_least: the strength from which on a training example is wanted.
-
-    Raises:
-        ArgumentError: one of them is out of range, or they do not go together.
-    """
-
-    kinds: Sequence[AnswerKind]
-    k: int | None = None
-    rerank: Rerank = "exact"
-    candidates: int | None = None
-    at_least: float | None = None
-
-    def __post_init__(self) -> None:
-        for kind in self.kinds:
-            check_choice("kind", kind, ANSWER_KINDS, "For both, call both().")
-        check_choice("rerank", self.rerank, RERANKS)
-        for name, value in (("k", self.k), ("candidates", self.candidates)):
-            if value is not None:
-                object.__setattr__(self, name, as_whole(name, value))
-        if self.at_least is not None:
-            try:
-                object.__setattr__(self, "at_least", float(self.at_least))
-            except (TypeError, ValueError):
-                raise ArgumentError(f"at_least is a {type(self.at_least).__name__}, but must be a number.") from None
-            if math.isnan(self.at_least):
-                raise ArgumentError("at_least is NaN, but must be a number.")
-        if self.candidates is not None and self.rerank != "exact":
-            raise ArgumentError(f"candidates go to exact scores, but rerank is {self.rerank!r}. Leave one of them out.")
-
-    @property
-    def a_little_less(self) -> float | None:
-        """``at_least``, less what scores differ by that were summed in another order."""
-        return None if self.at_least is None else self.at_least - _ROUNDING * abs(self.at_least)
-
-    def most(self, n_train: int) -> int | None:
-        """How many hits a query of a store of so many rows has at most; ``None`` for all that reach the threshold.
-
-        Raises:
-            ArgumentError: ``k`` is below 1 or above ``n_train``, or ``candidates`` below it.
-        """
-        if self.k is not None:
-            check_k(self.k, n_train)
-        most = min(_DEFAULT_K, n_train) if self.k is None and self.at_least is None else self.k
-        if self.candidates is not None and self.candidates < (most or 1):
-            raise ArgumentError(f"candidates is {self.candidates}, but must be at least k, {most or 1}.")
-        return most
 
 
 @dataclass(frozen=True)
@@ -115,7 +56,8 @@ class Search:
         candidates: its search.
         computing: locks the model for as long as scores go through it.
         queries: prepared.
-        question: what is wanted.
+        question: what is wanted; of ``kinds`` instead of its own kind.
+        kinds: of answers, one or several.
         allowed: who may answer, if not all.
         unit_norm: whether the store's rows have unit norm, so that scores are cosines.
 
@@ -130,11 +72,13 @@ class Search:
         computing: Callable[[], AbstractContextManager[Engine]],
         queries: Queries,
         question: Question,
+        kinds: Sequence[AnswerKind],
         allowed: Allowed | None,
         unit_norm: bool,
     ) -> None:
         self._store, self._candidates, self._computing = store, candidates, computing
-        self._queries, self._question, self._allowed, self._unit_norm = queries, question, allowed, unit_norm
+        self._queries, self._question, self._kinds = queries, question, kinds
+        self._allowed, self._unit_norm = allowed, unit_norm
         self._n, self._k = store.n_train, question.most(store.n_train)
         self._by_factors = store.has_factors
         self._exact_stage = "stored factors" if self._by_factors else "model"
@@ -146,7 +90,7 @@ class Search:
 
     def answers(self) -> list[Answer]:
         """One for each kind."""
-        question, kinds = self._question, self._question.kinds
+        question, kinds = self._question, self._kinds
         if question.rerank == "exact":
             if question.at_least is None:
                 return self._settled(kinds)
@@ -248,7 +192,7 @@ class Search:
 
     def _wanted(self) -> tuple[int, Effort | None]:
         """How many candidates go to exact scores, by default what the index was tuned to propose; and its effort."""
-        k = self._k or min(_DEFAULT_K, self._n)
+        k = self._k or min(DEFAULT_K, self._n)
         effort = self._effort(k)
         default = candidates_for(k)
         if effort is not None:

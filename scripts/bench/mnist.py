@@ -28,7 +28,7 @@ def main() -> None:
     queries = range(task.n_query)
     with tempfile.TemporaryDirectory() as folder:
         store = gradindex.build(task, folder)
-        retriever = gradindex.load(folder, task)
+        retriever = gradindex.load(task, folder)
         truth = gradindex.exact_scores(task, [task.query[i] for i in queries])
         self_influence, flipped = store.self_influence().sum(1), store.column("flipped")
         by_norm = np.tile(np.argsort(-self_influence)[:1000], (len(queries), 1))

@@ -41,7 +41,7 @@ def compare(bench: Bench, name: str, task: gradindex.Task, projection: Projectio
         with tempfile.TemporaryDirectory() as folder:
             store = gradindex.build(task, folder, projection=projection, precision=precision)
             rows[precision] = store.rows(np.arange(min(task.n_train, 2000)))
-            hits = gradindex.load(folder, task).proponents(range(task.n_query), k=task.n_train, rerank="rows")
+            hits = gradindex.load(task, folder).proponents(range(task.n_query), k=task.n_train, rerank="rows")
             estimates[precision] = np.empty_like(truth)
             np.put_along_axis(estimates[precision], hits.ids, hits.scores, 1)
             for k in (100, 500):

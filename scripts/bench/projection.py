@@ -46,7 +46,7 @@ def main() -> None:
             started = time.perf_counter()
             store = gradindex.build(task, folder, projection=Projection(kind, dim))
             taken = time.perf_counter() - started
-            hits = gradindex.load(folder, task).proponents(queries, k=task.n_train, rerank="rows")
+            hits = gradindex.load(task, folder).proponents(queries, k=task.n_train, rerank="rows")
             estimates = np.empty_like(truth)
             np.put_along_axis(estimates, hits.ids, hits.scores, 1)
             name = f"{kind}, {store.dim:,} numbers a row"

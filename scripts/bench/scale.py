@@ -114,7 +114,7 @@ def judge(bench: Bench, case: Case) -> None:
         bench.figure(f"{name}: index built, tuned and measured in", taken, "s")
     cold(bench, name, case)
     started = time.perf_counter()
-    retriever = gradindex.load(store.folder, case.judging)
+    retriever = gradindex.load(case.judging, store.folder)
     bench.figure(f"{name}: retriever opened, routes and task checked", time.perf_counter() - started, "s")
     print(retriever.search_note, flush=True)
     started = time.perf_counter()
@@ -123,9 +123,9 @@ def judge(bench: Bench, case: Case) -> None:
     sizes(bench, name, store)
 
     chosen = np.random.default_rng(5).choice(case.judging.n_query, case.judged, replace=False).tolist()
-    asked = retriever.ask(chosen)
+    asked = retriever.prepare(chosen)
     truth = truth_from(asked.rows, retriever.exact_pieces(asked), np.full(len(asked), -1), K, "exact", seed=0)
-    singles = [retriever.ask([position]) for position in chosen]
+    singles = [retriever.prepare([position]) for position in chosen]
     for sign, kind in ((1, "proponents"), (-1, "opponents")):
         answer = retriever.search(asked, K, kind=kind)
         recalls = answered(truth, asked.rows, answer.ids, sign)
@@ -147,7 +147,7 @@ def judge(bench: Bench, case: Case) -> None:
         milliseconds(
             bench, f"{name}: a query, {kind}, 99th percentile", 1000 * float(np.quantile(seconds, 0.99)), worst
         )
-    batch = retriever.ask(chosen[:BATCH])
+    batch = retriever.prepare(chosen[:BATCH])
     each = timed(lambda: retriever.search(batch, K), 5) / len(batch)
     milliseconds(bench, f"{name}: each of a batch of {len(batch)}", each, case.limits[2])
     if searched.index is not None:
@@ -171,10 +171,10 @@ def cold(bench: Bench, name: str, case: Case) -> None:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     for where in ("on disk", "in memory"):
-        retriever = gradindex.load(case.store.folder, case.judging)
+        retriever = gradindex.load(case.judging, case.store.folder)
         seconds = []
         for position in range(20):
-            asked = retriever.ask([position])
+            asked = retriever.prepare([position])
             started = time.perf_counter()
             retriever.search(asked, K)
             seconds.append(time.perf_counter() - started)
@@ -215,7 +215,7 @@ print(json.dumps([taken, memory.peak_gb]))
 def index_of(case: Case) -> float:
     """Make the index, and say in how many seconds."""
     started = time.perf_counter()
-    retriever = gradindex.load(case.store.folder, case.tuning, use_index=False)
+    retriever = gradindex.load(case.tuning, case.store.folder, use_index=False)
     n_query = tuned(case.quick)
     evaluation.index(case.store.folder, recall=case.recall, k=K, n_query=n_query, retriever=retriever)
     return time.perf_counter() - started
@@ -271,10 +271,10 @@ def growth(bench: Bench) -> None:
     for n in counts:
         store, task = store_of("augmented", n), task_of("augmented", n)
         half = task.n_query // 2
-        tuning = gradindex.load(store.folder, _with_queries(task, range(half)), use_index=False)
+        tuning = gradindex.load(_with_queries(task, range(half)), store.folder, use_index=False)
         evaluation.index(store.folder, recall=0.99, k=K, n_query=tuned(bench.quick), retriever=tuning)
-        retriever = gradindex.load(store.folder, _with_queries(task, range(half, 2 * half)))
-        singles = [retriever.ask([position]) for position in range(20 if bench.quick else 100)]
+        retriever = gradindex.load(_with_queries(task, range(half, 2 * half)), store.folder)
+        singles = [retriever.prepare([position]) for position in range(20 if bench.quick else 100)]
         medians.append(np.median([timed(partial(retriever.search, asked, K), 1) for asked in singles]))
         bench.figure(f"{n:,} rows: a query, median ({retriever.search_note})", float(medians[-1]), "ms")
     exponent = np.polyfit(np.log(counts), np.log(medians), 1)[0]
@@ -286,12 +286,12 @@ def all_layers(bench: Bench) -> None:
     task, store = task_of("all_layers"), store_of("all_layers")
     name = f"all layers of ResNet-9, {store.n_train:,} rows"
     evaluation.index(store.folder, recall=0.99, k=K, n_query=QUICK_TUNED if bench.quick else JUDGED)
-    retriever = gradindex.load(store.folder, task)
+    retriever = gradindex.load(task, store.folder)
     print(retriever.search_note, flush=True)
-    asked = retriever.ask(range(20 if bench.quick else 200))
+    asked = retriever.prepare(range(20 if bench.quick else 200))
     for kind in ("proponents", "opponents"):
         found = retriever.search(asked, K, kind=kind, rerank="rows").ids
-        true = gradindex.load(store.folder, task, use_index=False).search(asked, K, kind=kind, rerank="rows").ids
+        true = gradindex.load(task, store.folder, use_index=False).search(asked, K, kind=kind, rerank="rows").ids
         recalls = np.array([np.isin(a, b).mean() for a, b in zip(found, true, strict=True)])
         bench.bar(f"{name}: recall@{K} of {kind} against all rows", float(recalls.mean()), "share", 0.99)
     items, n_query = [task.query[i] for i in range(20)], 20  # type: ignore[index]  # the task has queries
@@ -300,14 +300,14 @@ def all_layers(bench: Bench) -> None:
     exact = gradindex.exact_scores(task, items, sample)
     taken = time.perf_counter() - started
     bench.figure(f"{name}: exact products, each of {n_query} queries with each row", 1e6 * taken / exact.size, "us")
-    estimates = retriever.ask(range(n_query)).rows @ store.rows(sample).T
+    estimates = retriever.prepare(range(n_query)).rows @ store.rows(sample).T
     for sign, kind in ((1, "proponents"), (-1, "opponents")):
         best = np.argsort(-sign * estimates, axis=1)
         for found in (20, 60, 200):  # of a fifth of the rows: as the top-100 of all among the best 100, 300, 1,000
             share = evaluation.recall_at_k(sign * exact, best[:, :found], 20).mean()
             what = f"true top-20 of {len(sample):,} rows among the best {found} by rows"
             bench.figure(f"{name}: {what}, {kind}", float(share), "share")
-    single = retriever.ask([0])
+    single = retriever.prepare([0])
     for candidates in (K, 3 * K):
         taken = timed(partial(retriever.search, single, K, candidates=candidates), 2) / 1000
         bench.figure(f"{name}: a query with {candidates} candidates re-scored through the model", taken, "s")

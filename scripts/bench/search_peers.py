@@ -40,13 +40,13 @@ def main() -> None:
     task = task_of("augmented", n)
     store = store_of("augmented", n)
     queries = range(n_query)
-    retriever = gradindex.load(store.folder, task)
+    retriever = gradindex.load(task, store.folder)
     truth = retriever.exact_scores(queries)
 
     def ours(positions: range, kind: str) -> NDArray[np.int64]:
         return retriever.search(positions, K, kind=kind).ids
 
-    evaluation.index(store.folder, recall=0.995, k=K, retriever=gradindex.load(store.folder, task, use_index=False))
+    evaluation.index(store.folder, recall=0.995, k=K, retriever=gradindex.load(task, store.folder, use_index=False))
     print(retriever.search_note)
     measure(bench, "gradindex, with the queries' gradients", ours, truth, queries)
     if present != list(PEERS):  # Captum's projected form needs Annoy
@@ -56,7 +56,7 @@ def main() -> None:
     for name, made in peers.items():
         measure(bench, name, made, truth, queries)
     name, fast = next(iter(peers.items()))
-    bare = without_bias(store, retriever.ask(queries))
+    bare = without_bias(store, retriever.prepare(queries))
     for kind, signed in (("proponents", bare), ("opponents", -bare)):
         recall = float(recall_at_k(signed, fast(queries, kind), K).mean())
         bench.figure(f"{name}: recall@{K} against scores without the bias, {kind}", recall, "share")

@@ -94,7 +94,7 @@ def jobs(bench: Bench, folder: Path, n: int) -> None:
     steps: dict[str, str] = {
         "build": "gradindex.build(task, folder, projection=Projection('none'), row_type='float16', batch_size=256)",
         "verify": "assert gradindex.GradientStore(folder).verify() == []",
-        "search 10 queries": "gradindex.load(folder, task).proponents(range(10), k=100, rerank='rows')",
+        "search 10 queries": "gradindex.load(task, folder).proponents(range(10), k=100, rerank='rows')",
         "self-influence ranking": "gradindex.GradientStore(folder).top_self_influence(1000)",
         "remove 1%": f"gradindex.store.remove(folder, np.random.default_rng(0).choice({n}, {n} // 100, replace=False))",
         "compact": "gradindex.store.compact(folder)",
@@ -255,7 +255,7 @@ def row_types(bench: Bench, folder: Path) -> None:
     truth = gradindex.exact_scores(task, [task.query[i] for i in queries])
     for row_type in ROW_TYPES:
         store = gradindex.build(task, folder / row_type, row_type=row_type)
-        retriever = gradindex.load(store.folder, task)
+        retriever = gradindex.load(task, store.folder)
         size = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
         bench.figure(f"MNIST, {row_type}: bytes on disk a row", size / store.n_train, "bytes")
         proposed = retriever.proponents(queries, k=100, rerank="rows").ids

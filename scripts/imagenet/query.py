@@ -39,9 +39,9 @@ def main(argv: Sequence[str]) -> None:
     store, task = gradindex.GradientStore(options.store), make_task(options)
     # What has no row is not read, for it may be broken.
     task = replace(task, skip=np.setdiff1d(np.arange(task.n_train), store.ids))
-    retriever = gradindex.load(options.store, task, device=options.device)
+    retriever = gradindex.load(task, options.store, device=options.device)
     queries = _items(options, task) if options.file else options.position
-    asked = retriever.ask(queries)
+    asked = retriever.prepare(queries)
     kinds = ("proponents", "opponents") if options.kind == "both" else (options.kind,)
     answers = [retriever.search(asked, options.k, kind=kind, rerank=options.rerank) for kind in kinds]
     if options.file:

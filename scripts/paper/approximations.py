@@ -161,7 +161,7 @@ def projected(task: Task, projection: Projection) -> tuple[int, Scores]:
     """The length of a row, and (n_query, n_train) inner products of the rows."""
     with tempfile.TemporaryDirectory() as folder:
         store = gradindex.build(task, folder, projection=projection, self_influence="projected")
-        rows = gradindex.load(folder, task).query_rows(range(task.n_query))
+        rows = gradindex.load(task, folder).query_rows(range(task.n_query))
         return store.dim, rows @ store.rows(store.ids).T
 
 

@@ -234,7 +234,7 @@ def influence(
     for form, preconditioner in (("plain", None), ("adam", "adam")):
         here = replace(task, preconditioner=preconditioner)
         store = gradindex.build(here, folder / form)
-        retriever = gradindex.load(folder / form, here)
+        retriever = gradindex.load(here, folder / form)
         positions = range(len(queries))
         answers[form] = [retriever.proponents(positions, k=K), retriever.opponents(positions, k=K)]
         own[form], scores[form] = store.self_influence().sum(1), retriever.exact_scores(positions)

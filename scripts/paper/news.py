@@ -227,7 +227,7 @@ def influence(experiment: Experiment, task: Task, folder: Path, n_shown: int) ->
     for name, layers in LAYERS.items():
         here = replace(task, layers=layers)
         gradindex.build(here, folder / layers.replace("*", "all"))
-        retriever = gradindex.load(folder / layers.replace("*", "all"), here)
+        retriever = gradindex.load(here, folder / layers.replace("*", "all"))
         answers[name] = [retriever.proponents(queries, k=K), retriever.opponents(queries, k=K)]
         scores[name] = retriever.exact_scores(queries)
         for hits in answers[name]:

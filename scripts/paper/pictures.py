@@ -69,7 +69,7 @@ def compare(experiment: Experiment, name: str, task: Task) -> None:
     with tempfile.TemporaryDirectory() as folder:
         # With exact factors in the store, all exact scores follow without another pass over the training examples.
         store = gradindex.build(task, folder, projection=Projection(dim=64), factors="float32")
-        hits = gradindex.load(folder, task).proponents(range(N_QUERY), k=task.n_train)
+        hits = gradindex.load(task, folder).proponents(range(N_QUERY), k=task.n_train)
         own = {"TracIn": store.self_influence().sum(1)}
     scores = {"TracIn": np.empty_like(hits.scores)}
     np.put_along_axis(scores["TracIn"], hits.ids, hits.scores, 1)

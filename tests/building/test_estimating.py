@@ -128,7 +128,7 @@ def test_skipped_examples_are_never_read_and_the_ids_of_the_others_stay(task, tm
     assert store.ids.tolist() == [i for i in range(300) if i not in bad]
     np.testing.assert_allclose(store.rows(store.ids), whole.rows(store.ids), rtol=1e-4, atol=1e-5)
     assert store.column("name", np.array([8]))[0] == "aaaaaaaa-ü"
-    hits = gradindex.load(store.folder, skipping).proponents([0], k=5)
+    hits = gradindex.load(skipping, store.folder).proponents([0], k=5)
     exact = gradindex.exact_scores(skipping, [task.query[0]])
     assert hits.ids[0].tolist() == store.ids[np.argsort(-exact[0])[:5]].tolist()
     assert gradindex.exact_scores(skipping, [task.query[0]]).shape == (1, 296)

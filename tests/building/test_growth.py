@@ -25,7 +25,7 @@ def assert_answers_as_a_fresh_build(store, task, ids, tmp_path, **options):
     assert store.verify() == []
     assert store.column("word").tolist() == [word(i) for i in ids]
     np.testing.assert_allclose(store.self_influence(), fresh.self_influence(), rtol=1e-6)
-    now, then = gradindex.load(store.folder, task), gradindex.load(fresh.folder, only(task, ids))
+    now, then = gradindex.load(task, store.folder), gradindex.load(only(task, ids), fresh.folder)
     norms = np.sqrt(fresh.self_influence().sum(1).max()) * np.linalg.norm(fresh.rows(fresh.ids), axis=1).max()
     for kind in ("proponents", "opponents"):
         for rerank in ("none", "exact"):
@@ -49,7 +49,7 @@ def test_added_examples_answer_as_if_they_had_always_been_there(task, tmp_path):
 
 def test_a_store_answers_for_a_task_that_has_grown_and_says_what_it_lacks(task, tmp_path):
     store = gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
-    retriever = gradindex.load(store.folder, task)
+    retriever = gradindex.load(task, store.folder)
     assert retriever.unseen == 18
     assert retriever.proponents(0, k=12).ids.max() == 11
     with pytest.raises(MismatchError, match=r"\(12 stored, 30 now\) differ.*To add training examples: gradindex add"):
@@ -67,7 +67,7 @@ def test_removed_examples_are_in_no_answer_at_once(task, tmp_path):
         with pytest.raises(ArgumentError, match="Training example 5 was removed from"):
             ask(np.array([4, 5]))
     with pytest.raises(ArgumentError, match="k is 25, but must be between 1 and the number of training examples, 24"):
-        gradindex.load(store.folder, task).proponents(0, k=25)
+        gradindex.load(task, store.folder).proponents(0, k=25)
     assert gradindex.store.remove(store.folder, np.array([5, 8])).n_train == 23  # one of them was gone before
     with pytest.raises(ArgumentError, match="There is no training id 30"):
         gradindex.store.remove(store.folder, np.array([30]))
@@ -167,7 +167,7 @@ def test_a_checkpoint_is_added_without_computing_the_others(task, tmp_path, opti
     np.testing.assert_allclose(longer.rows(longer.ids), whole.rows(longer.ids), rtol=tolerance, atol=1e-6)
     np.testing.assert_allclose(longer.self_influence(), whole.self_influence(longer.ids), rtol=1e-6)
     gradindex.store.remove(whole.folder, np.array([3, 4, 29]))
-    hits = [gradindex.load(store.folder, task).proponents(0, k=27) for store in (longer, whole)]
+    hits = [gradindex.load(task, store.folder).proponents(0, k=27) for store in (longer, whole)]
     np.testing.assert_array_equal(hits[0].ids, hits[1].ids)
     np.testing.assert_allclose(hits[0].scores, hits[1].scores, rtol=1e-5)
     assert sorted(hits[0].ids[0]) == [i for i in range(30) if i not in (3, 4, 29)]
@@ -229,11 +229,11 @@ def test_an_interrupted_addition_leaves_the_store_as_it_was_and_goes_on(task, tm
     store = gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
     whole = gradindex.build(first(task, 12), tmp_path / "whole", **OPTIONS)
     gradindex.add(task, whole.folder)
-    hits = gradindex.load(store.folder, task).proponents(range(4), k=12)
+    hits = gradindex.load(task, store.folder).proponents(range(4), k=12)
     broken(True)
     with pytest.raises(OSError, match="network drive"):
         gradindex.add(task, store.folder)
-    np.testing.assert_array_equal(gradindex.load(store.folder, task).proponents(range(4), k=12).ids, hits.ids)
+    np.testing.assert_array_equal(gradindex.load(task, store.folder).proponents(range(4), k=12).ids, hits.ids)
     for change in (
         lambda: gradindex.store.remove(store.folder, np.array([1])),
         lambda: gradindex.store.compact(store.folder),

@@ -81,7 +81,7 @@ def test_data_that_changed_are_found_by_their_losses_where_no_sample_is_left(tmp
     assert GradientStore(store.folder).samples() == []
     x, y = whole.train.tensors
     with pytest.raises(MismatchError, match="losses of training examples"):
-        gradindex.load(store.folder, replace(whole, train=TensorDataset(x.flip(0), y.flip(0))))
+        gradindex.load(replace(whole, train=TensorDataset(x.flip(0), y.flip(0))), store.folder)
 
 
 NO_IDS = {
@@ -149,7 +149,7 @@ def test_a_merge_that_is_given_again_copies_nothing_twice(task, tmp_path):
 
 def test_an_open_retriever_follows_its_store(task, tmp_path):
     gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
-    retriever = gradindex.load(tmp_path / "store", task)
+    retriever = gradindex.load(task, tmp_path / "store")
     gradindex.store.remove(tmp_path / "store", [3, 4])
     assert sorted(retriever.proponents(0, k=10).ids[0]) == [0, 1, 2, 5, 6, 7, 8, 9, 10, 11]
     gradindex.add(task, tmp_path / "store")

@@ -36,7 +36,7 @@ def test_bfloat16_rows_point_where_float32_rows_do(task, tmp_path):
 
 def test_a_bfloat16_store_is_settled_by_exact_scores_and_says_what_it_holds(task, tmp_path):
     gradindex.build(task, tmp_path / "store", projection=WHOLE, precision="bfloat16")
-    hits = gradindex.load(tmp_path / "store", task).proponents(range(4), k=5, candidates=40)
+    hits = gradindex.load(task, tmp_path / "store").proponents(range(4), k=5, candidates=40)
     truth = gradindex.exact_scores(task, list(task.query))
     np.testing.assert_allclose(hits.scores, -np.sort(-truth, 1)[:, :5], rtol=1e-4)
     printed = CliRunner().invoke(main, ["self-influence", str(tmp_path / "store"), "-k", "1"]).stdout
@@ -76,7 +76,7 @@ def test_unit_norm_ranks_by_the_cosine(task, tmp_path):
         for data in (task.train, task.query)
     )
     cosines = scores / np.outer(own, norms)
-    retriever = gradindex.load(store.folder, task)
+    retriever = gradindex.load(task, store.folder)
     for rerank in ("exact", "none"):
         for kind, sign in (("proponents", 1), ("opponents", -1)):
             hits = getattr(retriever, kind)(range(4), k=40, rerank=rerank)
@@ -98,7 +98,7 @@ def test_a_zero_gradient_has_no_direction(tmp_path):
     task = replace(task, train=TensorDataset(x, y))
     store = gradindex.build(task, tmp_path / "store", unit_norm=True)
     assert not store.rows(np.array([4])).any()
-    hits = gradindex.load(store.folder, task).proponents(0, k=12)
+    hits = gradindex.load(task, store.folder).proponents(0, k=12)
     assert hits.scores[0, hits.ids[0].tolist().index(4)] == 0
 
 

@@ -119,7 +119,7 @@ def test_build_says_what_it_made_and_goes_on_where_it_was(work):
 
 def test_query_prints_the_tables_of_the_python_answer(built):
     task = gradindex.load_task("mine.py:task")
-    retriever = gradindex.load("store", task)
+    retriever = gradindex.load(task, "store")
     up, down = retriever.proponents([1, 3], k=2), retriever.opponents([1, 3], k=2)
     result = call("query", "store", "--task", "mine.py:task", "-q", 1, "--position", 3, "-k", 2, "--kind", "proponents")
     assert (result.stdout, result.stderr) == (f"{up}\n", "")
@@ -137,7 +137,7 @@ def test_query_prints_the_tables_of_the_python_answer(built):
 
 
 def test_query_for_programs(built):
-    up = gradindex.load("store", gradindex.load_task("mine.py:task")).proponents(4, k=3, source="train")
+    up = gradindex.load(gradindex.load_task("mine.py:task"), "store").proponents(4, k=3, source="train")
     options = ["query", "store", "--task", "mine.py:task", "--train-id", 4, "-k", 3, "--kind", "proponents"]
     stages = {"proponents": [{"name": "rows", "rows": 12}, {"name": "model", "rows": 12}]}
     assert json.loads(call(*options, "--json").stdout) == {
@@ -179,7 +179,7 @@ def test_self_influence_needs_no_task(built):
 
 
 def test_query_takes_what_python_does(built):
-    retriever = gradindex.load("store", gradindex.load_task("mine.py:task"))
+    retriever = gradindex.load(gradindex.load_task("mine.py:task"), "store")
     (built / "ids.txt").write_text("3\n1\n7\n11\n")
     np.save("ids.npy", np.array([3, 1, 7, 11]))
     four = {"ids": [1, 3, 7, 11]}
@@ -214,7 +214,7 @@ def test_query_without_hits_says_so_in_every_form(built):
 
 
 def test_explain_shows_checkpoints_and_layers(built):
-    split = gradindex.load("store", gradindex.load_task("mine.py:task")).split([0], [5, 7])
+    split = gradindex.load(gradindex.load_task("mine.py:task"), "store").explain([0], [5, 7])
     options = ["explain", "store", "--task", "mine.py:task", "--position", 0, "--id", 5, "--id", 7]
     result = call(*options, "--html", "page.html")
     assert (result.stdout, result.stderr) == (f"{split}\n", "page.html\n")
@@ -256,9 +256,9 @@ def test_info_says_what_a_store_holds(built):
         "         1     1  0.1   given\n"
         "         2     2  0.02  given\n"
         "\n"
-        "layer  rows  columns  route\n"
-        "0         5        7  linear\n"
-        "2         3        6  linear\n"
+        "layer  d_out  d_in  route\n"
+        "0          5     7  linear\n"
+        "2          3     6  linear\n"
     )
 
 

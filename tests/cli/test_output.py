@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toys
+from gradindex.retrieval.explanation import Explanation
 from places import TESTS
 from toys import call, shell
 
@@ -22,7 +23,6 @@ from gradindex.errors import StoreError, TaskError
 from gradindex.output import csv_cell, printable, shown_as, table, table_lines, to_json
 from gradindex.report import heat_map, write_page
 from gradindex.retrieval.hits import Hits, LookedUp, text_lines
-from gradindex.retrieval.split import Split
 
 CLEAR = "\x1b[2J\x1b]0;mine\x07"
 OURS = ("id", "score", "rank", "query", "kind", "self_influence", "columns.id", "columns.columns.id", "shown", "ID")
@@ -64,7 +64,7 @@ ASK = ["query", "store", "--task", "mine.py:task", "-q", 0, "-k", 12, "--kind", 
 
 
 def test_a_column_called_as_an_answers_own_key_is_shown_beside_it(work):
-    hits = gradindex.load("store", gradindex.load_task("mine.py:task")).proponents(0, k=12)
+    hits = gradindex.load(gradindex.load_task("mine.py:task"), "store").proponents(0, k=12)
     order = hits.ids[0].tolist()
     assert {name: hits.columns[name][0, 0] for name in OURS} == {name: f"{name} of {order[0]}" for name in OURS}
     influence = gradindex.GradientStore("store").self_influence().sum(1)
@@ -178,7 +178,7 @@ def test_a_table_of_very_many_records_is_the_same_as_of_few(monkeypatch):
 
 
 def test_columns_of_very_many_hits_are_looked_up_and_the_same(work, monkeypatch):
-    retriever = gradindex.load("store", gradindex.load_task("mine.py:task"))
+    retriever = gradindex.load(gradindex.load_task("mine.py:task"), "store")
     few = retriever.both([0, 1], at_least=0)
     monkeypatch.setattr("gradindex.retrieval.retriever._KEPT_COLUMNS", 3)
     monkeypatch.setattr("gradindex.retrieval.hits.AT_ONCE", 2)
@@ -209,7 +209,7 @@ def test_a_page_replaces_a_page_and_nothing_else(work):
         for write in (
             lambda path: page(path),
             lambda path: Hits(np.array([[1]]), np.array([[1.0]]), "proponents", "exact", ("q",)).save_html(path),
-            lambda path: Split(np.zeros((1, 1, 1, 1)), ("q",), np.array([1]), ("c",), ("l",)).save_html(path),
+            lambda path: Explanation(np.zeros((1, 1, 1, 1)), ("q",), np.array([1]), ("c",), ("l",)).save_html(path),
         ):
             with pytest.raises(StoreError, match=r"[Cc]hoose another name"):
                 write(f"{name}.html")
@@ -377,7 +377,7 @@ folder = pathlib.Path({str(tmp_path)!r})
 model = nn.Sequential(nn.Linear(400, 300), nn.ReLU(), nn.Linear(300, 3))
 task = toys.make_task(folder, model, shape=(400,), n_train=64)
 gradindex.build(task, folder / "store", projection=Projection("gaussian", 64))
-retriever = gradindex.load(folder / "store", task)
+retriever = gradindex.load(task, folder / "store")
 def ask():
     return [*retriever.both(range(3), k=5), retriever.proponents([0], at_least=0, rerank="rows")]
 before = ask()

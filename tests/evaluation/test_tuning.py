@@ -60,7 +60,7 @@ def test_the_promise_is_kept_on_queries_that_the_tuner_did_not_see(store, quick)
     about = found.index.about
     assert about["recall"]["against"] == "against exact scores, training examples as queries"
     assert min(about["recall"]["proponents_at_least"], about["recall"]["opponents_at_least"]) >= 0.97
-    retriever = gradindex.load(folder, task)
+    retriever = gradindex.load(task, folder)
     ids = retriever.store.ids
     truth = retriever.exact_scores(range(40))
     for kind, sign in (("proponents", 1), ("opponents", -1)):
@@ -76,7 +76,7 @@ def test_the_promise_is_kept_on_queries_that_the_tuner_did_not_see(store, quick)
 def test_an_index_follows_its_store(store, quick):
     task, folder = store
     evaluation.index(folder, recall=0.97, k=10, n_query=200)
-    retriever = gradindex.load(folder, task)
+    retriever = gradindex.load(task, folder)
     best = retriever.proponents(0, k=10).ids[0]
     gradindex.store.remove(folder, best[:3])
     gradindex.store.compact(folder)
@@ -99,11 +99,11 @@ def test_an_index_of_other_rows_is_not_used_and_says_so(store, quick):
     extra = gradindex.Checkpoint(task.checkpoints[0].path, 0.05, step=9)
     longer = replace(task, checkpoints=[*task.checkpoints, extra])
     gradindex.growth.add_checkpoint(replace(longer, train=Subset(task.train, range(600))), folder)
-    retriever = gradindex.load(folder, longer)
+    retriever = gradindex.load(longer, folder)
     assert "the index is of other rows, `gradindex index` makes it anew" in retriever.search_note
     assert retriever.proponents(0, k=600).ids.shape == (1, 600)
     evaluation.index(folder, recall=0.97, k=10, n_query=100)
-    assert "recall@10" in gradindex.load(folder, longer).search_note
+    assert "recall@10" in gradindex.load(longer, folder).search_note
 
 
 def test_a_promise_that_cannot_be_kept_is_an_error_and_leaves_what_was_there(store, quick, monkeypatch):
@@ -227,16 +227,16 @@ def test_what_is_measured_later_is_what_queries_do_then(store, quick):
 
 def test_an_open_retriever_sees_a_new_index(store, quick):
     task, folder = store
-    retriever = gradindex.load(folder, task)
+    retriever = gradindex.load(task, folder)
     assert retriever.search_note == "exact over all rows"
     evaluation.index(folder, recall=0.9, k=10, n_query=100)
     assert retriever.search_note.startswith("index flat of")
-    assert gradindex.load(folder, task, use_index=False).search_note == "exact over all rows"
+    assert gradindex.load(task, folder, use_index=False).search_note == "exact over all rows"
 
 
 def test_threads_share_a_retriever(store):
     task, folder = store
-    retriever = gradindex.load(folder, task)
+    retriever = gradindex.load(task, folder)
     expected, wrong = retriever.proponents(range(20), k=5), []
     weights = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
 
@@ -257,17 +257,17 @@ def test_threads_share_a_retriever(store):
 
 def test_real_queries_are_measured_against_exact_scores(store, quick):
     task, folder = store
-    retriever = gradindex.load(folder, task)
+    retriever = gradindex.load(task, folder)
     found = evaluation.index(folder, recall=0.9, k=10, n_query=40, retriever=retriever)
     assert found.index.about["recall"]["against"] == "against exact scores, the task's queries"
     with pytest.raises(ArgumentError, match="The task has no query data"):
-        evaluation.index(folder, k=10, retriever=gradindex.load(folder, replace(task, query=None)))
+        evaluation.index(folder, k=10, retriever=gradindex.load(replace(task, query=None), folder))
 
 
 def test_cosines_are_measured_against_cosines(made, tmp_path, quick):
     task, _ = made
     gradindex.build(task, tmp_path / "store", projection=Projection("none"), unit_norm=True, batch_size=50)
-    retriever = gradindex.load(tmp_path / "store", task)
+    retriever = gradindex.load(task, tmp_path / "store")
     exact = retriever.exact_scores(range(5))
     assert np.abs(exact).max() <= 1 + 1e-4
     hits = retriever.proponents(range(5), k=900)

@@ -186,7 +186,7 @@ def test_names_with_spaces_and_other_letters_work(built, tmp_path):
     folder.rename(strange)
     (strange / "shards" / "0001-00000.h5.tmp-host-1-00aa11bb").write_bytes(b"left by a killed process")
     assert gradindex.store.compact(strange).verify() == []
-    assert gradindex.load(strange, task).proponents(0, k=3).ids.shape == (1, 3)
+    assert gradindex.load(task, strange).proponents(0, k=3).ids.shape == (1, 3)
     assert [path for path in strange.rglob("*") if "tmp" in path.name] == []
 
 

@@ -306,8 +306,8 @@ def test_queries_meet_changes_and_answer_of_one_state(task, folder, faults):
         finally:
             done.set()
 
-    asked = gradindex.load(folder, task)
-    queries = asked.ask([0, 1])
+    asked = gradindex.load(task, folder)
+    queries = asked.prepare([0, 1])
     thread = threading.Thread(target=changes)
     thread.start()
     numbers, answers = faults("queries during changes", 1_000_000), []
@@ -317,7 +317,7 @@ def test_queries_meet_changes_and_answer_of_one_state(task, folder, faults):
         elif number % 3 == 1:
             found = GradientStore(folder).ids[: asked.exact_scores(queries).shape[1]] if done.is_set() else None
         else:
-            asked.split(queries, [0, 59])
+            asked.explain(queries, [0, 59])
             found = None
         answers += [] if found is None else [frozenset(found.tolist())]
         if done.is_set():
@@ -332,14 +332,14 @@ def test_pieces_of_exact_scores_go_on_over_a_compaction_and_stop_at_a_removal(ta
     from gradindex.retrieval import scoring
 
     gradindex.build(task, tmp_path / "store", factors="float32", **OPTIONS)
-    retriever = gradindex.load(tmp_path / "store", task)
-    queries = retriever.ask([0])
+    retriever = gradindex.load(task, tmp_path / "store")
+    queries = retriever.prepare([0])
     expected = retriever.exact_scores(queries)[0]
     monkeypatch.setattr(scoring, "_factors_at_once", lambda *_: 7)
     monkeypatch.setattr(gradindex.store.shards, "_MOST_OPEN", 1)
 
     def begun():
-        retriever = gradindex.load(tmp_path / "store", task)
+        retriever = gradindex.load(task, tmp_path / "store")
         pieces = retriever.exact_pieces(queries)
         return pieces, [next(pieces)]
 

@@ -41,7 +41,7 @@ def test_float16_rows_point_where_float32_rows_do(task, tmp_path, half_on_cpu):
     cosines = (exact * rough).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rough, axis=1)
     assert cosines.min() > 0.999
     assert np.abs(exact - rough).max() > 1e-5  # it was used
-    hits = gradindex.load(tmp_path / "float16", task).proponents(range(4), k=5, candidates=40)
+    hits = gradindex.load(task, tmp_path / "float16").proponents(range(4), k=5, candidates=40)
     truth = gradindex.exact_scores(task, list(task.query))
     np.testing.assert_allclose(hits.scores, -np.sort(-truth, 1)[:, :5], rtol=1e-4)
 

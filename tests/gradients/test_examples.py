@@ -94,11 +94,11 @@ def test_batches_of_one_are_right_whatever_a_batch_would_change(tmp_path):
     train, queries = reference.gradients(task, task.train), reference.gradients(task, task.query)
     truth, scale = reference.scores(task, queries, train, toys.RATES)
     np.testing.assert_allclose(store.self_influence().sum(1), self_influence(train), rtol=1e-9)
-    retriever = gradindex.load(store.folder, task)
+    retriever = gradindex.load(task, store.folder)
     found = {
         "through the model": retriever.exact_scores(range(3)),
         "by rows": retriever.query_rows(range(3)).astype(np.float64) @ store.rows(store.ids).astype(np.float64).T,
-        "split": retriever.split(range(3), store.ids).scores.sum((2, 3)),
+        "split": retriever.explain(range(3), store.ids).scores.sum((2, 3)),
         "without a store": gradindex.exact_scores(task, task.query, precision="float64", batch_size=1),
     }
     for name, scores in found.items():
@@ -151,7 +151,7 @@ def test_queries_that_their_batch_changes_are_asked_one_at_a_time(tmp_path):
     task = text_task(tmp_path, train=train)
     task = replace(task, query=texts([3, 9, 5], seed=2))
     gradindex.build(task, tmp_path / "store", projection=Projection(dim=8))
-    retriever = gradindex.load(tmp_path / "store", task)
+    retriever = gradindex.load(task, tmp_path / "store")
     with pytest.raises(LossError, match=r"query 0 depends on the others of its batch .*one at a time"):
         retriever.proponents(range(3), k=3)
     with pytest.raises(LossError, match=r"query 0 of 3 depends on the others of its batch .*one at a time"):
@@ -234,14 +234,14 @@ def test_a_loss_that_is_not_finite_is_named_wherever_it_stands(tmp_path, place, 
     skipping = replace(task, skip=[place])
     assert gradindex.build(skipping, tmp_path / "store").n_train == 11
     with pytest.raises(NonFiniteGradientError, match="Mend it, or ask without it"):
-        gradindex.load(tmp_path / "store", skipping).proponents(place, k=2, source="train")
+        gradindex.load(skipping, tmp_path / "store").proponents(place, k=2, source="train")
 
 
 def test_a_query_that_is_not_finite_hinders_no_other_question(tmp_path):
     task = toys.make_task(tmp_path, query_loss=toys.cross_entropy)
     task.query.tensors[0][[0, 3]] = float("nan")
     gradindex.build(task, tmp_path / "store", projection=Projection(dim=8))
-    retriever = gradindex.load(tmp_path / "store", task)
+    retriever = gradindex.load(task, tmp_path / "store")
     assert retriever.proponents([1, 2], k=3).ids.shape == (2, 3)
     with pytest.raises(NonFiniteGradientError, match="query 0 has a NaN or infinite loss .*ask without it"):
         retriever.proponents([1, 0], k=3)

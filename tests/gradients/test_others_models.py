@@ -24,7 +24,7 @@ def check_all(task, tmp_path):
     items = [task.query[i] for i in range(2)]
     found = gradindex.exact_scores(task, items)
     store = gradindex.build(task, tmp_path / "store", projection=WHOLE)
-    retriever = gradindex.load(store.folder, task)
+    retriever = gradindex.load(task, store.folder)
     answers = [retriever.proponents([0, 1], k=12, **options) for options in ({"rerank": "rows"}, {})]
     names = gradindex.GradientStore(store.folder).manifest.map.layers
     prefixes = tuple(name for layer in names for name in layer.parameters)

@@ -52,7 +52,7 @@ def test_rows_and_self_influence_stay_consistent(task, tmp_path):
     own = np.diag(gradindex.exact_scores(task, list(task.train)))
     np.testing.assert_allclose(store.self_influence().sum(1), own, rtol=1e-3)
     with pytest.raises(MismatchError, match="preconditioner differ"):
-        gradindex.load(store.folder, replace(task, preconditioner=None))
+        gradindex.load(replace(task, preconditioner=None), store.folder)
 
 
 def test_exact_products_form_the_gradients_of_queries_alone(task, monkeypatch):
@@ -77,9 +77,9 @@ def test_only_adam_is_known(tmp_path):
 
 def test_shares_of_layers_and_groups_have_the_preconditioner_as_well(task, tmp_path):
     gradindex.build(task, tmp_path / "store", precision="float64")
-    retriever = gradindex.load(tmp_path / "store", task)
+    retriever = gradindex.load(task, tmp_path / "store")
     exact = retriever.exact_scores(range(4))
     close = {"atol": 1e-9 * np.abs(exact).max()}
-    np.testing.assert_allclose(retriever.split(range(4), np.arange(12)).scores.sum((2, 3)), exact, **close)
-    group = retriever.exact_scores(retriever.ask(range(4), aggregate="sum"))
+    np.testing.assert_allclose(retriever.explain(range(4), np.arange(12)).scores.sum((2, 3)), exact, **close)
+    group = retriever.exact_scores(retriever.prepare(range(4), aggregate="sum"))
     np.testing.assert_allclose(group, exact.sum(0, keepdims=True), **close)

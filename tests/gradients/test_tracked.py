@@ -290,7 +290,7 @@ def test_a_store_goes_on_where_less_is_trained_and_refuses_where_more_is(tmp_pat
     store = gradindex.GradientStore(tmp_path / "store")
     assert store.manifest.map == whole.manifest.map
     np.testing.assert_allclose(store.rows(store.ids), whole.rows(whole.ids), rtol=1e-5, atol=1e-6)
-    hits = gradindex.load(tmp_path / "store", task).proponents([0], k=10, source="train")
+    hits = gradindex.load(task, tmp_path / "store").proponents([0], k=10, source="train")
     expected = naive(task, rates)[0]
     np.testing.assert_allclose(hits.scores[0], expected[hits.ids[0]], rtol=1e-4, atol=1e-6)
     gradindex.build(replace(task, checkpoints=task.checkpoints[:1]), tmp_path / "one")
@@ -413,10 +413,10 @@ def test_a_store_that_counted_frozen_parameters_says_so_when_it_does_not_match(t
     hint = (
         r"also tracks 4 parameters that were not trained \(0.weight, for one\), as layers='\*' does, once the default"
     )
-    for action in (lambda: gradindex.load(tmp_path / "store", task), lambda: gradindex.build(task, tmp_path / "store")):
+    for action in (lambda: gradindex.load(task, tmp_path / "store"), lambda: gradindex.build(task, tmp_path / "store")):
         with pytest.raises(MismatchError, match=hint):
             action()
-    assert gradindex.load(tmp_path / "store", replace(task, layers="*")).proponents([0], k=1, source="train")
+    assert gradindex.load(replace(task, layers="*"), tmp_path / "store").proponents([0], k=1, source="train")
 
 
 def test_a_store_without_the_key_is_shown_without_the_line(tmp_path):

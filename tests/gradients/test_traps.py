@@ -112,7 +112,7 @@ def test_queries_have_a_loss_of_their_own(tmp_path):
     task = toys.make_task(tmp_path, query_loss=margin)
     check_against_autograd(task)
     gradindex.build(task, tmp_path / "store", projection=Projection("none"))
-    retriever = gradindex.load(tmp_path / "store", task)
+    retriever = gradindex.load(task, tmp_path / "store")
     exact = gradindex.exact_scores(task, list(task.query))
     np.testing.assert_array_equal(retriever.proponents(range(4), k=12).ids, np.argsort(-exact, 1))
     # A training example as the query is explained by the query loss as well.
@@ -258,5 +258,5 @@ def test_a_cuda_model_gives_the_same_scores(tmp_path, make, shape):
     task.model.cuda()
     np.testing.assert_allclose(gradindex.exact_scores(task, list(task.query)), expected, rtol=1e-3, atol=1e-5)
     gradindex.build(task, tmp_path / "store")
-    hits = gradindex.load(tmp_path / "store", task).proponents(range(4), k=12)
+    hits = gradindex.load(task, tmp_path / "store").proponents(range(4), k=12)
     np.testing.assert_array_equal(hits.ids, np.argsort(-expected, 1))

@@ -257,14 +257,14 @@ def test_fitted_bases_stay_with_the_store(tmp_path):
     options = {"projection": Projection("fitted", 20), "batch_size": 4, "shard_rows": 4}
     store = gradindex.build(task, tmp_path / "store", **options)
     assert store.verify() == []
-    hits = gradindex.load(store.folder, task).proponents(range(12), k=12, source="train", rerank="none")
+    hits = gradindex.load(task, store.folder).proponents(range(12), k=12, source="train", rerank="none")
     rows = store.rows(np.arange(12))
     np.testing.assert_allclose(hits.scores, -np.sort(-rows @ rows.T, 1), rtol=1e-3, atol=1e-5)
     (path,) = store.folder.glob("bases-*.h5")
     path.write_bytes(path.read_bytes()[:-1])
     assert re.search(r"bases-\w+\.h5 is damaged \(.* bytes instead of", store.verify()[0])
     with pytest.raises(StoreError, match=r"bases-.*rows mean nothing without it"):
-        gradindex.load(store.folder, task)
+        gradindex.load(task, store.folder)
 
 
 def test_fitting_is_repeatable(tmp_path):

@@ -80,7 +80,7 @@ def test_a_toy_kind_makes_a_store_that_answers(tmp_path, sums):
     rows = inner[:, :, [*range(6), 30]].sum(2), outer[:, :, [*range(5), 15]].sum(2)  # the last of each is the bias
     expected = np.stack(rows, 2) * np.sqrt(toys.RATES)[:, None]
     np.testing.assert_allclose(store.rows(np.arange(12)), expected.reshape(12, 6), rtol=1e-5)
-    retriever = gradindex.load(tmp_path / "store", task)
+    retriever = gradindex.load(task, tmp_path / "store")
     hits = retriever.proponents([0, 3], 5, rerank="rows")
     products = retriever.query_rows([0, 3]) @ store.rows(np.arange(12)).T
     for ids, scores, row in zip(hits.ids, hits.scores, products, strict=True):
@@ -96,7 +96,7 @@ def test_a_toy_kind_that_is_fitted_keeps_its_bases_in_the_store(tmp_path, means)
     store = gradindex.build(task, tmp_path / "store", projection=projection, precision="float64")
     total = reference.gradients(task, task.train, prefixes=("0.weight",))[:, 0].sum(0).numpy().reshape(5, 6)
     np.testing.assert_allclose(store.bases()[0, 0][1][:6, 0], np.sqrt(toys.RATES[0]) * total.sum(0), rtol=1e-4)
-    assert gradindex.load(tmp_path / "store", task).proponents(0, 3).ids.shape == (1, 3)
+    assert gradindex.load(task, tmp_path / "store").proponents(0, 3).ids.shape == (1, 3)
 
 
 def test_a_kind_that_is_gone_is_refused(tmp_path, sums):
@@ -104,7 +104,7 @@ def test_a_kind_that_is_gone_is_refused(tmp_path, sums):
     taken = PROJECTIONS._implementations.pop(sums)
     try:
         with pytest.raises((ArgumentError, StoreError), match="projection is 'sums', but must be one of: tensorsketch"):
-            gradindex.load(tmp_path / "store", toys.make_task(tmp_path))
+            gradindex.load(toys.make_task(tmp_path), tmp_path / "store")
     finally:
         PROJECTIONS._implementations[sums] = taken
 

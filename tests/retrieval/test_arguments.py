@@ -23,7 +23,7 @@ def retriever(tmp_path_factory):
     folder = tmp_path_factory.mktemp("arguments")
     task = toys.make_task(folder, columns={"n": range(12)}, query_columns={"n": [3, 2, 1, 0]})
     gradindex.build(task, folder / "store", **OPTIONS)
-    return gradindex.load(folder / "store", task)
+    return gradindex.load(task, folder / "store")
 
 
 POSITIONS = {
@@ -117,7 +117,7 @@ def one_and_several(folder, item, loss, model, collate=None):
     task = toys.make_task(folder, model, loss=loss, train=[item(i) for i in range(6)], query=None)
     task = task if collate is None else replace(task, collate=collate)
     gradindex.build(task, folder / "store", projection=Projection(dim=8), batch_size=1)
-    retriever = gradindex.load(folder / "store", task)
+    retriever = gradindex.load(task, folder / "store")
     alone, listed, two = (retriever.proponents(q, k=6) for q in (item(7), [item(7)], [item(7), item(8)]))
     assert (len(alone.queries), len(listed.queries), len(two.queries)) == (1, 1, 2)
     np.testing.assert_array_equal(alone.scores, listed.scores)
@@ -198,7 +198,7 @@ def test_queries_that_mean_nothing_are_refused_in_one_line(retriever, case):
 
 def test_positions_need_a_query_set(retriever, tmp_path):
     task = replace(retriever.task, query=None, query_columns={})
-    alone = gradindex.load(retriever.store.folder, task)
+    alone = gradindex.load(task, retriever.store.folder)
     with pytest.raises(ArgumentError, match="The task has no query data to look positions up in.*source='train'"):
         alone.proponents(torch.tensor([0]))
     assert alone.proponents(torch.tensor([0]), k=2, source="train").queries == ("train 0",)
@@ -262,7 +262,7 @@ def test_ids_in_any_container(retriever, ids):
 
 
 def test_ids_of_a_split_and_of_a_removal_are_tensors_too(retriever, tmp_path):
-    assert retriever.split(0, torch.tensor([3, 5])).scores.shape[:2] == (1, 2)
+    assert retriever.explain(0, torch.tensor([3, 5])).scores.shape[:2] == (1, 2)
 
 
 SKIPPED = {
@@ -316,7 +316,7 @@ class Failing(Dataset):
 def test_a_query_that_cannot_be_read_is_named(retriever, error):
     task = replace(retriever.task, query=Failing(retriever.task.query, 2, error))
     with pytest.raises(UserCodeError, match=f"Reading query example 2 failed: {type(error).__name__}"):
-        gradindex.load(retriever.store.folder, task).proponents([1, 2], k=2)
+        gradindex.load(task, retriever.store.folder).proponents([1, 2], k=2)
     with pytest.raises(UserCodeError, match=f"Reading given example 2 failed: {type(error).__name__}"):
         retriever.proponents(task.query, k=2)
 
@@ -325,7 +325,7 @@ def test_an_error_of_show_names_the_example(retriever):
     def show(item):
         raise AttributeError("no text here")
 
-    hits = gradindex.load(retriever.store.folder, replace(retriever.task, show=show)).proponents(1, k=2)
+    hits = gradindex.load(replace(retriever.task, show=show), retriever.store.folder).proponents(1, k=2)
     with pytest.raises(UserCodeError, match=r"show \((query 1|id \d+)\) failed: AttributeError: no text here"):
         str(hits)
 
@@ -411,8 +411,8 @@ def test_names_and_patterns_are_texts(tmp_path, changes, message):
 def test_a_task_and_queries_are_told_in_a_line(retriever):
     big = replace(retriever.task, columns={"text": ["long " * 100] * 12})
     assert repr(big) == ("<Task 'task': Sequential with 53 parameters; 12 training examples, 4 queries, 3 checkpoints>")
-    asked = repr(retriever.ask(range(4)))
+    asked = repr(retriever.prepare(range(4)))
     assert asked == "<Queries: query 0, query 1 and 2 more; rows of 24 numbers>"
-    assert re.fullmatch(r"<Queries: query 0; rows .*>", repr(retriever.ask(0)))
+    assert re.fullmatch(r"<Queries: query 0; rows .*>", repr(retriever.prepare(0)))
     hits = retriever.proponents(range(4), k=3)
     assert repr(hits) == "<Hits: proponents (4 x 3) by exact TracInCP scores; print them for a table>"

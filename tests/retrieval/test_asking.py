@@ -40,7 +40,7 @@ def make(folder, *, index=False, **options):
     store = gradindex.build(task, folder / "store", **options)
     if index:
         save_index(store)
-    return gradindex.load(folder / "store", task)
+    return gradindex.load(task, folder / "store")
 
 
 def save_index(store, proposals=40, dim=6):
@@ -139,21 +139,21 @@ def test_both_kinds_take_one_pass_over_training_examples(plain, monkeypatch):
 
 
 def test_prepared_queries_need_no_gradient_again(factors, monkeypatch):
-    asked = factors.ask([3, 1])
+    asked = factors.prepare([3, 1])
     expected = [factors.search([3, 1], 4, kind=kind) for kind in KINDS]
-    split = factors.split([3, 1], [0, 9])
+    split = factors.explain([3, 1], [0, 9])
     monkeypatch.setattr(Engine, "__enter__", lambda self: pytest.fail("the model was used"))
     for kind, hits in zip(KINDS, expected, strict=True):
         mine = factors.search(asked, 4, kind=kind)
         np.testing.assert_array_equal(mine.ids, hits.ids)
         assert mine.queries == ("query 3", "query 1")
         assert mine.query_columns["label"].tolist() == ["cat", "emu"]
-    np.testing.assert_array_equal(factors.split(asked, [0, 9]).scores, split.scores)
+    np.testing.assert_array_equal(factors.explain(asked, [0, 9]).scores, split.scores)
     np.testing.assert_array_equal(factors.query_rows(asked), asked.rows)
 
 
 def test_whole_gradients_of_prepared_queries_are_kept(plain, monkeypatch):
-    asked = plain.ask([0, 1])
+    asked = plain.prepare([0, 1])
     first = plain.proponents(asked, 5)
     monkeypatch.setattr(gradindex.retrieval.asking, "Products", lambda *_: pytest.fail("computed again"))
     np.testing.assert_array_equal(plain.proponents(asked, 5).scores, first.scores)
@@ -161,7 +161,7 @@ def test_whole_gradients_of_prepared_queries_are_kept(plain, monkeypatch):
 
 def test_prepared_queries_serve_another_retriever_of_the_same_store(plain):
     task = replace(plain.task, model=copy.deepcopy(plain.task.model))
-    other, asked = gradindex.load(plain.store.folder, task), plain.ask([0, 1])
+    other, asked = gradindex.load(task, plain.store.folder), plain.prepare([0, 1])
     first = plain.proponents(asked, 5)
     with plain._engine:  # what it computes must not go through the first one's model
         hits = run_beside(lambda: other.proponents(asked, 5))
@@ -171,12 +171,12 @@ def test_prepared_queries_serve_another_retriever_of_the_same_store(plain):
 
 def test_queries_prepared_for_other_rows_are_refused(factors, plain, tmp_path):
     other = make(tmp_path, projection=Projection(dim=12))
-    with pytest.raises(ArgumentError, match="prepared for other rows than those of .*Ask again"):
-        factors.search(other.ask(0), 3)
+    with pytest.raises(ArgumentError, match="prepared for other rows than those of .*Prepare them again"):
+        factors.search(other.prepare(0), 3)
     with pytest.raises(ArgumentError, match="prepared for other rows"):
-        factors.search(plain.ask(0), 3)  # the same rows, but without factors
-    with pytest.raises(ArgumentError, match=r"source and aggregate belong to ask\(\)"):
-        factors.search(factors.ask(0), 3, aggregate="mean")
+        factors.search(plain.prepare(0), 3)  # the same rows, but without factors
+    with pytest.raises(ArgumentError, match=r"source and aggregate belong to prepare\(\)"):
+        factors.search(factors.prepare(0), 3, aggregate="mean")
 
 
 def test_threads_that_share_a_retriever_get_the_serial_answers(indexed, plain):
@@ -211,13 +211,13 @@ def run_beside(action, seconds=60):
 
 def test_a_search_goes_on_while_another_thread_computes_gradients(indexed, plain):
     for retriever, free in ((indexed, {}), (plain, {"rerank": "rows"})):
-        asked = retriever.ask([0, 1])
+        asked = retriever.prepare([0, 1])
         expected = retriever.proponents(asked, 4, **free)
         with retriever._engine:
             hits = run_beside(lambda r=retriever, a=asked, o=free: r.proponents(a, 4, **o))
             assert hits is not None, "the search waited for the engine"
             np.testing.assert_array_equal(hits.ids, expected.ids)
-            waits = run_beside(lambda r=retriever: r.ask(2), seconds=1)
+            waits = run_beside(lambda r=retriever: r.prepare(2), seconds=1)
             assert waits is None  # gradients do wait: one pass at a time
 
 
@@ -241,7 +241,7 @@ def test_without_an_index_all_rows_are_compared_whatever_the_rerank(factors, est
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_stages_of_a_search_with_an_index(indexed, estimates, truth, kind):
-    asked, signs = indexed.ask(range(M)), 2 if kind == "absolute" else 1
+    asked, signs = indexed.prepare(range(M)), 2 if kind == "absolute" else 1
     none, rows, exact, more = (
         indexed.search(asked, 10, kind=kind, **options)
         for options in ({"rerank": "none"}, {"rerank": "rows"}, {}, {"candidates": 20})
@@ -271,7 +271,7 @@ def test_rows_newer_than_the_index_are_compared_and_counted(tmp_path):
     store = gradindex.build(first, tmp_path / "store", projection=Projection(dim=24), factors="float32")
     save_index(store)
     gradindex.add(whole.task, tmp_path / "store")
-    retriever = gradindex.load(tmp_path / "store", whole.task)
+    retriever = gradindex.load(whole.task, tmp_path / "store")
     assert way(retriever.proponents(0, 10, rerank="none")) == [("index", 10), ("rows", 50)]
     assert way(retriever.proponents(0, 10, rerank="rows")) == [("index", 40), ("rows", 90)]
     hits = retriever.proponents(range(M), 40)
@@ -344,7 +344,7 @@ def test_equal_rows_have_equal_scores_and_come_in_the_order_of_ids(tmp_path, rer
         save_index(store, proposals)
     monkeypatch.undo()
     monkeypatch.setattr("gradindex.retrieval.retriever.check_task", lambda *_: None)  # its rows are no example's
-    retriever = gradindex.load(store.folder, task)
+    retriever = gradindex.load(task, store.folder)
     options = [{}, {"kind": "opponents"}, {"kind": "absolute"}, {"ids": np.arange(n)}, {"at_least": -1e9}]
     for some in options:
         hits = retriever.search(range(M), 30, rerank=rerank, **some)
@@ -380,7 +380,7 @@ def test_equal_scores_come_in_the_order_of_ids_for_every_kind(tmp_path, rerank):
     x, y = task.train.tensors
     task = replace(task, train=TensorDataset(x[:4].repeat(10, 1), y[:4].repeat(10)))
     gradindex.build(task, tmp_path / "store", shard_rows=7, batch_size=1, factors="float32")
-    retriever = gradindex.load(tmp_path / "store", task)
+    retriever = gradindex.load(task, tmp_path / "store")
     for kind in KINDS:
         for options in ({}, {"where": {}}, {"ids": np.arange(40)}, {"at_least": -1e9}):
             hits = retriever.search(range(4), 25, kind=kind, rerank=rerank, **options)
@@ -482,7 +482,7 @@ def test_a_filter_that_matches_nothing_says_so(request, kept, options, tmp_path)
 def test_fewer_rows_than_ten_are_all_answered_by_default(tmp_path):
     task = toys.make_task(tmp_path, n_train=7)
     gradindex.build(task, tmp_path / "store")
-    assert gradindex.load(tmp_path / "store", task).proponents(0).ids.shape == (1, 7)
+    assert gradindex.load(task, tmp_path / "store").proponents(0).ids.shape == (1, 7)
 
 
 def test_an_index_that_finds_too_few_leaves_the_query_to_all_rows(tmp_path, estimates):
@@ -563,7 +563,7 @@ def test_a_group_is_one_question_with_the_sum_of_each_querys_scores(request, kep
     agree(retriever.search(range(M), 8, aggregate=aggregate, rerank="rows", candidates=None, where={"label": NAMES}),
           "proponents", rows, k=8)  # fmt: skip
     np.testing.assert_allclose(
-        retriever.exact_scores(retriever.ask(range(M), aggregate=aggregate)), each, atol=1e-4 * np.abs(each).max()
+        retriever.exact_scores(retriever.prepare(range(M), aggregate=aggregate)), each, atol=1e-4 * np.abs(each).max()
     )
     same = retriever.proponents([0, 3], 3, aggregate=aggregate, differs="label")
     assert (same.columns["label"] != "cat").all()
@@ -572,7 +572,7 @@ def test_a_group_is_one_question_with_the_sum_of_each_querys_scores(request, kep
 def test_a_group_of_many_queries_reads_some_at_a_time(factors, monkeypatch):
     sizes, rows = [], RowMaker.rows
     monkeypatch.setattr(RowMaker, "rows", lambda s, items, *a: sizes.append(len(items)) or rows(s, items, *a))
-    asked = factors.ask(np.arange(N), source="train", aggregate="mean")
+    asked = factors.prepare(np.arange(N), source="train", aggregate="mean")
     assert asked.names == ("mean of 300 queries",)
     batches = [size for size in sizes if size > 1]  # beside checks of an example alone
     assert max(batches) == 32 and sum(batches) == N
@@ -581,7 +581,7 @@ def test_a_group_of_many_queries_reads_some_at_a_time(factors, monkeypatch):
 
 
 def test_k_up_to_n_gathers_a_bounded_part_at_a_time(indexed, truth, monkeypatch):
-    asked = indexed.ask(range(2))
+    asked = indexed.prepare(range(2))
     gathered, factors = [], GradientStore.factors_in_place
     monkeypatch.setattr(GradientStore, "factors_in_place", lambda s, ids: gathered.append(len(ids)) or factors(s, ids))
     monkeypatch.setattr(scoring, "_PAIRS", 40)
@@ -597,7 +597,7 @@ def test_k_up_to_n_gathers_a_bounded_part_at_a_time(indexed, truth, monkeypatch)
 
 
 def test_a_prepared_search_makes_no_array_of_the_whole_store(indexed, monkeypatch):
-    asked = indexed.ask(0)
+    asked = indexed.prepare(0)
     indexed.proponents(asked, 10)
     monkeypatch.setattr(GradientStore, "ids", property(lambda _: pytest.fail("all ids were listed")))
     monkeypatch.setattr(GradientStore, "blocks", lambda *_: pytest.fail("all rows were read"))

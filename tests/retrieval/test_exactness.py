@@ -37,7 +37,7 @@ def test_whole_rows_give_the_true_order_for_both_signs(tmp_path, case):
     store = gradindex.build(task, tmp_path / "store", projection=Projection("none"), precision="float64", batch_size=5)
     own, _ = reference.scores(task, train, train, toys.RATES)
     np.testing.assert_allclose(store.self_influence().sum(1), np.diag(own), rtol=1e-9)
-    retriever = gradindex.load(tmp_path / "store", task)
+    retriever = gradindex.load(task, tmp_path / "store")
     for rerank, rtol in (("exact", 1e-9), ("none", 1e-4)):
         up = retriever.proponents(range(4), k=3, rerank=rerank)
         down = retriever.opponents(range(4), k=3, rerank=rerank)

@@ -24,7 +24,7 @@ def built(tmp_path):
 def test_all_candidates_settled_by_exact_scores_are_the_exact_answer(built):
     task, folder = built
     truth = gradindex.exact_scores(task, list(task.query))
-    retriever = gradindex.load(folder, task)
+    retriever = gradindex.load(task, folder)
     for kind, sign in (("proponents", 1), ("opponents", -1)):
         hits = getattr(retriever, kind)(range(4), k=5, candidates=12)
         order = np.argsort(-sign * truth, 1)[:, :5]
@@ -37,7 +37,7 @@ def test_all_candidates_settled_by_exact_scores_are_the_exact_answer(built):
 
 def test_candidates_limit_what_exact_scores_can_settle(built):
     task, folder = built
-    retriever = gradindex.load(folder, task)
+    retriever = gradindex.load(task, folder)
     proposed = retriever.proponents(range(4), k=4, rerank="none")
     settled = retriever.proponents(range(4), k=4, candidates=4)
     assert proposed.scored == "projected"
@@ -51,7 +51,7 @@ def test_candidates_limit_what_exact_scores_can_settle(built):
 def test_projected_scores_are_the_rows_inner_products(built):
     task, folder = built
     store = gradindex.GradientStore(folder)
-    hits = gradindex.load(folder, task).proponents([2, 5], k=12, source="train", rerank="none")
+    hits = gradindex.load(task, folder).proponents([2, 5], k=12, source="train", rerank="none")
     rows = store.rows(np.arange(12))
     np.testing.assert_allclose(hits.scores, np.take_along_axis(rows[[2, 5]] @ rows.T, hits.ids, 1), rtol=1e-4)
 
@@ -64,7 +64,7 @@ def test_stored_factors_give_exact_scores_without_a_pass_over_training_examples(
 ):
     task = toys.make_task(tmp_path)
     gradindex.build(task, tmp_path / "store", projection=Projection(dim=8), factors=kept)
-    retriever = gradindex.load(tmp_path / "store", task)
+    retriever = gradindex.load(task, tmp_path / "store")
     truth = gradindex.exact_scores(task, list(task.query))
     monkeypatch.setattr(stages, "through_model", lambda *_: pytest.fail("training examples were run through the model"))
     for kind, sign in (("proponents", 1), ("opponents", -1)):
@@ -92,7 +92,7 @@ def test_factors_need_layers_whose_gradients_are_one_outer_product(tmp_path):
 def test_factors_of_rough_gradients_are_labelled(tmp_path):
     task = toys.make_task(tmp_path)
     gradindex.build(task, tmp_path / "store", factors="float32", precision="bfloat16")
-    assert gradindex.load(tmp_path / "store", task).proponents(0, k=2).scored == "bfloat16-factor"
+    assert gradindex.load(task, tmp_path / "store").proponents(0, k=2).scored == "bfloat16-factor"
 
 
 def test_queries_in_turns_give_the_same_scores(built, monkeypatch):
@@ -104,7 +104,7 @@ def test_queries_in_turns_give_the_same_scores(built, monkeypatch):
 
 def test_positions_items_and_training_ids_are_queries(built):
     task, folder = built
-    retriever = gradindex.load(folder, task)
+    retriever = gradindex.load(task, folder)
     by_position = retriever.proponents(2, k=3)
     by_item = retriever.proponents([task.query[2]], k=3)
     np.testing.assert_array_equal(by_position.ids, by_item.ids)
@@ -135,12 +135,12 @@ def test_what_cannot_be_asked_is_refused(built, case):
     options, message = REFUSED[case]
     task, folder = built
     with pytest.raises(ArgumentError, match=message):
-        gradindex.load(folder, task).proponents(**({"queries": 0, "k": 3} | options))
+        gradindex.load(task, folder).proponents(**({"queries": 0, "k": 3} | options))
 
 
 def test_positions_need_query_data(built):
     task, folder = built
-    retriever = gradindex.load(folder, replace(task, query=None, query_columns={}))
+    retriever = gradindex.load(replace(task, query=None, query_columns={}), folder)
     with pytest.raises(ArgumentError, match="no query data"):
         retriever.proponents(0)
     assert retriever.proponents([task.query[0]], k=2).ids.shape == (1, 2)
@@ -190,9 +190,9 @@ def test_a_task_that_is_not_the_stores_is_refused_with_what_differs(built, case)
     task, folder = built
     change, message = MISMATCHES[case]
     with pytest.raises(MismatchError, match=message):
-        gradindex.load(folder, change(task, folder.parent))
+        gradindex.load(change(task, folder.parent), folder)
 
 
 def test_a_folder_without_a_store_is_refused(built, tmp_path):
     with pytest.raises(StoreError, match="is not a gradindex store"):
-        gradindex.load(tmp_path / "nowhere", built[0])
+        gradindex.load(built[0], tmp_path / "nowhere")

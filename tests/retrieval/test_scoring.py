@@ -20,7 +20,7 @@ def retriever(request, tmp_path_factory):
     task = toys.make_task(folder, n_train=N, n_query=M)
     options = {"projection": Projection(dim=24), "batch_size": 32, "shard_rows": 70, "factors": request.param}
     gradindex.build(task, folder / "store", **options)
-    return gradindex.load(folder / "store", task)
+    return gradindex.load(task, folder / "store")
 
 
 def naive(store, factors, query, ids):
@@ -35,7 +35,7 @@ def naive(store, factors, query, ids):
 
 def test_each_query_is_compared_with_its_own_candidates_in_their_order(retriever, monkeypatch):
     monkeypatch.setattr(scoring, "_PAIRS", 13)
-    store, asked = retriever.store, retriever.ask(range(M))
+    store, asked = retriever.store, retriever.prepare(range(M))
     generator = np.random.default_rng(0)
     lists = [generator.choice(N, size, replace=False) for size in (40, 1, 0, 75, 3, 20)]
     found = scoring.of_candidates(store, asked.factors, lists)
@@ -45,7 +45,7 @@ def test_each_query_is_compared_with_its_own_candidates_in_their_order(retriever
 
 
 def test_a_pair_has_one_score_whatever_is_asked(retriever):
-    asked = retriever.ask(range(M))
+    asked = retriever.prepare(range(M))
     first = retriever.search(asked, 20)
     union = retriever.search(asked, 5, ids=np.unique(first.ids))
     np.testing.assert_array_equal(union.scores, first.scores[:, :5])

@@ -54,7 +54,7 @@ def test_its_agreement_with_exact_scores_is_measured(ran):
     task = demo.make_task(out)
     queries = [task.query[i] for i in range(task.n_query)]
     truth = gradindex.exact_scores(task, queries)
-    hits = gradindex.load(out / "store", task).proponents(queries, k=100, rerank="none")
+    hits = gradindex.load(task, out / "store").proponents(queries, k=100, rerank="none")
     at_10, at_100 = (recall_at_k(truth, hits.ids[:, :k], k).mean() for k in (10, 100))
     assert re.search(rf"the index alone +{at_10:.5g} +{at_100:.5g}", result.output)
     assert at_10 > 0.9

@@ -71,7 +71,7 @@ def test_every_type_answers_nearly_as_float32_does(tmp_path, row_type):
     task = toys.make_task(tmp_path, n_train=200)
     store = gradindex.build(task, tmp_path / "store", projection=Projection("none"), row_type=row_type)
     truth = gradindex.exact_scores(task, list(task.query))
-    retriever = gradindex.load(store.folder, task)
+    retriever = gradindex.load(task, store.folder)
     estimates = retriever.proponents(range(4), k=20, rerank="none")
     assert recall_at_k(truth, estimates.ids, 20).mean() >= 0.9
     exact = retriever.proponents(range(4), k=20, candidates=40)

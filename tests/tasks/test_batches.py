@@ -633,5 +633,5 @@ def test_a_build_of_objects_equals_one_of_tuples(tmp_path):
     )  # fmt: skip
     store = gradindex.build(own, tmp_path / "own")
     np.testing.assert_array_equal(store.rows(store.ids), plain.rows(plain.ids))
-    assert gradindex.load(tmp_path / "own", own).proponents([items[0]], k=1).ids.shape == (1, 1)
+    assert gradindex.load(own, tmp_path / "own").proponents([items[0]], k=1).ids.shape == (1, 1)
     assert isinstance(task.train, TensorDataset)

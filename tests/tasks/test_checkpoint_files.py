@@ -223,7 +223,7 @@ def test_scores_of_a_tied_model_equal_autograd_and_what_was_filled_is_told(tmp_p
     )
     for item in store.manifest.map.checkpoints:
         assert (item.filled, item.passed_over) == (("decode.weight",), ("criterion.w",))
-    hits = gradindex.load(store.folder, partial).proponents([0, 3], k=9, source="train")
+    hits = gradindex.load(partial, store.folder).proponents([0, 3], k=9, source="train")
     of_all = gradients(task, task.train)
     expected, size = scores(task, of_all[[0, 3]], of_all, toys.RATES)
     for ids, found, row, norms in zip(hits.ids, hits.scores, expected, size, strict=True):

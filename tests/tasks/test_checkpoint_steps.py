@@ -256,7 +256,7 @@ def test_a_checkpoint_that_hardly_counts_is_named_once(tmp_path, capsys):
     )
     assert "'integrated'" in line
     assert "'uniform'" in line
-    gradindex.load(tmp_path / "store", task).proponents([0], k=1)
+    gradindex.load(task, tmp_path / "store").proponents([0], k=1)
     assert "hardly counts" not in capsys.readouterr().err
 
 

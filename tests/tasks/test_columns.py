@@ -377,7 +377,7 @@ def gaps(tmp_path):
 )
 def test_a_filter_can_ask_for_dates_and_for_what_is_missing(gaps, where, expected):
     task, store = gaps
-    hits = gradindex.load(store.folder, task).proponents(0, k=12, where=where)
+    hits = gradindex.load(task, store.folder).proponents(0, k=12, where=where)
     assert sorted(hits.of(0)[0].tolist()) == expected
 
 
@@ -385,13 +385,13 @@ def test_a_filter_can_ask_for_dates_and_for_what_is_missing(gaps, where, expecte
 def test_nothing_after_the_sign_asks_for_what_is_missing(gaps, condition, expected):
     task, store = gaps
     where = parse_where(store, [(condition, "")])
-    hits = gradindex.load(store.folder, task).proponents(0, k=12, where=where)
+    hits = gradindex.load(task, store.folder).proponents(0, k=12, where=where)
     assert sorted(hits.of(0)[0].tolist()) == expected
 
 
 def test_what_is_missing_differs_from_every_value_and_not_from_itself(gaps):
     task, store = gaps
-    retriever = gradindex.load(store.folder, task)
+    retriever = gradindex.load(task, store.folder)
     for name, missing in {"word": [2, 7], "number": [2, 5], "day": [3]}.items():
         found = retriever.proponents([0, 1], k=12, differs=name)
         assert sorted(found.of(1)[0].tolist()) == [i for i in range(12) if i not in missing]
@@ -399,12 +399,12 @@ def test_what_is_missing_differs_from_every_value_and_not_from_itself(gaps):
     assert sorted(retriever.proponents(2, k=12, differs="day").of(0)[0].tolist()) == [0, *range(2, 12)]
     texts = replace(task, query_columns={"day": ["2024-01-31"] * 4})
     with pytest.raises(ArgumentError, match="The column day holds a date, .* and text for queries"):
-        gradindex.load(store.folder, texts).proponents(0, k=3, differs="day")
+        gradindex.load(texts, store.folder).proponents(0, k=3, differs="day")
 
 
 def test_where_asks_for_what_a_column_can_hold(gaps):
     task, store = gaps
-    retriever = gradindex.load(store.folder, task)
+    retriever = gradindex.load(task, store.folder)
     for where in ({"number": "1"}, {"number": True}, {"word": 3}, {"word": [["w1"]]}, {"number": torch.zeros(2, 2)},
         {"day": "yesterday"}, {"day": "2024-02-30"}, {"day": 20240131}, {"day": [True]}):  # fmt: skip
         with pytest.raises(ArgumentError, match="The column .* holds") as caught:
@@ -414,7 +414,7 @@ def test_where_asks_for_what_a_column_can_hold(gaps):
 
 def test_what_is_missing_is_shown_as_nothing(gaps):
     task, store = gaps
-    hits = gradindex.load(store.folder, task).proponents(1, k=12)
+    hits = gradindex.load(task, store.folder).proponents(1, k=12)
     line = next(line for line in str(hits).splitlines() if line.split()[1:2] == ["2"])
     assert "nan" not in line and "None" not in line
     assert next(record for record in hits.records() if record["id"] == 2)["word"] is np.nan
@@ -428,7 +428,7 @@ def test_dates_are_dates_in_records_and_short_text_where_they_are_shown(tmp_path
     noon[5] = "NaT"
     task = toys.make_task(tmp_path, columns={"at": noon}, query_columns={"at": noon[:4]})
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
-    hits = gradindex.load(store.folder, task).proponents([0, 1], k=12)
+    hits = gradindex.load(task, store.folder).proponents([0, 1], k=12)
     texts = {0: "2024-01-31T12:00:00", 1: "2024-02-01", 3: "2024-02-02", 5: ""}
     assert {r["id"]: r["at"] for r in hits.records()} == dict(enumerate(noon.tolist()))
     assert f"({'at 2024-01-31T12:00:00'}" in str(hits) and "(at 2024-02-01" in str(hits)
@@ -439,7 +439,7 @@ def test_dates_are_dates_in_records_and_short_text_where_they_are_shown(tmp_path
     assert {tile.title: tile.lines for tile in tiles}["id 1"] == ["at 2024-02-01"]
     assert {tile.title: tile.lines for tile in tiles}["id 5"] == []
     # A shorter answer ends with no date, not with one of 1970.
-    either = gradindex.load(store.folder, task).proponents([0, 1], k=12, differs="at", where={"at": noon[[0, 2]]})
+    either = gradindex.load(task, store.folder).proponents([0, 1], k=12, differs="at", where={"at": noon[[0, 2]]})
     assert either.counts.tolist() == [1, 2] and np.isnat(either.columns["at"][0, 1])
     show = lambda *form: CliRunner().invoke(main, ["self-influence", str(store.folder), "-k", "all", *form])  # noqa: E731
     records = json.loads(show("--json").stdout)["records"]

@@ -48,7 +48,7 @@ def test_a_fitted_projection_names_it_as_well(tmp_path):
 def test_a_query_loss_is_told_from_the_loss(tmp_path):
     task = toys.make_task(tmp_path, query_loss=failing_at(50))
     gradindex.build(task, tmp_path / "store")
-    retriever = gradindex.load(tmp_path / "store", task)
+    retriever = gradindex.load(task, tmp_path / "store")
     task.query.tensors[0][2, 0] = 100
     with pytest.raises(UserCodeError, match="The query loss on query 2 failed: KeyError"):
         retriever.proponents(range(4), k=2)

@@ -88,7 +88,7 @@ def test_a_file_that_changes_during_a_build_changes_no_row_and_no_digest(case, t
 def test_an_open_retriever_keeps_its_weights(case, tmp_path, change):
     task, path, _, now = case
     gradindex.build(task, tmp_path / "store")
-    retriever = gradindex.load(tmp_path / "store", task)
+    retriever = gradindex.load(task, tmp_path / "store")
     before = retriever.proponents([0, 1], k=5)
     CHANGES[change](path, now)
     after = retriever.proponents([0, 1], k=5)
@@ -109,7 +109,7 @@ def test_a_store_is_not_answered_from_a_file_that_took_its_checkpoints_place(cas
     gradindex.build(task, tmp_path / "store")
     replace_by(path, now)
     with pytest.raises(MismatchError, match="checkpoints"):
-        gradindex.load(tmp_path / "store", task).proponents([0], k=1)
+        gradindex.load(task, tmp_path / "store").proponents([0], k=1)
 
 
 def test_a_file_that_is_written_while_it_is_read_is_refused(case, monkeypatch):
@@ -166,7 +166,7 @@ def test_two_checkpoints_of_one_file_have_its_digest_and_their_own_weights(tmp_p
     assert first.sha256 == second.sha256
     assert (first.key, second.key) == ("model", "ema")
     with pytest.raises(MismatchError, match="checkpoints"):  # the same file, but other weights
-        gradindex.load(stores[0].folder, replace(task, checkpoints=checkpoints[1:])).proponents([0], k=1)
+        gradindex.load(replace(task, checkpoints=checkpoints[1:]), stores[0].folder).proponents([0], k=1)
 
 
 def test_a_step_that_the_file_no_longer_has_is_refused(tmp_path):

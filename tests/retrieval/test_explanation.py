@@ -68,9 +68,9 @@ def by_layer(task, layers, queries, ids):
 def test_a_split_equals_autograd_layer_by_layer_and_adds_up(tmp_path, case, count):
     task = MODELS[case](tmp_path)
     store = gradindex.build(task, tmp_path / "store", projection=Projection(dim=16), precision="float64")
-    retriever = gradindex.load(tmp_path / "store", task)
+    retriever = gradindex.load(task, tmp_path / "store")
     ids = [5, 0, 11, 5]
-    split = retriever.split(range(count), ids)
+    split = retriever.explain(range(count), ids)
     layers = store.manifest.map.layers
     assert split.scores.shape == (count, 4, 3, len(layers)) and split.scores.dtype == np.float64
     exact = gradindex.exact_scores(task, [task.query[q] for q in range(count)], np.array(ids), precision="float64")
@@ -85,10 +85,10 @@ def test_a_split_equals_autograd_layer_by_layer_and_adds_up(tmp_path, case, coun
 def test_a_group_on_every_route_has_the_weighted_sum_of_its_queries(tmp_path, case, monkeypatch):
     task = MODELS[case](tmp_path)
     store = gradindex.build(task, tmp_path / "store", projection=Projection(dim=16), precision="float64")
-    retriever = gradindex.load(tmp_path / "store", task)
+    retriever = gradindex.load(task, tmp_path / "store")
     each = by_layer(task, store.manifest.map.layers, range(4), [5, 0, 11]).mean(0)
     monkeypatch.setattr(gradindex.gradients.products, "_AT_ONCE", 3)
-    split = retriever.split(range(4), [5, 0, 11], aggregate="mean")
+    split = retriever.explain(range(4), [5, 0, 11], aggregate="mean")
     np.testing.assert_allclose(split.scores[0], each, atol=1e-9 * np.abs(each).max())
 
 
@@ -107,10 +107,10 @@ def test_the_routes_above_are_those_that_they_are_named_for(tmp_path, case, rout
 def test_stored_factors_give_the_split_without_the_model(tmp_path, monkeypatch):
     task = toys.make_task(tmp_path)
     store = gradindex.build(task, tmp_path / "store", factors="float32")
-    retriever = gradindex.load(tmp_path / "store", task)
-    asked = retriever.ask([0, 3])
+    retriever = gradindex.load(task, tmp_path / "store")
+    asked = retriever.prepare([0, 3])
     monkeypatch.setattr(Engine, "__enter__", lambda self: pytest.fail("the model was used"))
-    split = retriever.split(asked, [2, 7, 1])
+    split = retriever.explain(asked, [2, 7, 1])
     monkeypatch.undo()
     truth = by_layer(task, store.manifest.map.layers, [0, 3], [2, 7, 1])
     np.testing.assert_allclose(split.scores, truth, atol=1e-5 * np.abs(truth).max())
@@ -121,9 +121,9 @@ def test_stored_factors_give_the_split_without_the_model(tmp_path, monkeypatch):
 def test_a_split_of_a_group_is_that_of_its_queries_together(tmp_path, factors, aggregate):
     task = toys.make_task(tmp_path)
     gradindex.build(task, tmp_path / "store", factors=factors)
-    retriever = gradindex.load(tmp_path / "store", task)
-    each = getattr(np, aggregate)(retriever.split(range(4), [0, 8]).scores, axis=0)
-    split = retriever.split(range(4), [0, 8], aggregate=aggregate)
+    retriever = gradindex.load(task, tmp_path / "store")
+    each = getattr(np, aggregate)(retriever.explain(range(4), [0, 8]).scores, axis=0)
+    split = retriever.explain(range(4), [0, 8], aggregate=aggregate)
     np.testing.assert_allclose(split.scores[0], each, atol=1e-5 * np.abs(each).max())
     assert split.queries == (f"{aggregate} of 4 queries",)
 
@@ -132,8 +132,8 @@ def test_a_split_of_a_group_is_that_of_its_queries_together(tmp_path, factors, a
 def test_parts_of_cosines_add_up_to_the_cosine(tmp_path, factors):
     task = toys.make_task(tmp_path)
     gradindex.build(task, tmp_path / "store", unit_norm=True, factors=factors)
-    retriever = gradindex.load(tmp_path / "store", task)
-    split = retriever.split([0, 1], np.arange(12))
+    retriever = gradindex.load(task, tmp_path / "store")
+    split = retriever.explain([0, 1], np.arange(12))
     np.testing.assert_allclose(split.scores.sum((2, 3)), retriever.exact_scores([0, 1]), atol=1e-5)
     assert np.abs(split.scores.sum((2, 3))).max() <= 1 + 1e-5
     assert "cosines" in split.note
@@ -143,7 +143,7 @@ def test_parts_of_cosines_add_up_to_the_cosine(tmp_path, factors):
 def split(tmp_path):
     task = toys.make_task(tmp_path)
     gradindex.build(task, tmp_path / "store")
-    return gradindex.load(tmp_path / "store", task).split([1, 2], [3, 9])
+    return gradindex.load(task, tmp_path / "store").explain([1, 2], [3, 9])
 
 
 def test_a_split_prints_as_tables_with_sums(split):
@@ -178,8 +178,8 @@ def test_a_page_of_a_split_has_a_heat_map_for_each_pair(split, tmp_path):
 def test_what_cannot_be_split_is_refused(tmp_path):
     task = toys.make_task(tmp_path)
     gradindex.build(task, tmp_path / "store")
-    retriever = gradindex.load(tmp_path / "store", task)
+    retriever = gradindex.load(task, tmp_path / "store")
     for ids, message in (([12], "There is no training id 12"), ([], "at least one training id"),
                          ([[1]], r"shape \(1, 1\)"), ([0.5], "must be whole numbers")):  # fmt: skip
         with pytest.raises(ArgumentError, match=message):
-            retriever.split(0, ids)
+            retriever.explain(0, ids)

@@ -16,7 +16,7 @@ from .hits import SIGN
 
 
 @dataclass(frozen=True)
-class Split:
+class Explanation:
     """Exact scores of training examples by checkpoint and layer; prints as tables.
 
     Args:

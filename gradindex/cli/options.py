@@ -1,0 +1,90 @@
+"""Options that several commands share, and those that stand in the library and are only read here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..choices import AGGREGATES
+from ..options import ComputeOptions
+
+Command = Callable[..., Any]
+
+PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a path, the function says
+FOLDER = click.argument("folder", metavar="DIR", type=PATH)
+DEVICE = click.option("--device", help="Where to compute, such as cuda; by default where the task's model is.")
+TASK = click.option("--task", required=True, help="The task that the store was built from, as for build.")
+POSITION = click.option("-q", "--position", multiple=True, type=int, help="Position in the task's queries; repeatable.")
+TRAIN_ID = click.option("--train-id", multiple=True, type=int, help="Training id as the query; repeatable.")
+FILE = click.option("--file", "path", type=PATH, help="A file that the task's read_query reads.")
+AGGREGATE = click.option(
+    "--aggregate",
+    type=click.Choice(AGGREGATES),
+    help="Make one question of all queries: what helps them together.",
+)
+
+
+def options_of(kind: type, *, leave_out: Collection[str] = ()) -> Callable[[Command], Command]:
+    """The fields of a dataclass of options as options of a command, whose keywords they become.
+
+    Args:
+        kind: such as :class:`gradindex.options.BuildOptions`; fields without a help line are left out.
+        leave_out: names of fields that the command has options of its own for.
+    """
+    shared = [each.name for each in fields(ComputeOptions)]
+    own = sorted(fields(kind), key=lambda each: each.name in shared)
+
+    def decorate(command: Command) -> Command:
+        for each in reversed(own):
+            if "help" in each.metadata and each.name not in leave_out:
+                command = _option(each)(command)
+        return command
+
+    return decorate
+
+
+def _option(each: Field[Any]) -> Callable[[Command], Command]:
+    said: dict[str, Any] = dict(each.metadata)
+    names = [said.pop("flags", f"--{each.name.replace('_', '-')}"), each.name]
+    default = None if each.default is MISSING else each.default
+    kind = said.pop("type", None)
+    if "choices" in said:
+        said["type"] = click.Choice(said.pop("choices"))
+    elif kind == "folder":
+        said |= {"type": PATH, "metavar": "DIR"}
+    elif kind == "bytes":
+        said |= {"metavar": "SIZE", "callback": _bytes}
+    elif kind is not None:
+        said["type"] = kind
+    if default is False:
+        said["is_flag"] = True
+    elif default is not None:
+        said["show_default"] = True
+    return click.option(*names, default=default, **said)
+
+
+def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    from ..memory import parse_bytes  # which needs torch
+
+    return None if value is None else parse_bytes(value)
+
+
+def _condition(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str]]:
+    """``column=value`` as pairs."""
+    for value in values:
+        if not value.partition("=")[0] or "=" not in value:
+            raise click.BadParameter(f"{value!r} is not of the form column=value.")
+    return [(name, text) for name, _, text in (value.partition("=") for value in values)]
+
+
+WHERE = click.option(
+    "--where",
+    multiple=True,
+    callback=_condition,
+    metavar="COLUMN=VALUE",
+    help="Only training examples with this value; repeatable: a column given twice may have either value.",
+)

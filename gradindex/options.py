@@ -1,0 +1,187 @@
+"""What can be said of a build: each option written once with its default and its help, and once for type checkers.
+
+The command line makes its options of these fields, so nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+from .choices import FACTOR_TYPES, NORMS, PRECISIONS, ROW_TYPES, FactorType, Norms, Precision, RowType
+from .errors import ArgumentError, check_choice
+
+if TYPE_CHECKING:
+    from .projection import Projection
+
+T = TypeVar("T")
+
+
+def option(default: Any, help: str, **more: Any) -> Any:  # as click calls it
+    """A field of options.
+
+    Args:
+        default: its value where nothing is said.
+        help: one line for the command line.
+        **more: how the command line takes it, see :mod:`gradindex.cli.options`: ``choices``, ``type``, ``metavar``,
+            ``flags``.
+    """
+    return field(default=default, metadata={"help": help, **more})
+
+
+def chosen(options: T | None, keywords: Mapping[str, Any], kind: type[T]) -> T:
+    """Options as keywords, or an object of them, or an object with some replaced by keywords.
+
+    Args:
+        options: an object, or ``None`` for the defaults.
+        keywords: of ``kind``'s fields.
+        kind: the dataclass.
+
+    Raises:
+        ArgumentError: ``options`` is something else.
+        TypeError: there is no such option.
+    """
+    if options is None:
+        return kind(**keywords)
+    if not isinstance(options, kind):
+        raise ArgumentError(f"options is a {type(options).__name__}, but must be {kind.__name__}.")
+    return replace(options, **keywords) if keywords else options  # type: ignore[type-var]  # a dataclass, as all are
+
+
+def check_workers(count: int) -> None:
+    """Refuse more processes than could be of use.
+
+    Raises:
+        ArgumentError: below 0, or above 64 and eight times the processors.
+    """
+    most = max(64, 8 * (os.cpu_count() or 1))
+    if not 0 <= count <= most:
+        raise ArgumentError(f"workers is {count}, but must be from 0 to {most} on this machine.")
+
+
+class ComputeKeywords(TypedDict, total=False):
+    """The fields of :class:`ComputeOptions` as keywords."""
+
+    device: str | None
+    channels_last: bool | None
+    workers: int
+
+
+class BuildKeywords(ComputeKeywords, total=False):
+    """The fields of :class:`BuildOptions` as keywords."""
+
+    projection: Projection | None
+    precision: Precision
+    row_type: RowType
+    factors: FactorType | None
+    self_influence: Norms
+    unit_norm: bool
+    batch_size: int | None
+    memory: int | None
+    shard_rows: int | None
+    bases_from: str | os.PathLike[str] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """Where and how gradients are computed, which changes no row but in its last bits.
+
+    Args:
+        device: where to compute, such as ``"cuda"``, by default where the model is.
+        channels_last: whether pictures are laid out with the channels last in memory, which changes the speed of
+            convolutions and no result but rounding; by default where the model has two-dimensional convolutions and
+            runs with it.
+        workers: processes that read examples beside the computation.
+
+    Raises:
+        ArgumentError: ``workers`` is out of range.
+    """
+
+    device: str | None = option(None, "Where to compute, such as cuda; by default where the task's model is.")
+    channels_last: bool | None = option(
+        None,
+        "How pictures are laid out in memory; by default with the channels last where the model runs so.",
+        flags="--channels-last/--channels-first",
+    )
+    workers: int = option(0, "Processes that read examples.")
+
+    def __post_init__(self) -> None:
+        check_workers(self.workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions(ComputeOptions):
+    """What rows are made and how they are stored.
+
+    Args:
+        device: see :class:`ComputeOptions`, as for ``channels_last`` and ``workers``.
+        projection: the map from gradients to rows; by default a TensorSketch of 1,024 numbers per checkpoint.
+        precision: of the gradients.
+        row_type: how rows are stored: ``"float32"``, ``"float16"`` (a number too large is an error), ``"bfloat16"``,
+            or ``"int8"`` with a scale for each row and checkpoint.
+        factors: also store what each layer's gradient is the outer product of, in ``"float32"`` or ``"float16"``, so
+            that exact scores need no pass over training examples; for linear layers without positions alone.
+        self_influence: ``"exact"``, or ``"projected"``: the squared norm of the row, which costs nothing and is an
+            estimate (with a fitted projection: too low).
+        unit_norm: divide each row by its norm: answers are ranked by the cosine of the gradients, which takes away
+            the advantage of heavy examples.
+        batch_size: examples per pass, halved where memory runs out; by default as many, up to 256, as ``memory``
+            holds. Fixed for a store once it is begun.
+        memory: bytes that a pass may take beside the weights, by default a quarter of the machine's free memory, or
+            half of what a CUDA device has free.
+        shard_rows: rows per file, rounded up to whole batches; by default 8,192, or more where that would make over
+            64 files, for each one that a query's candidates lie in takes time.
+        bases_from: another store with the same map but for its bases, whose bases a fitted projection takes, so that
+            the two can be merged.
+
+    Raises:
+        ArgumentError: one of them is out of range, or they do not go together.
+    """
+
+    projection: Projection | None = None  # several options on the command line
+    precision: Precision = option("float32", "Of the gradients.", choices=PRECISIONS)
+    row_type: RowType = option("float32", "How rows are kept.", choices=ROW_TYPES)
+    factors: FactorType | None = option(
+        None,
+        "Also keep exact factors of linear layers: exact scores without a pass over training examples.",
+        choices=FACTOR_TYPES,
+    )
+    self_influence: Norms = option(
+        "exact", "Exact, or the squared norm of the row: faster, an estimate.", choices=NORMS
+    )
+    unit_norm: bool = option(False, "Rank by the cosine of the gradients instead of TracInCP.")
+    batch_size: int | None = option(
+        None, "Examples per pass; by default as many, up to 256, as --memory holds.", type=int
+    )
+    memory: int | None = option(
+        None, "What a pass may take, such as 2G; by default a quarter of what is free.", type="bytes"
+    )
+    shard_rows: int | None = option(
+        None, "Rows per file, at least; by default 8,192, or as many as make 64 files.", type=int
+    )
+    bases_from: str | os.PathLike[str] | None = option(
+        None, "A store whose fitted bases to take, to be merged later.", type="folder"
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("memory", 1), ("shard_rows", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ArgumentError(f"{name} is {value}, but must be at least {least}.")
+        super().__post_init__()
+        if self.batch_size is not None and self.memory is not None:
+            raise ArgumentError("Give batch_size, or memory to have it chosen, not both.")
+        if self.self_influence not in NORMS:
+            raise ArgumentError(f"self_influence is {self.self_influence!r}, but must be 'exact' or 'projected'.")
+        if self.unit_norm and self.self_influence != "exact":
+            raise ArgumentError("unit_norm needs exact norms. Leave out self_influence='projected', or unit_norm.")
+        check_choice("row_type", self.row_type, ROW_TYPES)
+        if self.factors is not None and self.factors not in FACTOR_TYPES:
+            raise ArgumentError(f"factors is {self.factors!r}, but must be 'float32', 'float16' or None.")
+
+    @property
+    def computing(self) -> ComputeOptions:
+        """Those that a store's rows do not depend on."""
+        return ComputeOptions(**{each.name: getattr(self, each.name) for each in fields(ComputeOptions)})
