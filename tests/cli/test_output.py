@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toys
-from gradindex.retrieval.explanation import Explanation
 from places import TESTS
 from toys import call, shell
 
@@ -22,6 +21,7 @@ import gradindex
 from gradindex.errors import StoreError, TaskError
 from gradindex.output import csv_cell, printable, shown_as, table, table_lines, to_json
 from gradindex.report import heat_map, write_page
+from gradindex.retrieval.explanation import Explanation
 from gradindex.retrieval.hits import Hits, LookedUp, text_lines
 
 CLEAR = "\x1b[2J\x1b]0;mine\x07"
