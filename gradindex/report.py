@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,9 @@ def require() -> None:
     Raises:
         DependencyError: jinja2 or matplotlib is missing.
     """
-    _need("jinja2")
-    _need("matplotlib")
+    with _needed():
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
 
 
 def cards_html(cards: Sequence[Card]) -> str:
@@ -119,8 +120,9 @@ def line_chart(x: Sequence[float], lines: Mapping[str, NDArray[Any]], x_label: s
     Raises:
         DependencyError: matplotlib is missing.
     """
-    figure_type = _need("matplotlib.figure").Figure
-    figure = figure_type(figsize=(7, 4), layout="constrained")
+    with _needed():
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, y in lines.items():
         axes.plot(x, y, label=name, **({"linestyle": "--", "color": "0.6"} if name == "chance" else {"linewidth": 2}))
@@ -140,12 +142,14 @@ def heat_map(values: NDArray[np.float64], rows: Sequence[str], columns: Sequence
     Raises:
         DependencyError: matplotlib is missing.
     """
-    figure_type = _need("matplotlib.figure").Figure
-    colours = _need("matplotlib.colors").LinearSegmentedColormap.from_list("sign", ["#c2410c", "#ffffff", "#0a7d4f"])
+    with _needed():
+        from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib.figure import Figure
+    colours = LinearSegmentedColormap.from_list("sign", ["#c2410c", "#ffffff", "#0a7d4f"])
     # Inches for cells, for names (those of columns stand upright), and for the bar of colours.
     width = 2.0 + 0.45 * len(columns) + 0.1 * max(map(len, rows))
     height = 1.5 + 0.35 * len(rows) + 0.1 * max(map(len, columns))
-    figure = figure_type(figsize=(min(60.0, max(5.0, width)), min(60.0, height)), layout="constrained")
+    figure = Figure(figsize=(min(60.0, max(5.0, width)), min(60.0, height)), layout="constrained")
     axes = figure.subplots()
     largest = float(np.abs(values).max()) or 1.0  # the colours of all zeros need some scale
     shown = axes.imshow(values, cmap=colours, vmin=-largest, vmax=largest, aspect="auto")
@@ -180,8 +184,10 @@ def picture(shown: Any) -> str:
     if array.dtype != np.uint8 and array.ndim == 3:
         array = (array.clip(0, 1) * 255).round().astype(np.uint8)
     buffer = io.BytesIO()
-    limits = {"vmin": 0, "vmax": 255} if array.dtype == np.uint8 else {}
-    _need("matplotlib.image").imsave(buffer, array, format="png", cmap="gray", **limits)
+    low, high = (0, 255) if array.dtype == np.uint8 else (None, None)
+    with _needed():
+        from matplotlib.image import imsave
+    imsave(buffer, array, vmin=low, vmax=high, format="png", cmap="gray")
     return _data_address(buffer.getvalue())
 
 
@@ -202,7 +208,8 @@ def _data_address(png: bytes) -> str:
 
 
 def _template(name: str) -> Any:
-    jinja2 = _need("jinja2")
+    with _needed():
+        import jinja2
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gradindex"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -211,10 +218,15 @@ def _template(name: str) -> Any:
     return environment.get_template(name)
 
 
-def _need(module: str) -> Any:
+@contextmanager
+def _needed() -> Iterator[None]:
+    """Packages of the extra are imported where they are used, in a block of this.
+
+    Raises:
+        DependencyError: one is missing.
+    """
     try:
-        return importlib.import_module(module)
+        yield
     except ImportError as error:
-        raise DependencyError(
-            f"Pages need {module.partition('.')[0]} ({error}). Install it: pip install 'gradindex[demo]'."
-        ) from None
+        package = str(error.name or "a package").partition(".")[0]
+        raise DependencyError(f"Pages need {package} ({error}). Install it: pip install 'gradindex[demo]'.") from None

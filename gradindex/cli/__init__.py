@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .ask import explain, query, self_influence
-from .fill import add, add_checkpoint, build, demo
-from .keep import compact, export, info, merge, remove, seal, verify
+from .builds import add, add_checkpoint, build, demo
+from .indexes import evaluate, index
 from .main import main
-from .search import evaluate, index
+from .queries import explain, query, self_influence
+from .stores import compact, export, info, merge, remove, seal, verify
 
 for command in (
     demo, build, add, add_checkpoint, query, explain, self_influence, index, evaluate, info, verify, remove, compact,

@@ -19,6 +19,7 @@ from ..progress import progress
 from . import runs
 from .bases import Bases, read_bases
 from .documents import MANIFEST, PENDING, read_manifest
+from .gathering import Gatherer
 from .job import progress_of
 from .layout import FACTOR_SIDES, Expected, factor_name
 from .manifest import ShardEntry
@@ -62,8 +63,8 @@ class GradientStore:
 
     def _serve(self, entries: Sequence[ShardEntry]) -> None:
         self._entries = entries
-        self._firsts = np.array([entry.first for entry in entries], dtype=np.int64)
         self._shards = OpenShards(self.folder, entries, self.manifest)
+        self._gatherer = Gatherer(self._shards, entries, self.manifest)
         self._live_runs: NDArray[np.int64] | None = None
 
     @staticmethod
@@ -215,7 +216,9 @@ class GradientStore:
         """
         keys, ids = self._factor_keys(), self._checked(ids)
         if len(ids):
-            arrays = iter(self._gather([factor_name(*key, side) for key in keys for side in FACTOR_SIDES], ids))
+            arrays = iter(
+                self._gatherer.gather([factor_name(*key, side) for key in keys for side in FACTOR_SIDES], ids)
+            )
         else:
             kind, layers = self.manifest.factors, self.manifest.map.layers
             sizes = (size for _, number in keys for size in (layers[number].d_in, layers[number].d_out))
@@ -236,7 +239,7 @@ class GradientStore:
         """
         keys, ids = self._factor_keys(), self._checked(ids)
         names = [factor_name(*key, side) for key in keys for side in FACTOR_SIDES]
-        for places, shard, positions in self._by_shard(ids):
+        for places, shard, positions in self._gatherer.by_shard(ids):
             sides = iter(shard.arrays.at(names, positions))
             yield places, positions, {key: (next(sides), next(sides)) for key in keys}
 
@@ -363,11 +366,8 @@ class GradientStore:
             if runs.contain(self._removed, np.array([wrong]))[0]:
                 raise ArgumentError(f"Training example {wrong} was removed from {self.folder}.")
             raise ArgumentError(
-                f"There is no training id {wrong}; ids go from {self._firsts[0]} to {self._entries[-1].last}."
+                f"There is no training id {wrong}; ids go from {self._entries[0].first} to {self._entries[-1].last}."
             )
-
-    def _owners(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.searchsorted(self._firsts, ids, side="right") - 1
 
     def _column_type(self, name: str) -> str:
         return self.manifest.columns[name.removeprefix("columns/")]
@@ -378,40 +378,9 @@ class GradientStore:
         kept = ~runs.contain(self._removed, ids)
         return ids[kept], kept
 
-    def _by_shard(self, ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Shard, NDArray[np.int64]]]:
-        """Where ids are in ``ids``, their shard, and their positions in it; one shard after the other."""
-        owners = self._owners(ids)
-        order = np.arange(len(ids)) if (owners[1:] >= owners[:-1]).all() else np.argsort(owners, kind="stable")
-        for mine in np.split(order, np.flatnonzero(np.diff(owners[order])) + 1) if len(ids) else ():
-            shard = self._shards[int(owners[mine[0]])]
-            yield mine, shard, shard.positions(ids[mine])
-
-    def _gather(self, names: Sequence[str], ids: NDArray[np.int64]) -> list[NDArray[Any]]:
-        """Values of some arrays by id, in the order of ``ids``, of which there is at least one."""
-        parts: list[list[NDArray[Any]]] = [[] for _ in names]
-        whole = [self._room(name, len(ids)) for name in names]
-        places, start = [], 0
-        for mine, shard, positions in self._by_shard(ids):  # for not all can be open
-            places.append(mine)
-            for name, part, room in zip(names, parts, whole, strict=True):
-                part.append(shard.take(name, positions, None if room is None else room[start : start + len(mine)]))
-            start += len(mine)
-        found = [np.concatenate(part) if room is None else room for part, room in zip(parts, whole, strict=True)]
-        order = np.concatenate(places)
-        return found if (order[1:] > order[:-1]).all() else [_at_places(values, order) for values in found]
-
-    def _room(self, name: str, count: int) -> NDArray[Any] | None:
-        """For values that all shards keep in one type, and as they are handed out."""
-        if not name.startswith("factors/"):
-            return None
-        _, _, layer, side = name.split("/")
-        stored = self.manifest.map.layers[int(layer)]
-        size = (stored.d_in, stored.d_out)[FACTOR_SIDES.index(side)]
-        return np.empty((count, size), dtype=self.manifest.factors)
-
     def _gathered(self, name: str, ids: NDArray[np.int64], shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
         ids = self._checked(ids)
-        return self._gather([name], ids)[0] if len(ids) else np.empty((0, *shape), dtype=kind)
+        return self._gatherer.gather([name], ids)[0] if len(ids) else np.empty((0, *shape), dtype=kind)
 
     def _checked(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         ids = runs.as_ids(ids)
@@ -427,10 +396,3 @@ class GradientStore:
         for number in range(len(self._entries)):
             parts.append(self._shards[number].take(name, np.flatnonzero(self._live(number)[1])))
         return np.concatenate(parts)
-
-
-def _at_places(values: NDArray[Any], places: NDArray[np.int64]) -> NDArray[Any]:
-    """``values``, each at its place."""
-    result = np.empty_like(values)
-    result[places] = values
-    return result

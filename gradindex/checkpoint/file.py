@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import filecmp
-import glob
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from .choices import WEIGHTINGS, Weighting
-from .digests import digest
-from .errors import ArgumentError, CheckpointError
-from .progress import note
-from .recorder import RECORD_KEY, recorded_groups, recorded_training
-from .weights import (
+from ..choices import WEIGHTINGS, Weighting
+from ..errors import ArgumentError, CheckpointError
+from ..recorder import RECORD_KEY, recorded_groups, recorded_training
+from ..weights import (
     Content,
     Rate,
     aligned,
     and_others,
     as_rate,
-    as_rates,
-    common_steps,
     digest_of_file,
     fitted,
     found_weights,
@@ -37,12 +29,6 @@ from .weights import (
 )
 
 _RECORDED_FIELD = {"learning_rate": "learning_rate", "integrated": "learning_rate_sum"}
-# Suffixes of checkpoints in a folder, and how files begin that trainers write beside them.
-_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".tar")
-_NO_WEIGHTS = (
-    "optimizer", "optim", "scheduler", "lr_scheduler", "rng_state", "random_states", "training_args", "scaler",
-    "trainer_state", "sampler",
-)  # fmt: skip
 _WAY_OUT = (
     "Give learning_rate= to Checkpoint or find_checkpoints, train with gradindex.Recorder, "
     "or choose weighting='uniform'."
@@ -239,125 +225,6 @@ class Checkpoint:
         return digest_of_file(Path(self.path))
 
 
-def find_checkpoints(
-    pattern: str | os.PathLike[str],
-    *,
-    learning_rate: Rate | Mapping[int, Rate] | Sequence[Rate] | Callable[[int], Rate] | None = None,
-    weighting: Weighting = "learning_rate",
-    key: str | None = None,
-    prefix: str | None = None,
-) -> list[Checkpoint]:
-    """Find checkpoint files, in the order of their steps.
-
-    The step is what ``Recorder`` saved or a trainer wrote into the file, else the number in the file's name that is
-    labelled step, else epoch, else its only whole number (or its folder's, as in ``checkpoint-100``); never a part of
-    a decimal, a version or a date. All files must have the same kind.
-
-    Args:
-        pattern: a glob such as ``"runs/mnist/*.pt"``, or a folder.
-        learning_rate: eta where ``Recorder`` did not save it: a number, numbers by parameter
-            name, a list of one for each checkpoint in the order of their steps, ``{step: rate}``, or a function of
-            the step (a schedule).
-        weighting: see :class:`Checkpoint`.
-        key: see :class:`Checkpoint`.
-        prefix: see :class:`Checkpoint`.
-
-    Returns:
-        At least one checkpoint, by ascending step.
-
-    Raises:
-        CheckpointError: nothing matches, a file has no step, or two have the same.
-        ArgumentError: there is not a rate for each checkpoint.
-    """
-    folder = Path(pattern)
-    if folder.is_dir():
-        paths = sorted(path for path in folder.iterdir() if _is_checkpoint(path))
-    else:
-        paths = sorted(map(Path, glob.glob(os.fspath(pattern))))  # noqa: PTH207  # Path.glob refuses absolute patterns
-    if not paths:
-        nested = sorted({path.name for path in folder.glob("*/*") if _is_checkpoint(path)}) if folder.is_dir() else []
-        if nested:
-            raise CheckpointError(
-                f"{folder} holds folders, but no checkpoint itself. Give the files in them: "
-                f"find_checkpoints({str(folder / '*' / nested[0])!r})."
-            )
-        raise CheckpointError(
-            f"No checkpoint matches {pattern}. Check the path, or train with gradindex.Recorder first."
-        )
-    numbers = [numbers_of(path, outline(path)) for path in paths]
-    by_step: dict[int, Checkpoint] = {}
-    for path, found, step in zip(paths, numbers, common_steps(paths, numbers), strict=True):
-        if step in by_step:
-            _check_copy(Path(by_step[step].path), path, step)
-            continue
-        by_step[step] = Checkpoint(str(path), None, weighting, step, key, prefix, found)
-    checkpoints = [by_step[step] for step in sorted(by_step)]
-    if learning_rate is None:
-        return checkpoints
-    rates = as_rates(learning_rate, sorted(by_step), [item.path for item in checkpoints])
-    rated = zip(checkpoints, rates, strict=True)
-    return [replace(item, learning_rate=as_rate(item.path, rate)) for item, rate in rated]  # None is no rate here
-
-
-def evenly(checkpoints: Sequence[Checkpoint], count: int) -> list[Checkpoint]:
-    """The checkpoint nearest to the middle of each of ``count`` equal spans, in the order of training.
-
-    TracInCP stands for a sum over all steps, and the middle of a span stands for it best (the midpoint rule):
-    on MNIST, 5 of 20 agree with the sum over all steps to a mean Pearson of 0.936, the ends of the spans to
-    0.917 (docs/paper.md). Each keeps its own weight; ``"integrated"`` covers the steps since the checkpoint
-    saved before it, also where that one is not chosen.
-
-    Args:
-        checkpoints: in the order of training, saved at equal distances.
-        count: from 1 to their number.
-
-    Raises:
-        ArgumentError: ``count`` is out of range.
-    """
-    _check_count(checkpoints, count)
-    n = len(checkpoints)
-    # Checkpoint j of n stands at the end of step j, so the middle (k - 1/2) n / count is rounded to a whole j.
-    return [checkpoints[((2 * number - 1) * n + count) // (2 * count) - 1] for number in range(1, count + 1)]
-
-
-def by_loss_drop(
-    checkpoints: Sequence[Checkpoint], count: int, losses: Sequence[float] | None = None
-) -> list[Checkpoint]:
-    """Those before which the training loss fell most, in the order of training.
-
-    The drop of a checkpoint is the loss at the one before it minus its own; the first has none before it
-    and is chosen only when all are.
-
-    Source: Pruthi et al. 2020 (arXiv:2002.08484): checkpoints from where the loss falls.
-
-    Args:
-        checkpoints: in the order of training.
-        count: from 1 to their number.
-        losses: the training loss of each; by default what ``Recorder.save(loss)`` recorded.
-
-    Raises:
-        ArgumentError: ``count`` is out of range, or there is not one finite loss for each checkpoint.
-        CheckpointError: no loss was recorded.
-    """
-    _check_count(checkpoints, count)
-    values = [item.loss() for item in checkpoints] if losses is None else [float(loss) for loss in losses]
-    if len(values) != len(checkpoints) or not all(map(math.isfinite, values)):
-        finite = sum(map(math.isfinite, values))
-        raise ArgumentError(
-            f"losses has {finite} finite values, but there are {len(checkpoints)} checkpoints. Give one for each."
-        )
-    drops = [-math.inf] + [before - after for before, after in pairwise(values)]
-    chosen = sorted(range(len(values)), key=lambda number: -drops[number])[:count]
-    return [checkpoints[number] for number in sorted(chosen)]
-
-
-def _check_count(checkpoints: Sequence[Checkpoint], count: int) -> None:
-    if not 1 <= count <= len(checkpoints):
-        raise ArgumentError(
-            f"count is {count}, but must be from 1 to {len(checkpoints)}, the number of checkpoints. Choose another."
-        )
-
-
 def read_record(path: Path) -> dict[str, Any] | None:
     """What ``Recorder`` saved beside the weights, or ``None`` in other files."""
     return _record(read(path))
@@ -408,18 +275,3 @@ def _moments(
     if names is None:
         return found
     return {name: found[recorded] for name, recorded in _recorded(found, names).items()}
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return path.suffix in _SUFFIXES and path.is_file() and not path.name.startswith((".", *_NO_WEIGHTS))
-
-
-def _check_copy(kept: Path, other: Path, step: int) -> None:
-    """Two files of one step are no fault where they are the same, such as a trainer's last.ckpt."""
-    same = kept.samefile(other) or filecmp.cmp(kept, other, shallow=False)
-    if not (same or digest(read(kept).value) == digest(read(other).value)):  # saved twice: a file holds its own name
-        raise CheckpointError(
-            f"{kept} and {other} are both of step {step}, so which one counts is unknown. Give a pattern that matches "
-            "one of them, or list the checkpoints yourself: [Checkpoint(path, learning_rate=..., step=...), ...]."
-        )
-    note(f"{other} is the same as {kept} and is left out.")
