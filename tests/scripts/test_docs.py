@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 from places import DATA, TOP
 
-PAGES = [TOP / "README.md", *sorted((TOP / "docs").rglob("*.md"))]
+PAGES = [
+    *(TOP / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted((TOP / "docs").rglob("*.md")),
+]
+BY_TASK = ("build.md", "explain.md", "grow.md")
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "GRADINDEX_DATA": str(DATA)}
 
 # What README calls "yours": a model, its data, and the loop's variables.
@@ -106,14 +110,32 @@ def test_the_page_on_tasks_runs_from_top_to_bottom(tmp_path):
     assert {"2024-01-31", "2024-02-02"} <= set(printed.split())
 
 
+def test_the_pages_by_task_run_after_readmes_first_steps(tmp_path):
+    (tmp_path / "my_training.py").write_text(MY_TRAINING)
+    first = [text for language, text in blocks(TOP / "README.md") if language == "python"][:2]
+    (tmp_path / "my_task.py").write_text(first[1])
+    told = [block for name in BY_TASK for block in blocks(TOP / "docs" / name)]
+    script = LOOP + first[0] + "import gradindex\nfrom my_task import task\n"
+    (tmp_path / "session.py").write_text(script + "".join(text for language, text in told if language == "python"))
+    printed = run("python session.py", tmp_path)
+    assert printed.startswith("40 rows of")
+    assert "all checkpoints" in printed
+    assert {language for language, _ in told} == {"python", "sh"}
+    in_readme = {line for _, text in blocks(TOP / "README.md") for line in shell_lines(text)}
+    own = [line for language, text in told if language == "sh" for line in shell_lines(text) if line not in in_readme]
+    assert own == ["gradindex build my_task.py:task --out other --dry-run"]  # README's are run by the test above
+    assert "disk" in run(own[0], tmp_path)
+
+
 def test_other_pages_hold_no_block_that_nothing_runs():
-    assert [page.name for page in PAGES if page.name not in ("README.md", "tasks.md") and blocks(page)] == []
+    run_above = ("README.md", "tasks.md", *BY_TASK)
+    assert [page.name for page in PAGES if page.name not in run_above and blocks(page)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_paths_in_a_page_exist(page):
     text = page.read_text()
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     paths = re.findall(r"`((?:scripts|docs|tests|data)/[\w./-]*)`", text)
     missing = [x for x in links if not (page.parent / x).exists()] + [x for x in paths if not (TOP / x).exists()]
     assert missing == []
