@@ -188,7 +188,7 @@ def _build(task: Task, folder: Path, part: Part | None, options: BuildOptions) -
             take_ended_plan(folder)
             return
         if options.factors is not None:  # before hours of other work
-            RowMaker(engine, Projection("none"), factors=True).rows(task.first_and_last(), ["first", "last"], "train")
+            RowMaker(engine, Projection("none"), factors=True).rows(task.first_and_last())
         with claimed(folder, part, new=True):
             if GradientStore.complete(folder):  # in the meantime, by another process
                 _check_built(GradientStore(folder), described, engine)

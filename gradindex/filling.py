@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from .choices import Precision
-from .errors import training_names
+from .examples import Examples, RowBatch
 from .forking import check_threads, one_thread_in_children
 from .gradients import Engine, Tracked, check_routes
 from .index import require
@@ -19,7 +19,7 @@ from .options import ComputeOptions
 from .progress import note, progress
 from .projection import Bases
 from .reading import read, reading_processes
-from .rows import RowBatch, RowMaker, projection_of
+from .rows import RowMaker, projection_of
 from .spotcheck import SpotCheck
 from .store import GradientStore, Job, Manifest, Part, PlannedShard, read_bases, runs
 from .task import Task, sampled
@@ -106,10 +106,9 @@ def fill(
             ids = runs.to_ids(missing.ids)
             samples: list[tuple[int, str]] = []
             with job.shard(missing, task.column_arrays("train", ids), samples) as writer:
-                for some, batch in batches(maker, task, ids, job.after, workers, samples):
-                    whole = batch if beside is None else _beside(beside, some, batch)
-                    writer.append(whole.rows, whole.self_influence, whole.losses, whole.factors)
-                    advance(len(some))
+                for examples, rows in batches(maker, task, ids, job.after, workers, samples):
+                    writer.append(rows if beside is None else _beside(beside, examples.ids, rows))
+                    advance(len(rows))
 
 
 def _beside(store: GradientStore, ids: NDArray[np.int64], later: RowBatch) -> RowBatch:
@@ -132,17 +131,13 @@ def batches(
     manifest: Manifest,
     workers: int,
     samples: list[tuple[int, str]],
-) -> Iterator[tuple[NDArray[np.int64], RowBatch]]:
-    """Ids and rows, batch by batch; each example is read once, and the digests of some are added to ``samples``."""
+) -> Iterator[tuple[Examples, RowBatch]]:
+    """Examples and their rows, batch by batch; each is read once, and the digests of some are added to ``samples``."""
     wanted = set(sampled(ids).tolist())
     spot_check = SpotCheck(maker, task, ids)
-    start = 0
-    for items in read(task, ids, manifest.batch_size, workers):
-        some = ids[start : start + len(items)]
-        start += len(items)
-        read_now = zip(some, items, strict=True)
-        samples += [(int(i), task.example_digest(item)) for i, item in read_now if int(i) in wanted]
-        names = training_names(some)
-        batch = maker.rows(items, names, "train")
-        spot_check.check(some, items, names, batch)
-        yield some, batch
+    for examples in read(task, ids, manifest.batch_size, workers):
+        read_now = zip(examples.ids.tolist(), examples.items, strict=True)
+        samples += [(i, task.example_digest(item)) for i, item in read_now if i in wanted]
+        rows = maker.rows(examples)
+        spot_check.check(examples, rows)
+        yield examples, rows

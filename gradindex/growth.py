@@ -179,8 +179,8 @@ def repair(
                     reading_processes(),
                     rewritten(store, number, columns, task.sample_digests) as (ids, writer),
                 ):
-                    for _, batch in batches(maker, task, ids, manifest, options.workers, []):
-                        writer.append(batch.rows, batch.self_influence, batch.losses, batch.factors)
+                    for _, rows in batches(maker, task, ids, manifest, options.workers, []):
+                        writer.append(rows)
                 said.append(f"{problem}: computed again")
     return said
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from .errors import MismatchError
@@ -79,11 +80,13 @@ def check_losses(
     """
     if not stored:
         return
-    items = engine.task.examples(i for i, _ in stored)
-    now = np.stack([engine.losses(checkpoint, items) for checkpoint in range(engine.n_checkpoints)], 1)
+    examples = engine.task.read([i for i, _ in stored])
+    now = torch.stack([engine.losses(checkpoint, examples).double() for checkpoint in range(engine.n_checkpoints)], 1)
     then = np.stack([losses for _, losses in stored])[:, first : first + engine.n_checkpoints]
     rough = rough or engine.precision in HALF
-    agree = np.isclose(then, now, rtol=0.1 if rough else 1e-2, atol=0.05 if rough else 1e-3, equal_nan=True).all(1)
+    agree = np.isclose(
+        then, now.cpu().numpy(), rtol=0.1 if rough else 1e-2, atol=0.05 if rough else 1e-3, equal_nan=True
+    ).all(1)
     if not agree.all():
         raise MismatchError(
             f"The task does not match {folder}: the losses of training examples (of {stored[int(agree.argmin())][0]}, "

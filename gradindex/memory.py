@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import ArgumentError, OutOfMemoryError, is_out_of_memory
+from .examples import Examples
 from .tree import tensors
 
 T = TypeVar("T")
@@ -24,42 +25,35 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def in_halves(
-    action: Callable[[list[Any]], list[T]],
-    items: list[Any],
-    names: Sequence[str],
-    at: Callable[[], str],
-    alone: bool = False,
+    action: Callable[[Examples], list[T]], examples: Examples, at: Callable[[], str], alone: bool = False
 ) -> list[T]:
-    """``action(items)``, or the results of both halves where memory runs out.
+    """``action(examples)``, or the results of both halves where memory runs out.
 
     Args:
         action: returns a list, which the halves' lists are joined to.
-        items: at least one.
-        names: of the items, for the error.
+        examples: at least one.
         at: says what was being computed when memory ran out.
-        alone: whether each item goes by itself from the start.
+        alone: whether each example goes by itself from the start.
 
     Raises:
-        OutOfMemoryError: one item alone does not fit; says where, and how much was asked for.
+        OutOfMemoryError: one example alone does not fit; says where, and how much was asked for.
     """
-    if alone and len(items) > 1:
-        return [
-            result for item, name in zip(items, names, strict=True) for result in in_halves(action, [item], [name], at)
-        ]
+    if alone and len(examples) > 1:
+        return [result for example in examples for result in in_halves(action, example, at)]
     try:
-        return action(items)
+        return action(examples)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        if len(items) == 1:
+        if len(examples) == 1:
             wanted = re.search(r"[Tt]ried to allocate ([\d.]+) ?(\w+)", str(error))
             amount = _readable(wanted[1], wanted[2]) if wanted else "it"
             raise OutOfMemoryError(
-                f"{names[0]} alone needs more memory than there is: {at()} asked for {amount}. "
+                f"{examples.names[0]} alone needs more memory than there is: {at()} asked for {amount}. "
                 "Track fewer layers, shorten the example, or use a machine with more memory."
             ) from None
-    half = len(items) // 2
-    return in_halves(action, items[:half], names[:half], at) + in_halves(action, items[half:], names[half:], at)
+    half = len(examples) // 2
+    return in_halves(action, examples[:half], at) + in_halves(action, examples[half:], at)
 
 
 def _readable(number: str, unit: str) -> str:
@@ -72,9 +66,9 @@ def parse_bytes(text: str) -> int:
     Raises:
         ArgumentError: it is none of these, or not positive.
     """
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?b)?\s*", text.lower())
+    parsed = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?b)?\s*", text.lower())
     try:
-        value = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+        value = int(float(parsed[1]) * _UNITS[parsed[2]]) if parsed else 0
     except (ValueError, OverflowError):
         value = 0
     if value < 1:
@@ -94,18 +88,18 @@ def available_bytes(device: torch.device) -> int:
     return 2 << 30
 
 
-def batch_size_for(action: Callable[[list[Any]], Any], items: Sequence[Any], budget: int, device: torch.device) -> int:
+def batch_size_for(action: Callable[[Examples], Any], examples: Examples, budget: int, device: torch.device) -> int:
     """The largest power of two, up to 256, whose peak memory fits; measured on up to 8 examples.
 
     Args:
-        action: takes a list of examples and does with them what a build does.
-        items: where to take the examples from.
+        action: does with examples what a build does.
+        examples: where to take them from.
         budget: bytes for one pass, weights not included.
         device: where the action computes.
     """
-    if len(items) <= _SMALLEST_TRIED:
+    if len(examples) <= _SMALLEST_TRIED:
         return LARGEST_BATCH
-    return largest_batch(*pass_bytes(action, items, device), budget)
+    return largest_batch(*pass_bytes(action, examples, device), budget)
 
 
 def largest_batch(fixed: int, each: int, budget: int) -> int:
@@ -116,10 +110,10 @@ def largest_batch(fixed: int, each: int, budget: int) -> int:
     return size
 
 
-def pass_bytes(action: Callable[[list[Any]], Any], items: Sequence[Any], device: torch.device) -> tuple[int, int]:
-    """Peak memory of a pass: bytes whatever its size, and bytes for each example; measured on up to 8 of ``items``."""
-    small, large = (min(count, len(items)) for count in (_SMALLEST_TRIED, LARGEST_TRIED))
-    peaks = [peak_bytes(partial(action, [items[i] for i in range(n)]), device) for n in (small, large)]
+def pass_bytes(action: Callable[[Examples], Any], examples: Examples, device: torch.device) -> tuple[int, int]:
+    """Peak memory of a pass: bytes whatever its size, and bytes for each example; measured on up to 8 of them."""
+    small, large = (min(count, len(examples)) for count in (_SMALLEST_TRIED, LARGEST_TRIED))
+    peaks = [peak_bytes(partial(action, examples[:n]), device) for n in (small, large)]
     each = max(1, (peaks[1] - peaks[0]) // (large - small)) if small < large else -(-peaks[1] // large)
     return max(0, peaks[0] - small * each), each
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import GradIndexError, TaskError, UserCodeError, WorkerError, user_code
+from .examples import Examples, read_example
 from .importing import import_file, task_files
-from .task import Task, read_example
+from .task import Task
 
 # Arrays of a batch share one block of memory, each at a multiple of this, as kernels like it.
 _ALIGNED = 64
@@ -31,7 +32,7 @@ _ALIGNED = 64
 _DEPTH, _MOST_LOOKED_AT = 5, 1000
 
 
-def read(task: Task, ids: NDArray[np.int64], batch_size: int, workers: int) -> Iterator[list[Any]]:
+def read(task: Task, ids: NDArray[np.int64], batch_size: int, workers: int) -> Iterator[Examples]:
     """Training examples in the order of ``ids``, ``batch_size`` at a time.
 
     Args:
@@ -45,19 +46,21 @@ def read(task: Task, ids: NDArray[np.int64], batch_size: int, workers: int) -> I
         TaskError: the data set cannot be handed to other processes; names the part of it.
         WorkerError: a process died.
     """
+    pieces = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
     if not workers:
-        for start in range(0, len(ids), batch_size):
-            yield task.examples(ids[start : start + batch_size])
+        for piece in pieces:
+            yield task.read(piece)
         return
     if multiprocessing.get_start_method() == "fork":
         _check_no_shared_file(task.train)
     with reading_processes():
-        for packed in DataLoader(_Examples(task, ids), batch_size, collate_fn=_pack, num_workers=workers):
+        loader = DataLoader(_ByPlace(task, ids), batch_size, collate_fn=_pack, num_workers=workers)
+        for piece, packed in zip(pieces, loader, strict=True):
             items = _unpack(packed)
             for item in items:
                 if isinstance(item, GradIndexError):
                     raise item
-            yield items
+            yield Examples.training(piece, items)
 
 
 @contextmanager
@@ -87,7 +90,7 @@ def reading_processes() -> Iterator[None]:
         ) from None
 
 
-class _Examples(Dataset[Any]):
+class _ByPlace(Dataset[Any]):
     """Training examples by their place among ids; an error comes in the place of its example.
 
     For what a worker raises arrives wrapped in its traceback, and a ``StopIteration`` would end the loop.
@@ -240,9 +243,9 @@ def _unpicklable(value: Any, name: str, depth: int) -> tuple[str, Any, str] | No
     except Exception as error:  # whatever a class of the user's raises
         if depth:
             for part, inner in _parts(value, name):
-                found = _unpicklable(inner, part, depth - 1)
-                if found is not None:
-                    return found
+                innermost = _unpicklable(inner, part, depth - 1)
+                if innermost is not None:
+                    return innermost
         return name, value, _said(error)
     return None
 

@@ -2,65 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .choices import Norms
-from .errors import TaskError, training_names
+from .errors import TaskError
+from .examples import Examples, RowBatch, Sides
 from .factors import Factors, Gradients, Layer
-from .gradients import Engine, blamed, non_finite
-from .memory import LARGEST_TRIED, available_bytes, batch_size_for, in_halves, pass_bytes
+from .gradients import Engine, in_batches, non_finite
+from .memory import LARGEST_TRIED, available_bytes, batch_size_for, pass_bytes
 from .progress import progress
 from .projection import Bases, Fit, Projection, Share, hash64, key
 from .store import RowMap, StoredCheckpoint, StoredLayer, StoredProjection
 
 # Of how many examples, at most, bases are fitted to the gradients.
 FITTED_TO = 2000
-
-
-Sides = tuple[NDArray[np.float32], NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class RowBatch:
-    """What is stored of b examples at C checkpoints.
-
-    Args:
-        rows: (b, dim) float32, a block for each checkpoint, side by side.
-        self_influence: (b, C) float64, eta_c ||grad l(w_c; z)||^2.
-        losses: (b, C) float64.
-        factors: by (checkpoint, layer), where asked for: activations (b, d_in) and output gradients
-            (b, d_out) of layers whose gradient is one outer product, times sqrt(eta_c).
-    """
-
-    rows: NDArray[np.float32]
-    self_influence: NDArray[np.float64]
-    losses: NDArray[np.float64]
-    factors: Mapping[tuple[int, int], Sides]
-
-    @classmethod
-    def joined(cls, parts: Sequence[RowBatch]) -> RowBatch:
-        """Batches one after another."""
-        if len(parts) == 1:
-            return parts[0]
-
-        def along(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
-            return np.concatenate(values)
-
-        sides = {key: [part.factors[key] for part in parts] for key in parts[0].factors}
-        return cls(
-            along([part.rows for part in parts]),
-            along([part.self_influence for part in parts]),
-            along([part.losses for part in parts]),
-            {key: (along([x for x, _ in pairs]), along([d for _, d in pairs])) for key, pairs in sides.items()},
-        )
 
 
 class RowMaker:
@@ -101,33 +62,28 @@ class RowMaker:
         """Numbers in a row."""
         return self._block_dim * len(self._maps)
 
-    def rows(self, items: list[Any], names: list[str], role: str) -> RowBatch:
-        """Rows of a batch, and what stands beside them.
-
-        A batch that does not fit the memory is halved until it does.
+    def rows(self, examples: Examples) -> RowBatch:
+        """Rows of examples, and what stands beside them; they go through the engine as :func:`in_batches` says.
 
         Raises:
             NonFiniteGradientError: names the example and the checkpoint.
             OutOfMemoryError: one example alone does not fit.
+            UserCodeError: the loss or collate failed; names the example.
             TaskError: factors were asked for, and a layer's gradient is not one outer product.
         """
-        named, engine = list(zip(items, names, strict=True)), self.engine
-        with blamed(engine, items, names, role):
-            parts = in_halves(lambda some: [self._rows(some, role)], named, names, lambda: engine.at, engine.alone)
-        return RowBatch.joined(parts)
+        return RowBatch.joined(in_batches(self.engine, self._rows, examples))
 
-    def _rows(self, named: list[tuple[Any, str]], role: str) -> RowBatch:
-        items = [item for item, _ in named]
+    def _rows(self, batch: Examples) -> list[RowBatch]:
         blocks, norms, losses = [], [], []
         factors: dict[tuple[int, int], Sides] = {}
         for checkpoint in range(len(self._maps)):
             for loss_scale in self.engine.loss_scales:
-                block, squared, loss, sides = self._at_checkpoint(checkpoint, items, role, loss_scale)
+                block, squared, loss, sides = self._at_checkpoint(checkpoint, batch, loss_scale)
                 bad = ~(loss.isfinite() & squared.isfinite() & block.isfinite().all(1))
                 if not bool(bad.any()):
                     break
             else:
-                names = [name for (_, name), wrong in zip(named, bad.tolist(), strict=True) if wrong]
+                names = [name for name, wrong in zip(batch.names, bad.tolist(), strict=True) if wrong]
                 raise non_finite(self.engine, checkpoint, names, bool(loss.isfinite().all()))
             blocks.append(block)
             norms.append(squared)
@@ -136,28 +92,28 @@ class RowMaker:
         squares, rows = torch.stack(norms, 1), torch.cat(blocks, 1)
         if self._unit_norm:
             rows = rows / _safe(squares.sum(1).sqrt())[:, None]
-        return RowBatch(
-            rows.float().cpu().numpy(), squares.cpu().numpy(), torch.stack(losses, 1).cpu().numpy(), factors
-        )
+        return [
+            RowBatch(rows.float().cpu().numpy(), squares.cpu().numpy(), torch.stack(losses, 1).cpu().numpy(), factors)
+        ]
 
     def _at_checkpoint(
-        self, checkpoint: int, items: list[Any], role: str, loss_scale: float
+        self, checkpoint: int, batch: Examples, loss_scale: float
     ) -> tuple[Tensor, Tensor, Tensor, dict[int, Sides]]:
-        """Blocks (batch, block_dim), squared norms (batch,), losses (batch,) and factors by layer."""
+        """Blocks (b, block_dim), squared norms (b,), losses (b,) and factors by layer."""
         engine, block_map = self.engine, self._maps[checkpoint]
-        block = torch.zeros(len(items), self._block_dim, dtype=engine.dtype, device=engine.device)
-        squared = torch.zeros(len(items), dtype=torch.float64, device=engine.device)
-        sides = {number: _no_sides(layer, len(items)) for number, layer in enumerate(engine.layers) if self._factors}
+        block = torch.zeros(len(batch), self._block_dim, dtype=engine.dtype, device=engine.device)
+        squared = torch.zeros(len(batch), dtype=torch.float64, device=engine.device)
+        sides = {number: _no_sides(layer, len(batch)) for number, layer in enumerate(engine.layers) if self._factors}
 
         def consume(number: int, gradients: Gradients) -> None:
             if self._factors:
                 sides[number] = _sides(engine.layers[number], gradients)
-            for part, some in gradients.parts():
-                block_map.add(block[part], number, some)
+            for part, piece in gradients.parts():
+                block_map.add(block[part], number, piece)
                 if self._exact_norms:
-                    squared[part] += some.squared_norms()
+                    squared[part] += piece.squared_norms()
 
-        losses = engine.run(checkpoint, items, consume, role, loss_scale=loss_scale)
+        losses = engine.run(checkpoint, batch, consume, loss_scale=loss_scale)
         return block, squared if self._exact_norms else block.double().square().sum(1), losses, sides
 
 
@@ -204,43 +160,36 @@ def fit_bases(engine: Engine, projection: Projection, batch_size: int, n: int, f
     """
     task = engine.task
     order = np.argsort(hash64(key(projection.seed, "sample"), n), kind="stable")
-    ids = [int(i) for i in np.sort(order[np.isin(order, task.train_ids)][:FITTED_TO])]
+    ids = np.sort(order[np.isin(order, task.train_ids)][:FITTED_TO])
     like = torch.zeros((), dtype=engine.dtype, device=engine.device)
     checkpoints = range(engine.n_checkpoints)
     fits = [projection.fit(first + c, engine.layers, like) for c in checkpoints]
     with progress("fitting the projection", projection.passes * len(ids), "rows") as advance:
         for _ in range(projection.passes):
             for start in range(0, len(ids), batch_size):
-                chosen = ids[start : start + batch_size]
-                names = training_names(chosen)
-                items = task.examples(chosen)
-                named = list(zip(items, names, strict=True))
+                examples = task.read(ids[start : start + batch_size])
                 for c, fit in enumerate(fits):
-                    with blamed(engine, items, names, "train"):
-                        shares = in_halves(
-                            partial(_shares, engine, c, fit), named, names, lambda: engine.at, engine.alone
-                        )
-                    fit.add(shares)
-                advance(len(chosen))
+                    fit.add(in_batches(engine, partial(_shares, engine, c, fit), examples))
+                advance(len(examples))
             for fit in fits:
                 fit.end_pass()
     return {(first + c, number): sides for c, fit in enumerate(fits) for number, sides in enumerate(fit.sides())}
 
 
-def _shares(engine: Engine, checkpoint: int, fit: Fit, named: list[tuple[Any, str]]) -> list[Share]:
+def _shares(engine: Engine, checkpoint: int, fit: Fit, batch: Examples) -> list[Share]:
     """What a batch adds to a fit, complete or not at all."""
     for loss_scale in engine.loss_scales:
-        found: list[Share] = []
+        shares: list[Share] = []
 
-        def consume(number: int, gradients: Gradients, into: list[Share] = found) -> None:
-            into.append(fit.share(number, gradients))
+        def consume(number: int, gradients: Gradients, shares: list[Share] = shares) -> None:
+            shares.append(fit.share(number, gradients))
 
-        engine.run(checkpoint, [item for item, _ in named], consume, loss_scale=loss_scale)
-        if all(bool(side.isfinite().all()) for _, sides in found for side in sides):
-            return found
-    if len(named) == 1:
-        raise non_finite(engine, checkpoint, [named[0][1]])
-    return [share for one in named for share in _shares(engine, checkpoint, fit, [one])]
+        engine.run(checkpoint, batch, consume, loss_scale=loss_scale)
+        if all(bool(side.isfinite().all()) for _, sides in shares for side in sides):
+            return shares
+    if len(batch) == 1:
+        raise non_finite(engine, checkpoint, batch.names)
+    return [share for example in batch for share in _shares(engine, checkpoint, fit, example)]
 
 
 def pick_batch_size(engine: Engine, projection: Projection, norms: Norms, budget: int | None) -> int:
@@ -261,26 +210,17 @@ def memory_of_pass(engine: Engine, projection: Projection, norms: Norms) -> tupl
     return pass_bytes(_hungriest(engine, projection, norms), _few(engine), engine.device)
 
 
-def _few(engine: Engine) -> list[Any]:
-    return engine.task.examples(engine.task.train_ids[:LARGEST_TRIED])
+def _few(engine: Engine) -> Examples:
+    return engine.task.read(engine.task.train_ids[:LARGEST_TRIED])
 
 
-def _hungriest(engine: Engine, projection: Projection, norms: Norms) -> Callable[[list[Any]], None]:
+def _hungriest(engine: Engine, projection: Projection, norms: Norms) -> Callable[[Examples], Any]:
     """What a build does with a batch that takes most memory."""
     if projection.fitted:  # fitting takes more than what follows
         like = torch.zeros((), dtype=engine.dtype, device=engine.device)
         shares = partial(_shares, engine, 0, projection.fit(0, engine.layers, like))
-
-        def action(items: list[Any]) -> None:
-            names = training_names(range(len(items)))
-            in_halves(shares, list(zip(items, names, strict=True)), names, lambda: engine.at, engine.alone)
-    else:
-        maker = RowMaker(engine, projection, norms=norms)
-
-        def action(items: list[Any]) -> None:
-            maker.rows(items, training_names(range(len(items))), "train")
-
-    return action
+        return partial(in_batches, engine, shares)
+    return RowMaker(engine, projection, norms=norms).rows
 
 
 def projection_of(rows: RowMap) -> Projection:

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from .digests import digest
 from .errors import LossError, TaskError, UserCodeError
+from .examples import Examples, RowBatch
 from .gradients import HALF, mixed
 from .projection import hash64, key
-from .rows import RowBatch, RowMaker
+from .rows import RowMaker
 from .task import Task
 from .tree import extent, preserved_random_state, shapes
 
@@ -45,91 +46,87 @@ class SpotCheck:
         self._random = set(ids[chosen].tolist())
         self._uneven, self._collated = _UNEVEN, _COLLATED
 
-    def check(self, ids: NDArray[np.int64], items: Sequence[Any], names: Sequence[str], batch: RowBatch) -> None:
+    def check(self, examples: Examples, rows: RowBatch) -> None:
         """Check the chosen ones among the examples of a batch.
 
         Raises:
             LossError: an example has another loss or gradient in its batch than alone.
             TaskError: an example is another one when it is read again.
         """
-        places = [place for place, i in enumerate(ids.tolist()) if i in self._random]
-        smallest = self._smallest(items) if self._uneven else None
+        places = [place for place, i in enumerate(examples.ids.tolist()) if i in self._random]
+        smallest = self._smallest(examples) if self._uneven else None
         if smallest is not None:
             self._uneven -= 1
             places = sorted({*places, smallest})
         for place in places:
             with preserved_random_state():
-                (again,) = self._task.examples([ids[place]])
-            if digest(again) != digest(items[place]):
+                (again,) = self._task.examples([examples.ids[place]])
+            if digest(again) != digest(examples.items[place]):
                 raise TaskError(
-                    f"{names[place]} differs between two reads, so its id means nothing: the data set is augmented at "
-                    "random, or the loss or collate changes what it hands out. Give Task the same data without that."
+                    f"{examples.names[place]} differs between two reads, so its id means nothing: the data set is "
+                    "augmented at random, or the loss or collate changes what it hands out. Give Task the same data "
+                    "without that."
                 )
-        check_alone(self._maker, items, names, batch, places, "train")
+        check_alone(self._maker, examples, rows, places)
 
-    def _smallest(self, items: Sequence[Any]) -> int | None:
+    def _smallest(self, examples: Examples) -> int | None:
         """The place of the smallest example, if they are of several shapes, or collate makes several of some."""
-        found = smallest_of_uneven(items)
-        if found is None and self._collated:  # positions and texts: their size is that of what they stand for
+        smallest = smallest_of_uneven(examples.items)
+        if smallest is None and self._collated:  # positions and texts: their size is that of what they stand for
             self._collated -= 1
-            engine = self._maker.engine
             with suppress(UserCodeError), preserved_random_state():
-                found = smallest_of_uneven([engine.batch([item]) for item in items])
-        return found
+                smallest = smallest_of_uneven(self._maker.engine.singles(examples))
+        return smallest
 
 
 def smallest_of_uneven(items: Sequence[Any]) -> int | None:
     """The place of the smallest item, if they are of several shapes."""
-    found = [shapes(item) for item in items]
-    if all(shape == found[0] for shape in found):
+    item_shapes = [shapes(item) for item in items]
+    if all(shape == item_shapes[0] for shape in item_shapes):
         return None
-    return min(range(len(found)), key=lambda place: extent(found[place]))
+    return min(range(len(items)), key=lambda place: extent(item_shapes[place]))
 
 
-def check_alone(
-    maker: RowMaker, items: Sequence[Any], names: Sequence[str], batch: RowBatch, places: Sequence[int], role: str
-) -> None:
+def check_alone(maker: RowMaker, examples: Examples, rows: RowBatch, places: Sequence[int]) -> None:
     """Compare the losses and norms of some examples of a batch with those of each alone.
 
     Args:
-        maker: made the batch.
-        items: of the batch.
-        names: of the items.
-        batch: what was made of them.
+        maker: made the rows.
+        examples: of the batch.
+        rows: what was made of them.
         places: which of them are checked.
-        role: ``"train"`` or ``"query"``.
 
     Raises:
         LossError: they differ by more than rounding.
     """
-    if len(items) == 1 or maker.engine.alone:
+    if len(examples) == 1 or maker.engine.alone:
         return
     tolerance = _HALF_TOLERANCE if maker.engine.precision in HALF else _TOLERANCE
     for place in places:
-        alone = maker.rows([items[place]], [names[place]], role)
+        alone = maker.rows(examples[place : place + 1])
         for what, one, all_ in (
-            ("loss", alone.losses, batch.losses),
-            ("norm of the gradient", np.sqrt(alone.self_influence), np.sqrt(batch.self_influence)),
+            ("loss", alone.losses, rows.losses),
+            ("norm of the gradient", np.sqrt(alone.self_influence), np.sqrt(rows.self_influence)),
         ):
             apart, largest = np.abs(one[0] - all_[place]), np.maximum(np.abs(one[0]), np.abs(all_[place]))
             wrong = apart > np.maximum(tolerance * largest, _OF_LARGEST * np.abs(all_).max(0))
             for checkpoint in np.flatnonzero(wrong).tolist():
                 rough = apart[checkpoint] > _ROUGH * np.abs(all_[:, checkpoint]).max()
-                if _is_more_than_rounding(maker, checkpoint, list(items), place, role, bool(rough)):
-                    alone_, together = one[0, checkpoint], all_[place, checkpoint]
-                    figures = f"{alone_:.6g} alone, {together:.6g} in a batch of {len(items)}, checkpoint {checkpoint}"
-                    raise LossError(mixed(names[place], figures, role, what))
+                if _is_more_than_rounding(maker, checkpoint, examples, place, bool(rough)):
+                    figures = (
+                        f"{one[0, checkpoint]:.6g} alone, {all_[place, checkpoint]:.6g} in a batch of {len(examples)}, "
+                        f"checkpoint {checkpoint}"
+                    )
+                    raise LossError(mixed(examples.names[place], figures, examples.role, what))
 
 
-def _is_more_than_rounding(
-    maker: RowMaker, checkpoint: int, items: list[Any], place: int, role: str, rough: bool
-) -> bool:
+def _is_more_than_rounding(maker: RowMaker, checkpoint: int, examples: Examples, place: int, rough: bool) -> bool:
     """Whether it stays when both are computed in float64; ``rough`` where the model does not run so."""
     engine = maker.engine
     try:
         with engine.doubled(checkpoint):
-            alone = engine.norms(checkpoint, [items[place]], role)
-            together = engine.norms(checkpoint, items, role)
+            alone = engine.norms(checkpoint, examples[place : place + 1])
+            together = engine.norms(checkpoint, examples)
     except RuntimeError:
         return rough
     return any(

@@ -19,7 +19,8 @@ from .checkpoint import Checkpoint
 from .choices import PRECONDITIONERS, Preconditioner
 from .columns import Column, positions_of
 from .digests import digest
-from .errors import ArgumentError, GradIndexError, OutOfMemoryError, TaskError, is_out_of_memory, user_code
+from .errors import ArgumentError, TaskError, user_code
+from .examples import Examples, read_example
 from .importing import import_by_name
 from .tree import preserved_random_state
 
@@ -140,12 +141,16 @@ class Task:
         """The number of examples in ``query`` (0 without)."""
         return 0 if self.query is None else len(self.query)  # type: ignore[arg-type]  # as above
 
-    def first_and_last(self) -> list[Any]:
+    def first_and_last(self) -> Examples:
         """Two training examples (one of them twice if there is only one) to try things on."""
-        return self.examples(self.train_ids[[0, -1]])
+        return self.read(self.train_ids[[0, -1]])
+
+    def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Examples:
+        """Training examples by id, with their names."""
+        return Examples.training(ids, self.examples(ids))
 
     def examples(self, ids: Iterable[Any]) -> list[Any]:
-        """Training examples by id."""
+        """Training examples by id, as the data set hands them out."""
         return [read_example(self.train, int(i), "training") for i in ids]
 
     def read_queries(self, path: Path) -> list[Any]:
@@ -306,35 +311,6 @@ def sampled(ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """Up to 8 evenly spaced ids of a shard, whose examples stand for all."""
     chosen: NDArray[np.int64] = ids[np.unique(np.linspace(0, len(ids) - 1, min(8, len(ids))).astype(np.int64))]
     return chosen
-
-
-def read_example(data: Any, position: int, role: str) -> Any:
-    """An example of a data set.
-
-    Args:
-        data: the data set.
-        position: of the example.
-        role: what to call it, such as ``"training"``.
-
-    Raises:
-        UserCodeError: the data set raised.
-        OutOfMemoryError: memory ran out.
-    """
-    try:
-        return data[position]
-    except GradIndexError:
-        raise
-    except Exception as error:
-        if isinstance(error, MemoryError) or is_out_of_memory(error):
-            raise OutOfMemoryError(
-                f"Reading {role} example {position} ran out of memory. Use fewer workers, or a data set that reads "
-                "its examples one by one."
-            ) from error
-        hint = f"The data set has a length of {len(data)}, so it must have that example." * isinstance(
-            error, IndexError
-        )
-        with user_code(f"Reading {role} example {position}", hint):
-            raise
 
 
 def load_task(name: str) -> Task:

@@ -4,9 +4,9 @@ from ..choices import Precision as Precision
 from .check import check_queries as check_queries
 from .check import check_routes as check_routes
 from .engine import Engine as Engine
-from .examples import blamed as blamed
-from .examples import mixed as mixed
-from .examples import non_finite as non_finite
+from .losses import mixed as mixed
+from .losses import non_finite as non_finite
+from .passes import in_batches as in_batches
 from .precision import HALF as HALF
 from .products import Products as Products
 from .tracked import Tracked as Tracked

@@ -11,16 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ArgumentError, TaskError, UserCodeError, training_names, user_code
+from ..errors import ArgumentError, TaskError, UserCodeError, user_code
+from ..examples import Examples, Role
 from ..factors import Gradients, Layer
-from ..memory import in_halves
 from ..task import spread
 from ..tree import extent, preserved_random_state, shapes
 from . import uses
 from .engine import Engine
-from .examples import answerable, blamed, check_examples, refuse_non_finite
-from .functional import BACKWARD, LossModule, loop_gradients, vmap_gradients
+from .functional import BACKWARD, vmap_gradients
 from .layers import as_matrix, general_layer
+from .losses import answerable, check_examples, refuse_non_finite
+from .passes import alone_gradients, blamed
 from .reentrant import refuse_reentrant
 
 # How far a fast route may be from autograd on one example alone, relative to the norms.
@@ -31,7 +32,7 @@ _LOOKED_AT, COMPARED = 64, 8
 # Examples that are looked through for gradients of every parameter.
 TRIED = 32
 
-Read = Callable[[NDArray[np.int64]], list[Any]]
+Read = Callable[[NDArray[np.int64]], Examples]
 
 
 def check_routes(engine: Engine, ids: NDArray[np.int64] | None = None) -> None:
@@ -56,22 +57,22 @@ def check_routes(engine: Engine, ids: NDArray[np.int64] | None = None) -> None:
     _settle_layout(engine)
     task = engine.task
     ids = task.train_ids if ids is None else ids
-    _check(engine, task.examples, ids, training_names, "train")
+    _check(engine, task.read, ids)
     if task.query_loss is not None:
         query = task.query
         if query is None:
-            _check(engine, task.examples, ids, training_names, "query")
+            _check(engine, lambda chosen: replace(task.read(chosen), role="query"), ids)
         else:
             _check(
                 engine,
-                lambda chosen: [query[int(i)] for i in chosen],
+                lambda chosen: Examples(
+                    chosen, [query[int(i)] for i in chosen], [f"Query {i}" for i in chosen], "query"
+                ),
                 np.arange(task.n_query),
-                lambda chosen: [f"Query {i}" for i in chosen],
-                "query",
             )
 
 
-def check_queries(engine: Engine, items: Sequence[Any], names: Sequence[str], role: str = "query") -> None:
+def check_queries(engine: Engine, items: Sequence[Any], names: Sequence[str], role: Role = "query") -> None:
     """Check that queries have losses of their own, where they would go through the model together.
 
     Args:
@@ -85,11 +86,15 @@ def check_queries(engine: Engine, items: Sequence[Any], names: Sequence[str], ro
     """
     if len(items) < 2 or engine.alone:
         return
+
+    def read(places: NDArray[np.int64]) -> Examples:
+        return Examples(places, [items[int(i)] for i in places], [names[int(i)] for i in places], role)
+
     with preserved_random_state():
-        places, _ = _chosen(engine, lambda chosen: [items[int(i)] for i in chosen], np.arange(len(items)))
-    chosen, names = [items[int(i)] for i in places], [names[int(i)] for i in places]
-    with blamed(engine, chosen, names, role):
-        check_examples(engine, chosen, names, role)
+        places, _ = _chosen(engine, read, np.arange(len(items)))
+    queries = read(places)
+    with blamed(engine, queries):
+        check_examples(engine, queries)
 
 
 def _settle_layout(engine: Engine) -> None:
@@ -108,61 +113,59 @@ def _settle_layout(engine: Engine) -> None:
 
 
 def _try_layout(engine: Engine) -> None:
-    for item in engine.task.first_and_last():
-        engine.losses(-1, [item])
+    for example in engine.task.first_and_last():
+        engine.losses(-1, example)
 
 
-def _check(
-    engine: Engine, read: Read, ids: NDArray[np.int64], names_of: Callable[[Sequence[int]], list[str]], role: str
-) -> None:
-    wrapper = engine.wrapper(role, exact=True)
+def _check(engine: Engine, read: Read, ids: NDArray[np.int64]) -> None:
     unseen = list(engine.parameters)
     with preserved_random_state():
         chosen, alike = _chosen(engine, read, ids)
-        items, names = read(chosen), names_of(chosen.tolist())
-        if role == "query":
-            items, names = answerable(engine, items, names)
-        with blamed(engine, items, names, role):
-            check_examples(engine, items, names, role)
-            refuse_reentrant(wrapper, engine.states[-1], engine.parameters, engine.singles(items[:1])[0])
-            _refuse_detached(engine, wrapper, items, role)
-            must = 2 if alike else len(items)  # where all are of one shape, one pair tells of all
-            for first in range(0, len(items), 2):
+        examples = read(chosen)
+        if examples.role == "query":
+            examples = answerable(engine, examples)
+        with blamed(engine, examples):
+            check_examples(engine, examples)
+            wrapper = engine.wrapper(examples.role, exact=True)
+            refuse_reentrant(wrapper, engine.states[-1], engine.parameters, engine.batch(examples[:1]))
+            _refuse_detached(engine, examples)
+            must = 2 if alike else len(examples)  # where all are of one shape, one pair tells of all
+            for first in range(0, len(examples), 2):
                 if first >= must and not unseen:
                     return
-                pair = slice(first, first + 2)
-                unseen = _check_some(engine, wrapper, items[pair], names[pair], unseen, role, first < must)
+                unseen = _check_pair(engine, examples[first : first + 2], unseen, first < must)
         others = np.setdiff1d(spread(ids, TRIED), chosen)
         for first in range(0, len(others), 2):
             if not unseen:
                 return
-            two = others[first : first + 2]
-            items, names = read(two), names_of(two.tolist())
-            with blamed(engine, items, names, role):
-                unseen = _check_some(engine, wrapper, items, names, unseen, role, False)
+            pair = read(others[first : first + 2])
+            with blamed(engine, pair):
+                unseen = _check_pair(engine, pair, unseen, must=False)
 
 
 def _chosen(engine: Engine, read: Read, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], bool]:
     """Up to 8 examples that stand for all, the smallest and the largest first; and whether all are of one shape."""
     looked_at = spread(ids, _LOOKED_AT)
-    found = [_shapes(engine, read(looked_at[place : place + 1])[0]) for place in range(len(looked_at))]
-    by_size = sorted(range(len(found)), key=lambda place: extent(found[place]))
-    firsts = list({shape: place for place, shape in reversed(list(enumerate(found)))}.values())  # one of each shape
-    order = [by_size[0], by_size[-1], 0, len(found) - 1] if len(firsts) > 1 else [0, len(found) - 1]
-    order += [*firsts[: COMPARED // 2], *spread(np.arange(len(found)), COMPARED).tolist()]
+    shapes_seen = [_shapes(engine, read(looked_at[place : place + 1])) for place in range(len(looked_at))]
+    last = len(shapes_seen) - 1
+    by_size = sorted(range(last + 1), key=lambda place: extent(shapes_seen[place]))
+    firsts = list({shape: place for place, shape in reversed(list(enumerate(shapes_seen)))}.values())  # of each shape
+    order = [by_size[0], by_size[-1], 0, last] if len(firsts) > 1 else [0, last]
+    order += [*firsts[: COMPARED // 2], *spread(np.arange(last + 1), COMPARED).tolist()]
     return looked_at[list(dict.fromkeys(order))[:COMPARED]], len(firsts) == 1
 
 
-def _shapes(engine: Engine, item: Any) -> tuple[Any, ...]:
+def _shapes(engine: Engine, example: Examples) -> tuple[Any, ...]:
     """Of what collate makes of one example, for a position or a text says nothing of its size; else of the example."""
     try:
-        return shapes(engine.batch([item]))
+        return shapes(engine.batch(example))
     except UserCodeError:  # told later, at which example
-        return shapes(item)
+        return shapes(example.items[0])
 
 
-def _refuse_detached(engine: Engine, wrapper: LossModule, items: list[Any], role: str) -> None:
+def _refuse_detached(engine: Engine, examples: Examples) -> None:
     """Refuse a loss that no tracked parameter is connected with: all rows would be zeros."""
+    wrapper = engine.wrapper(examples.role, exact=True)
     state, names = engine.states[-1], [f"model.{name}" for name in engine.parameters]
     tracked = {name: state[name].detach().requires_grad_() for name in names}
 
@@ -170,71 +173,66 @@ def _refuse_detached(engine: Engine, wrapper: LossModule, items: list[Any], role
         if not losses.requires_grad:
             return False
         with user_code(BACKWARD):
-            found = torch.autograd.grad(losses.sum(), list(tracked.values()), allow_unused=True)
-        return any(gradient is not None for gradient in found)
+            gradients = torch.autograd.grad(losses.sum(), list(tracked.values()), allow_unused=True)
+        return any(gradient is not None for gradient in gradients)
 
     with torch.enable_grad():
-        for single in engine.singles(items):
+        for single in engine.singles(examples):
             if wrapper.through({**state, **tracked}, single, 1, connected):
                 return
     raise TaskError(
-        f"The {'query ' * (role == 'query')}loss of {len(items)} examples tried depends on none of the tracked "
-        "parameters (is it computed under no_grad, from detached values, or with another model than it is given?), so "
-        "there is nothing to trace. Track other layers, with layers=, or let gradients through."
+        f"The {'query ' * (examples.role == 'query')}loss of {len(examples)} examples tried depends on none of the "
+        "tracked parameters (is it computed under no_grad, from detached values, or with another model than it is "
+        "given?), so there is nothing to trace. Track other layers, with layers=, or let gradients through."
     )
 
 
-def _check_some(
-    engine: Engine, wrapper: LossModule, items: list[Any], names: list[str], unseen: list[str], role: str, must: bool
-) -> list[str]:
-    """Compare the routes on some examples, if they must be or give gradients to unseen parameters.
+def _check_pair(engine: Engine, pair: Examples, unseen: list[str], must: bool) -> list[str]:
+    """Compare the routes on two examples, if they must be or give gradients to unseen parameters.
 
     Returns:
         The parameters that are still unseen.
     """
 
-    def check(named: list[tuple[Any, str]]) -> list[str]:
-        group, their_names = [item for item, _ in named], [name for _, name in named]
-        gradients = loop_gradients(wrapper, engine.states[-1], unseen, engine.singles(group)) if unseen else []
+    def check(examples: Examples) -> list[str]:
+        gradients = alone_gradients(engine, examples, unseen) if unseen else []
         seen = [name for name, gradient in zip(unseen, gradients, strict=True) if bool(gradient.any())]
         if must or seen:
-            _check_group(engine, wrapper, group, their_names, role)
+            _compare(engine, examples)
         return seen
 
-    named = list(zip(items, names, strict=True))
-    seen = in_halves(check, named, names, lambda: engine.at, engine.alone)
+    seen = engine.in_halves(check, pair)
     return [name for name in unseen if name not in seen]
 
 
-def _check_group(engine: Engine, wrapper: LossModule, items: list[Any], names: list[str], role: str) -> None:
-    parameters = engine.parameters
-    gradients = loop_gradients(wrapper, engine.states[-1], parameters, engine.singles(items))
+def _compare(engine: Engine, examples: Examples) -> None:
+    """Give the engine routes that agree with autograd on each example alone."""
+    gradients = alone_gradients(engine, examples, engine.parameters)
     finite = torch.stack([gradient.reshape(len(gradient), -1).isfinite().all(1) for gradient in gradients]).all(0)
-    if role == "train":
-        refuse_non_finite(engine, finite.tolist(), items, names, role)
-    truth = dict(zip(parameters, gradients, strict=True))
+    if examples.role == "train":
+        refuse_non_finite(engine, examples, finite.tolist())
+    truth = dict(zip(engine.parameters, gradients, strict=True))
     while True:
-        planned, shares = _pick_general_route(engine, wrapper, items), engine.hooks.shares
+        planned, shares = _pick_general_route(engine, examples), engine.hooks.shares
         if planned != engine.layers:
             engine.replan(planned, shares)
-        planned, shares = _replanned(engine, wrapper, items, truth)
+        planned, shares = _replanned(engine, examples, truth)
         if planned == engine.layers and shares == engine.hooks.shares:
             return
         engine.replan(planned, shares)
 
 
-def _replanned(
-    engine: Engine, wrapper: LossModule, items: list[Any], truth: dict[str, Tensor]
-) -> tuple[list[Layer], bool]:
+def _replanned(engine: Engine, examples: Examples, truth: dict[str, Tensor]) -> tuple[list[Layer], bool]:
     """The layers as they should go on, and whether outputs that all examples share may still be expanded."""
     # Unscaled, so that a layer whose eta is 0 at this checkpoint is checked as well.
-    unscaled, found = dict.fromkeys(engine.parameters, 1.0), dict[int, Tensor]()
+    unscaled, by_route = dict.fromkeys(engine.parameters, 1.0), dict[int, Tensor]()
+    wrapper = engine.wrapper(examples.role, exact=True)
 
     def keep(number: int, gradients: Gradients) -> None:
-        found[number] = gradients.gradient.flatten(1)
+        by_route[number] = gradients.gradient.flatten(1)
 
     try:
-        engine.run_hooked(-1, items, keep, wrapper, unscaled, lenient=True)
+        engine.run_hooked(-1, examples, keep, wrapper, unscaled, lenient=True)
     except Exception:  # an expanded output or a watched use that the model cannot go on with
         used = any(layer.route in uses.ROUTES for layer in engine.layers)
         if engine.hooks.shares or used:
@@ -243,13 +241,13 @@ def _replanned(
             raise
         # Hooks cannot go through this model at all; the general routes then raise whatever is really wrong.
         return [x for layer in engine.layers for x in (_general(engine, layer) if layer.hooked else [layer])], False
-    engine.run_general(-1, items, keep, wrapper, unscaled)
+    engine.run_general(-1, examples, keep, wrapper, unscaled)
     tolerance = TOLERANCE[engine.dtype]
     total = sum(float(gradient.double().square().sum()) for gradient in truth.values()) ** 0.5
     planned: list[Layer] = []
     for number, layer in enumerate(engine.layers):
         expected = as_matrix(layer, truth).flatten(1)
-        got = found.get(number, torch.zeros_like(expected))
+        got = by_route.get(number, torch.zeros_like(expected))
         allowed = tolerance * float(expected.norm()) + 1e-3 * tolerance * total
         agrees = got.shape == expected.shape and float((got - expected).norm()) <= allowed
         planned += [layer] if agrees or not bool(expected.isfinite().all()) else _slower(engine, layer)
@@ -274,12 +272,12 @@ def _general(engine: Engine, layer: Layer) -> list[Layer]:
     return [general_layer(engine.model, name, "vmap") for name in layer.parameters]
 
 
-def _pick_general_route(engine: Engine, wrapper: LossModule, items: list[Any]) -> list[Layer]:
+def _pick_general_route(engine: Engine, examples: Examples) -> list[Layer]:
     names = [layer.parameters[0] for layer in engine.layers if layer.route == "vmap"]
     if names:
-        batch = engine.sliceable(items)
+        wrapper, batch = engine.wrapper(examples.role, exact=True), engine.sliceable(examples)
         try:
-            fits = batch is not None and bool(vmap_gradients(wrapper, engine.states[-1], names, batch, len(items)))
+            fits = batch is not None and bool(vmap_gradients(wrapper, engine.states[-1], names, batch, len(examples)))
         except Exception:  # vmap refuses in many types; the loop then raises whatever is really wrong
             fits = False
         if not fits:

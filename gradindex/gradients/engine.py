@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint import Loaded, differing_names
 from ..choices import Precision
 from ..digests import skeleton
 from ..errors import CheckpointError, TaskError, user_code
+from ..examples import Examples, Role
 from ..factors import Formed, Gradients, Layer
+from ..memory import in_halves
 from ..task import Task
 from ..tree import map_tensors, tensors
 from ..weights import negligible
@@ -29,6 +29,8 @@ from .hooks import Consume, Hooks
 from .layers import as_matrix, plan_layers, refuse_what_hides
 from .precision import HALF, LOSS_SCALES, check_precision, usable
 from .tracked import Tracked, choose
+
+T = TypeVar("T")
 
 _ADAM_EPSILON = 1e-8
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -54,7 +56,7 @@ class Engine:
             default where there are two-dimensional convolutions and the model runs with it.
         tracked: which parameters, with which weights, by default as the task says.
         alone: whether each example is a batch of its own, for losses that mix the examples of a batch (padding
-            without a mask); whoever calls :meth:`run` then gives it one at a time.
+            without a mask); whoever calls :meth:`run` then gives it one at a time, as :meth:`in_halves` does.
 
     Raises:
         ArgumentError: the precision or device is unknown or cannot be used here.
@@ -92,7 +94,7 @@ class Engine:
         unique = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         # Buffers that checkpoints leave out go to the device as well; copies, which the model may write to.
         saved = self.model.state_dict()
-        kept = {name: tensor.clone() for name, tensor in self.model.named_buffers() if name not in saved}
+        unsaved = {name: tensor.clone() for name, tensor in self.model.named_buffers() if name not in saved}
         # All checkpoints stay in memory: each example is read once and runs through all of them. Each file is read
         # once: weights, rates, moments and digest are of the same bytes.
         self.states: list[State] = []
@@ -102,7 +104,7 @@ class Engine:
             loaded = checkpoint.read(self.model)
             loaded.check_rates(rates)
             self.states.append(
-                {f"model.{name}": self.cast(t) for name, t in (kept | loaded.tensors).items() if name in unique}
+                {f"model.{name}": self.cast(t) for name, t in (unsaved | loaded.tensors).items() if name in unique}
             )
             if task.preconditioner == "adam":
                 self._moments.append(self._second_moments(loaded, rates))
@@ -192,48 +194,55 @@ class Engine:
         if self._entered:
             self.hooks.install()
 
+    def in_halves(self, action: Callable[[Examples], list[T]], examples: Examples) -> list[T]:
+        """``action(examples)``, or the results of both halves where memory runs out; each alone if the engine says so.
+
+        Raises:
+            OutOfMemoryError: one example alone does not fit; says where, and how much was asked for.
+        """
+        return in_halves(action, examples, lambda: self.at, self.alone)
+
     def run(
         self,
         checkpoint: int,
-        items: list[Any],
+        examples: Examples,
         consume: Consume,
-        role: str = "train",
         *,
         loss_scale: float | None = None,
         general: bool = True,
         weighted: bool = True,
     ) -> Tensor:
-        """Run one batch through one checkpoint.
+        """Run some examples, as one batch, through one checkpoint.
 
         Args:
             checkpoint: its position.
-            items: the examples, uncollated.
+            examples: which, and with which loss.
             consume: called as ``consume(layer number, factors)``, for a hooked layer while the
                 backward pass runs, so that nothing is kept longer than needed. Layers that the
                 loss does not depend on have zero gradients and are not reported.
-            role: ``"train"`` or ``"query"``, which chooses the loss.
             loss_scale: one of :attr:`loss_scales`, by default the first.
             general: whether layers without hooks are computed as well.
             weighted: whether the task's preconditioner is applied.
 
         Returns:
-            (batch,) the losses.
+            (n,) the losses.
 
         Raises:
             LossError: the loss is not one number per example.
         """
         if self._moments and weighted:
             consume = partial(self._precondition, checkpoint, consume)
-        wrapper, scales, loss_scale = self.wrapper(role), self._scales[checkpoint], loss_scale or self.loss_scales[0]
-        losses = self.run_hooked(checkpoint, items, consume, wrapper, scales, loss_scale)
+        wrapper, scales = self.wrapper(examples.role), self._scales[checkpoint]
+        loss_scale = loss_scale or self.loss_scales[0]
+        losses = self.run_hooked(checkpoint, examples, consume, wrapper, scales, loss_scale)
         if general:
-            self.run_general(checkpoint, items, consume, wrapper, scales, loss_scale)
+            self.run_general(checkpoint, examples, consume, wrapper, scales, loss_scale)
         return losses
 
     def run_hooked(
         self,
         checkpoint: int,
-        items: list[Any],
+        examples: Examples,
         consume: Consume,
         wrapper: LossModule,
         scales: Mapping[str, float],
@@ -244,17 +253,17 @@ class Engine:
 
         ``lenient`` leaves out a layer whose rule fails.
         """
-        state, batch = self.states[checkpoint], self.batch(items)
+        state, batch = self.states[checkpoint], self.batch(examples)
 
         def through(then: Callable[[Tensor], Tensor]) -> Tensor:
-            return wrapper.through(state, batch, len(items), then)
+            return wrapper.through(state, batch, len(examples), then)
 
-        return self.hooks.run(through, state, scales, len(items), consume, loss_scale, lenient)
+        return self.hooks.run(through, state, scales, len(examples), consume, loss_scale, lenient)
 
     def run_general(
         self,
         checkpoint: int,
-        items: list[Any],
+        examples: Examples,
         consume: Consume,
         wrapper: LossModule,
         scales: Mapping[str, float],
@@ -268,13 +277,13 @@ class Engine:
                 continue
             names = [layer.parameters[0] for layer in chosen.values()]
             self.hooks.at = f"the gradients of {', '.join(names)} ({route})"
-            batch = self.sliceable(items) if route == "vmap" else None
+            batch = self.sliceable(examples) if route == "vmap" else None
             if batch is not None:
-                gradients = vmap_gradients(wrapper, state, names, batch, len(items), loss_scale)
+                gradients = vmap_gradients(wrapper, state, names, batch, len(examples), loss_scale)
             else:
-                gradients = loop_gradients(wrapper, state, names, self.singles(items), loss_scale)
+                gradients = loop_gradients(wrapper, state, names, self.singles(examples), loss_scale)
             for (number, layer), gradient in zip(chosen.items(), gradients, strict=True):
-                scaled = gradient.to(self.dtype).reshape(len(items), 1, -1) * scales[layer.parameters[0]]
+                scaled = gradient.to(self.dtype).reshape(len(examples), 1, -1) * scales[layer.parameters[0]]
                 consume(number, Formed(scaled))
 
     def _precondition(self, checkpoint: int, consume: Consume, number: int, gradients: Gradients) -> None:
@@ -302,49 +311,51 @@ class Engine:
         root: float = self._scales[checkpoint][parameter]
         return root
 
-    def losses(self, checkpoint: int, items: list[Any], role: str = "train") -> NDArray[np.float64]:
-        """(batch,) the losses of a batch at a checkpoint, by a forward pass alone."""
-        wrapper = self.wrapper(role, exact=True)
-        with torch.no_grad():
-            groups = [[item] for item in items] if self.alone else [items]
-            parts = [wrapper.losses(self.states[checkpoint], self.batch(group), len(group)) for group in groups]
-        return torch.cat(parts).double().cpu().numpy()
+    def losses(self, checkpoint: int, examples: Examples) -> Tensor:
+        """(n,) the losses of examples at a checkpoint, by forward passes alone, never in half precision."""
+        wrapper = self.wrapper(examples.role, exact=True)
 
-    def norms(self, checkpoint: int, items: list[Any], role: str = "train") -> tuple[Tensor, Tensor]:
-        """(batch,) float64: the losses of a batch, and the norms of its gradients times sqrt(eta)."""
-        squared = torch.zeros(len(items), dtype=torch.float64, device=self.device)
+        def forward(examples: Examples) -> list[Tensor]:
+            with torch.no_grad():
+                return [wrapper.losses(self.states[checkpoint], self.batch(examples), len(examples))]
+
+        return torch.cat(self.in_halves(forward, examples))
+
+    def norms(self, checkpoint: int, examples: Examples) -> tuple[Tensor, Tensor]:
+        """(n,) float64: the losses of a batch, and the norms of its gradients times sqrt(eta)."""
+        squared = torch.zeros(len(examples), dtype=torch.float64, device=self.device)
 
         def consume(number: int, gradients: Gradients) -> None:
-            for part, some in gradients.parts():
-                squared[part] += some.squared_norms()
+            for part, piece in gradients.parts():
+                squared[part] += piece.squared_norms()
 
-        return self.run(checkpoint, items, consume, role).double(), squared.sqrt()
+        return self.run(checkpoint, examples, consume).double(), squared.sqrt()
 
     @contextlib.contextmanager
     def doubled(self, checkpoint: int) -> Iterator[None]:
         """Compute at a checkpoint in float64 for the time of the block: what is left of a difference is no rounding."""
-        kept = self.precision, self.dtype, self.states[checkpoint], self._weights
+        before = self.precision, self.dtype, self.states[checkpoint], self._weights
         self.precision, self.dtype, self._weights = "float64", torch.float64, {}
         try:
-            self.states[checkpoint], self.hooks.dtype = self.cast(kept[2]), self.dtype
+            self.states[checkpoint], self.hooks.dtype = self.cast(before[2]), self.dtype
             yield
         finally:
-            self.precision, self.dtype, self.states[checkpoint], self._weights = kept
+            self.precision, self.dtype, self.states[checkpoint], self._weights = before
             self.hooks.dtype = self.dtype
 
-    def wrapper(self, role: str, exact: bool = False) -> LossModule:
+    def wrapper(self, role: Role, exact: bool = False) -> LossModule:
         """The loss as a function of weights, in the engine's precision, or if ``exact`` never in half of it."""
         name = LOSS if role == "train" or self.task.query_loss is None else QUERY_LOSS
         return LossModule(self.model, self.task.loss_for(role), None if exact else HALF.get(self.precision), name)
 
-    def singles(self, items: list[Any]) -> list[Any]:
+    def singles(self, examples: Examples) -> list[Any]:
         """Each example as a batch of its own."""
-        return [self.batch([item]) for item in items]
+        return [self.batch(example) for example in examples]
 
-    def batch(self, items: list[Any]) -> Any:
+    def batch(self, examples: Examples) -> Any:
         """Examples collated and cast, a fresh batch that the loss may take apart and change in place."""
         with user_code(COLLATE):
-            collated = self.task.collate(items)
+            collated = self.task.collate(examples.items)
 
         def owned(tensor: Tensor) -> Tensor:
             cast = self._cast(tensor)
@@ -352,15 +363,15 @@ class Engine:
 
         return map_tensors(collated, owned, self.device, self.task.data_sets)
 
-    def sliceable(self, items: list[Any]) -> Any | None:
+    def sliceable(self, examples: Examples) -> Any | None:
         """The examples as a batch whose tensors can be cut along their first axes into batches of one, or ``None``.
 
         A batch of one must have tensors with a first axis of 1 in the same places, and be the same in all else: counts
         or lists of lengths would stay those of the whole batch.
         """
-        batch, single = self.batch(items), self.batch(items[:1])
-        for some, n in ((tensors(batch), len(items)), (tensors(single), 1)):
-            if any(t.ndim == 0 or t.layout != torch.strided or t.is_nested or len(t) != n for t in some):
+        batch, single = self.batch(examples), self.batch(examples[:1])
+        for leaves, n in ((tensors(batch), len(examples)), (tensors(single), 1)):
+            if any(t.ndim == 0 or t.layout != torch.strided or t.is_nested or len(t) != n for t in leaves):
                 return None
         return batch if skeleton(batch) == skeleton(single) else None
 

@@ -9,19 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import GradIndexError
+from ..examples import Examples, Role
 from ..factors import Factors, Formed, Gradients
-from ..memory import LARGEST_TRIED, available_bytes, batch_size_for, in_halves
+from ..memory import LARGEST_TRIED, available_bytes, batch_size_for
 from ..task import spread
 from ..tree import preserved_random_state
 from .check import COMPARED, TOLERANCE, TRIED
 from .engine import Engine
-from .examples import blamed
-from .functional import LossModule, State, as_direction, as_real, loop_gradients
+from .functional import LossModule, State, as_direction, as_real
+from .passes import alone_gradients, in_batches
 
 # With more queries than this, the per-example gradients of the layers on general routes cost less than
 # a pass for each query; a loop over examples is dearer.
@@ -57,23 +59,23 @@ class Products:
         OutOfMemoryError: one query alone does not fit.
     """
 
-    def __init__(self, engine: Engine, items: Sequence[Any], role: str, weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, engine: Engine, items: Sequence[Any], role: Role, weights: NDArray[np.float64] | None = None
+    ) -> None:
         self._engine, self._count = engine, len(items) if weights is None else 1
         # Parts of the queries: which ones, and by checkpoint and layer their gradients.
         self._parts: list[tuple[slice, list[dict[int, Gradients]]]] = []
         total: list[dict[int, Gradients]] = [{} for _ in range(engine.n_checkpoints)]
+        action = self._gradients_of if weights is None else partial(self._sum_of, weights)
         for start in range(0, len(items), _AT_ONCE):
-            numbers = range(start, min(start + _AT_ONCE, len(items)))
+            numbers = np.arange(start, min(start + _AT_ONCE, len(items)))
             names = [f"Query {i} of {len(items)}" for i in numbers]
-            some = [(items[i], 1.0 if weights is None else float(weights[i])) for i in numbers]
-            action = partial(self._gradients_of if weights is None else self._sum_of, role)
-            with blamed(engine, [item for item, _ in some], names, role):
-                parts = in_halves(action, some, names, lambda: engine.at, engine.alone)
-            for count, found in parts:
+            queries = Examples(numbers, [items[int(i)] for i in numbers], names, role)
+            for count, gradients in in_batches(engine, action, queries):
                 if weights is None:
-                    self._parts.append((slice(start, start + count), found))
+                    self._parts.append((slice(start, start + count), gradients))
                 else:
-                    _add_up(total, found)
+                    _add_up(total, gradients)
                 start += count
         if weights is not None:
             self._parts.append((slice(0, 1), total))
@@ -81,36 +83,36 @@ class Products:
         few = general and self._count <= max(_FEW[route] for route in general)
         self.route = self._pick_route() if few else "gradients"
 
-    def _gradients_of(
-        self, role: str, weighted: list[tuple[Any, float]]
-    ) -> list[tuple[int, list[dict[int, Gradients]]]]:
+    def _gradients_of(self, queries: Examples) -> list[tuple[int, list[dict[int, Gradients]]]]:
         """Each query's gradients."""
-        return [(len(weighted), self._run(role, [item for item, _ in weighted], _keep))]
+        return [(len(queries), self._run(queries, _smaller))]
 
-    def _sum_of(self, role: str, weighted: list[tuple[Any, float]]) -> list[tuple[int, list[dict[int, Gradients]]]]:
+    def _sum_of(self, weights: NDArray[np.float64], queries: Examples) -> list[tuple[int, list[dict[int, Gradients]]]]:
         """The weighted sum of the queries' gradients, as that of one query."""
         engine = self._engine
-        weights = torch.tensor([weight for _, weight in weighted], dtype=engine.dtype, device=engine.device)
+        own = torch.from_numpy(weights[queries.ids]).to(engine.device, engine.dtype)
 
-        def add(found: dict[int, Gradients], number: int, gradients: Gradients) -> None:
-            shares = [some.total(weights[part]) for part, some in gradients.parts()]
-            found[number] = Formed(torch.stack(shares).sum(0, keepdim=True))
+        def summed(gradients: Gradients) -> Gradients:
+            shares = [piece.total(own[part]) for part, piece in gradients.parts()]
+            return Formed(torch.stack(shares).sum(0, keepdim=True))
 
-        return [(len(weighted), self._run(role, [item for item, _ in weighted], add))]
+        return [(len(queries), self._run(queries, summed))]
 
-    def _run(
-        self, role: str, items: list[Any], keep: Callable[[dict[int, Gradients], int, Gradients], None]
-    ) -> list[dict[int, Gradients]]:
-        """What is kept of the queries, by checkpoint and layer."""
+    def _run(self, queries: Examples, kept_as: Callable[[Gradients], Gradients]) -> list[dict[int, Gradients]]:
+        """The queries' gradients, by checkpoint and layer, in the form in which they stay in memory."""
         checkpoints = []
         for checkpoint in range(self._engine.n_checkpoints):
             for loss_scale in self._engine.loss_scales:
-                found: dict[int, Gradients] = {}
-                self._engine.run(checkpoint, items, partial(keep, found), role, loss_scale=loss_scale)
-                if loss_scale == 1 or all(bool(g.squared_norms().isfinite().all()) for g in found.values()):
+                by_layer: dict[int, Gradients] = {}
+
+                def keep(number: int, gradients: Gradients, by_layer: dict[int, Gradients] = by_layer) -> None:
+                    by_layer[number] = kept_as(gradients)
+
+                self._engine.run(checkpoint, queries, keep, loss_scale=loss_scale)
+                if loss_scale == 1 or all(bool(g.squared_norms().isfinite().all()) for g in by_layer.values()):
                     break
             # The preconditioner goes to this side again, so that the other side needs no forming.
-            checkpoints.append({n: self._weighted(checkpoint, n, gradients) for n, gradients in found.items()})
+            checkpoints.append({n: self._weighted(checkpoint, n, gradients) for n, gradients in by_layer.items()})
         return checkpoints
 
     def _weighted(self, checkpoint: int, number: int, gradients: Gradients) -> Gradients:
@@ -118,32 +120,38 @@ class Products:
             return gradients
         return Formed(gradients.gradient * self._engine.root_weights(checkpoint, number))
 
-    def of(self, items: list[Any]) -> list[Tensor]:
-        """[(n_query, len(items))] for training examples: a list, to be joined with others along the last axis."""
-        return [torch.stack([shares.sum(0) for shares in self._by_checkpoint(items, split=False)]).sum(0)]
+    def of(self, examples: Examples) -> Tensor:
+        """(n_query, n) of n training examples, which go through the engine as :func:`in_batches` says."""
+        return torch.cat(in_batches(self._engine, self._of, examples), 1)
 
-    def split(self, items: list[Any]) -> list[Tensor]:
-        """The same by checkpoint and layer, float64: [(len(items), n_query, C, L)], to be joined along the first axis.
+    def _of(self, batch: Examples) -> list[Tensor]:
+        return [torch.stack([shares.sum(0) for shares in self._by_checkpoint(batch, split=False)]).sum(0)]
+
+    def split(self, examples: Examples) -> Tensor:
+        """The same by checkpoint and layer: (n, n_query, C, L) float64.
 
         The sum over both is what :meth:`of` gives, up to rounding. Layers that are compared by directions take a
         pass for each query and layer, with the directions of all other layers zero.
         """
-        shares = torch.stack([found.double() for found in self._by_checkpoint(items, split=True)])
+        return torch.cat(in_batches(self._engine, self._split, examples))
+
+    def _split(self, batch: Examples) -> list[Tensor]:
+        shares = torch.stack([share.double() for share in self._by_checkpoint(batch, split=True)])
         return [shares.permute(3, 2, 0, 1)]
 
-    def _by_checkpoint(self, items: list[Any], split: bool) -> Iterator[Tensor]:
-        """For each checkpoint (L, n_query, len(items)), or (1, n_query, len(items)) of all layers together."""
+    def _by_checkpoint(self, batch: Examples, split: bool) -> Iterator[Tensor]:
+        """For each checkpoint (L, n_query, n), or (1, n_query, n) of all layers together."""
         for checkpoint in range(self._engine.n_checkpoints):
             for loss_scale in self._engine.loss_scales:
-                found = self._at_checkpoint(checkpoint, items, loss_scale, split)
-                if bool(found.isfinite().all()):
+                shares = self._at_checkpoint(checkpoint, batch, loss_scale, split)
+                if bool(shares.isfinite().all()):
                     break
             if self.route != "gradients":
                 general = [number for number, layer in enumerate(self._engine.layers) if not layer.hooked]
                 for together in [[number] for number in general] if split else [general]:
-                    for query, row in enumerate(self._along(checkpoint, items, together)):
-                        found[together[0] if split else 0, query] += row
-            yield found
+                    for query, row in enumerate(self._along(checkpoint, batch, together)):
+                        shares[together[0] if split else 0, query] += row
+            yield shares
 
     def finite(self, query: int) -> bool:
         """Whether the gradient of a query is, and not a training example's is to blame for a score that is not."""
@@ -158,32 +166,28 @@ class Products:
         engine = self._engine
         if n <= LARGEST_TRIED:  # as many as would be measured
             return max(1, n)
-        items = engine.task.examples(engine.task.train_ids[:LARGEST_TRIED])
-        names = [f"Training example {i}" for i in range(len(items))]
+        examples = engine.task.read(engine.task.train_ids[:LARGEST_TRIED])
+        action = partial(in_batches, engine, self._of)
+        return batch_size_for(action, examples, available_bytes(engine.device), engine.device)
 
-        def action(some: list[Any]) -> None:
-            in_halves(self.of, some, names, lambda: engine.at, engine.alone)
-
-        return batch_size_for(action, items, available_bytes(engine.device), engine.device)
-
-    def _at_checkpoint(self, checkpoint: int, items: list[Any], loss_scale: float, split: bool) -> Tensor:
+    def _at_checkpoint(self, checkpoint: int, batch: Examples, loss_scale: float, split: bool) -> Tensor:
         """The shares of the layers whose gradients are compared: as :meth:`_by_checkpoint`."""
         engine = self._engine
-        shape = (len(engine.layers) if split else 1, self._count, len(items))
+        shape = (len(engine.layers) if split else 1, self._count, len(batch))
         scores = torch.zeros(shape, dtype=engine.dtype, device=engine.device)
 
         def consume(number: int, gradients: Gradients) -> None:
-            for part, some in gradients.parts():
+            for part, piece in gradients.parts():
                 for rows, queries in self._parts:
                     if number in queries[checkpoint]:
-                        products = some.products(queries[checkpoint][number]).T
+                        products = piece.products(queries[checkpoint][number]).T
                         scores[number if split else 0, rows, part] += products
 
         general = self.route == "gradients"
-        engine.run(checkpoint, items, consume, general=general, weighted=False, loss_scale=loss_scale)
+        engine.run(checkpoint, batch, consume, general=general, weighted=False, loss_scale=loss_scale)
         return scores
 
-    def _along(self, checkpoint: int, items: list[Any], numbers: Sequence[int]) -> Iterator[Tensor]:
+    def _along(self, checkpoint: int, examples: Examples, numbers: Sequence[int]) -> Iterator[Tensor]:
         """The share of some of the general layers, query by query."""
         engine, state = self._engine, self._engine.states[checkpoint]
         wrapper = engine.wrapper("train", exact=True)
@@ -196,7 +200,7 @@ class Products:
                     value, gradients = state[f"model.{name}"], queries[checkpoint][number]
                     direction = gradients.gradient[query] * engine.scale(checkpoint, name)
                     directions[f"model.{name}"] = as_direction(direction, value)
-                along = _ROUTES[self.route](wrapper, state, directions, engine.batch(items), len(items))
+                along = _ROUTES[self.route](wrapper, state, directions, engine.batch(examples), len(examples))
                 yield along.to(engine.dtype)
 
     def _pick_route(self) -> str:
@@ -209,8 +213,8 @@ class Products:
         wrapper, state = engine.wrapper("train", exact=True), engine.states[-1]
         names = [layer.parameters[0] for layer in engine.layers if not layer.hooked]
         with preserved_random_state():
-            items, rows = self._with_gradients(wrapper, state, names)
-            if not items:
+            examples, rows = self._with_gradients(names)
+            if not len(examples):
                 return "gradients"
             norms = rows.norm(dim=1)
             direction = (rows / norms[:, None]).sum(0)
@@ -220,33 +224,34 @@ class Products:
                 for name, part in zip(names, direction.split(sizes), strict=True)
             }
             expected, allowed = rows @ direction, TOLERANCE[engine.dtype] * norms * direction.norm()
-            groups = [[item] for item in items] if engine.alone else [items]
+            groups = list(examples) if engine.alone else [examples]
             for route, along in _ROUTES.items():
                 try:
-                    found = torch.cat([along(wrapper, state, directions, engine.batch(g), len(g)) for g in groups])
+                    derivatives = [along(wrapper, state, directions, engine.batch(g), len(g)) for g in groups]
                 except Exception:  # an operation without the derivative; torch raises many types
                     continue
-                if bool(((found - expected).abs() <= allowed).all()):
+                if bool(((torch.cat(derivatives) - expected).abs() <= allowed).all()):
                     return route
         return "gradients"
 
-    def _with_gradients(self, wrapper: LossModule, state: State, names: Sequence[str]) -> tuple[list[Any], Tensor]:
+    def _with_gradients(self, names: Sequence[str]) -> tuple[Examples, Tensor]:
         """Up to 8 training examples whose gradients are not zero, and these (m, numbers) in float64."""
-        engine, items, rows = self._engine, [], []
-        ids = spread(engine.task.train_ids, TRIED)
-        for i in np.random.default_rng(0).permutation(ids):  # neighbours are often alike
+        engine, ids, items, rows = self._engine, [], [], []
+        tried = spread(engine.task.train_ids, TRIED)
+        for i in np.random.default_rng(0).permutation(tried):  # neighbours are often alike
             try:
-                (item,) = engine.task.examples([i])
-                found = loop_gradients(wrapper, state, names, engine.singles([item]))
+                example = engine.task.read([i])
+                gradients = alone_gradients(engine, example, names)
             except GradIndexError:  # an example that nobody may have asked for
                 continue
-            row = torch.cat([gradient.reshape(-1) for gradient in found]).double()
+            row = torch.cat([gradient.reshape(-1) for gradient in gradients]).double()
             if bool(row.any()) and bool(row.isfinite().all()):
-                items.append(item)
+                ids += [i]
+                items += example.items
                 rows.append(row)
-            if len(items) == COMPARED:
+            if len(rows) == COMPARED:
                 break
-        return items, torch.stack(rows) if rows else torch.empty(0)
+        return Examples.training(ids, items), torch.stack(rows) if rows else torch.empty(0)
 
 
 def _forward_mode(wrapper: LossModule, state: State, directions: Mapping[str, Tensor], batch: Any, n: int) -> Tensor:
@@ -293,17 +298,17 @@ def _plain_kernels() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _add_up(total: list[dict[int, Gradients]], found: list[dict[int, Gradients]]) -> None:
-    for sums, layers in zip(total, found, strict=True):
+def _add_up(total: list[dict[int, Gradients]], gradients: list[dict[int, Gradients]]) -> None:
+    for sums, layers in zip(total, gradients, strict=True):
         for number, share in layers.items():
             sums[number] = Formed(sums[number].gradient + share.gradient) if number in sums else share
 
 
-def _keep(found: dict[int, Gradients], number: int, gradients: Gradients) -> None:
-    """Keep a query's gradients in the smaller of the two forms."""
+def _smaller(gradients: Gradients) -> Gradients:
+    """A query's gradients in the smaller of the two forms."""
     if isinstance(gradients, Factors) and not gradients.rank_one:
         positions, d_in = gradients.activations.shape[1:]
         d_out = gradients.output_gradients.shape[2]
         if positions * (d_out + d_in) > d_out * d_in:
-            gradients = Formed(torch.cat([some.gradient for _, some in gradients.parts()]))
-    found[number] = gradients
+            return Formed(torch.cat([piece.gradient for _, piece in gradients.parts()]))
+    return gradients

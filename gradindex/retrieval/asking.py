@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ..choices import AGGREGATES, SOURCES, Aggregate, Source
 from ..columns import is_whole, positions_of, values_of
 from ..errors import ArgumentError, GradIndexError
+from ..examples import Examples, RowBatch, Sides, read_example
 from ..gradients import Engine, Products
 from ..progress import progress
-from ..rows import RowBatch, RowMaker, Sides
+from ..rows import RowMaker
 from ..spotcheck import check_alone, smallest_of_uneven
 from ..store import GradientStore
-from ..task import Task, read_example
+from ..task import Task
 
 # By (checkpoint, layer): of queries that are questions of their own both sides; of a group the matrix of their
 # weighted sum, (d_out, d_in).
@@ -63,8 +64,8 @@ class Chosen(Sequence[Any]):
 
 
 @dataclass(frozen=True)
-class Examples:
-    """What is asked about, before anything is computed.
+class QueryExamples:
+    """What is asked about, before anything is read or computed.
 
     Args:
         items: the m examples.
@@ -75,6 +76,11 @@ class Examples:
     items: Chosen
     names: list[str]
     columns: Mapping[str, NDArray[Any]]
+
+    def read(self, start: int, stop: int) -> Examples:
+        """Those at some places, with the query loss; fewer at the end."""
+        items, names = list(self.items[start:stop]), self.names[start:stop]
+        return Examples(np.arange(start, start + len(items)), items, names, "query")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -91,7 +97,7 @@ class Queries:
         fingerprint: of the store's map, which the rows belong to.
     """
 
-    examples: Examples
+    examples: QueryExamples
     names: tuple[str, ...]
     rows: NDArray[np.float32]
     norms: NDArray[np.float64]
@@ -118,17 +124,16 @@ class Queries:
         if self._kept and self._kept[0][0] is engine:
             yield slice(0, len(self)), self._kept[0][1]
         elif self.weights is not None or len(self) <= at_once:
-            weights = None if self.weights is None else self.weights.tolist()
-            products = Products(engine, self.examples.items, "query", weights)
+            products = Products(engine, self.examples.items, "query", self.weights)
             self._kept[:] = [(engine, products)]
             yield slice(0, len(self)), products
         else:
             for start in range(0, len(self), at_once):
-                some = self.examples.items[start : start + at_once]
-                yield slice(start, start + len(some)), Products(engine, some, "query")
+                items = self.examples.items[start : start + at_once]
+                yield slice(start, start + len(items)), Products(engine, items, "query")
 
 
-def find(task: Task, queries: Any, source: Source) -> Examples:
+def find(task: Task, queries: Any, source: Source) -> QueryExamples:
     """Examples given as positions or as items.
 
     Whole numbers are positions, in whatever holds them; a mask with a boolean for each example, and a slice, are
@@ -159,10 +164,10 @@ def find(task: Task, queries: Any, source: Source) -> Examples:
             return _at_positions(task, items, source)
     if not len(items):
         raise ArgumentError(_NO_QUERIES)
-    return Examples(Chosen(items, range(len(items)), "item"), [f"item {i}" for i in range(len(items))], {})
+    return QueryExamples(Chosen(items, range(len(items)), "item"), [f"item {i}" for i in range(len(items))], {})
 
 
-def _at_positions(task: Task, given: Any, source: Source) -> Examples:
+def _at_positions(task: Task, given: Any, source: Source) -> QueryExamples:
     data, n = (task.train, task.n_train) if source == "train" else (task.query, task.n_query)
     if data is None:
         raise ArgumentError(
@@ -176,7 +181,7 @@ def _at_positions(task: Task, given: Any, source: Source) -> Examples:
     positions = positions_of("queries", given, n, source).tolist()
     if not positions:
         raise ArgumentError(_NO_QUERIES)
-    return Examples(
+    return QueryExamples(
         Chosen(data, positions, source),
         [f"{source} {q}" for q in positions],
         task.column_arrays(source, positions),
@@ -294,7 +299,7 @@ def _kind(item: Any) -> str:
 
 
 def prepare(
-    examples: Examples, maker: RowMaker, store: GradientStore, unit_norm: bool, aggregate: Aggregate | None = None
+    examples: QueryExamples, maker: RowMaker, store: GradientStore, unit_norm: bool, aggregate: Aggregate | None = None
 ) -> Queries:
     """Compute rows and, where the store has them, factors; those of a group are added up as they come.
 
@@ -333,12 +338,12 @@ def prepare(
     return Queries(examples, (name,), rows, np.ones(1), sums if stored else None, every, fingerprint)
 
 
-def _batches(examples: Examples, maker: RowMaker, store: GradientStore) -> Iterator[RowBatch]:
+def _batches(examples: QueryExamples, maker: RowMaker, store: GradientStore) -> Iterator[RowBatch]:
     step = store.manifest.batch_size
     with progress("gradients of queries", len(examples.names), "queries") as advance:
         for start in range(0, len(examples.names), step):
-            items, names = list(examples.items[start : start + step]), examples.names[start : start + step]
-            batch = maker.rows(items, names, "query")
-            check_alone(maker, items, names, batch, [smallest_of_uneven(items) or 0], "query")
-            yield batch
-            advance(len(names))
+            queries = examples.read(start, start + step)
+            rows = maker.rows(queries)
+            check_alone(maker, queries, rows, [smallest_of_uneven(queries.items) or 0])
+            yield rows
+            advance(len(rows))

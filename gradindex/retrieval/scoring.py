@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from ..choices import Precision, Source
-from ..errors import ArgumentError, NonFiniteGradientError, joined_names, left_out, training_names
-from ..gradients import HALF, Engine, Products, blamed, check_queries, check_routes
+from ..errors import ArgumentError, NonFiniteGradientError, joined_names, left_out
+from ..examples import Examples
+from ..gradients import HALF, Engine, Products, check_queries, check_routes
 from ..index import paired_products
-from ..memory import in_halves
 from ..progress import progress
 from ..store import GradientStore, runs
 from ..task import Task
@@ -123,28 +123,26 @@ def _compared(
     with progress("exact scores", len(ids) * n_query, "scores") as advance:
         for queries, products in turns:
             size = batch_size or products.pick_batch_size(len(ids))
-            for chosen, batch, names in _read(engine.task, ids, size):
-                with blamed(engine, batch, names, "train"):
-                    parts = in_halves(products.of, batch, names, lambda: engine.at, engine.alone)
-                found = torch.cat(parts, 1).cpu().numpy()
-                _refuse_non_finite(found, queries, n_query, chosen, products)
-                yield queries, chosen, found
-                advance(found.size)
+            for examples in _read(engine.task, ids, size):
+                scores = products.of(examples).cpu().numpy()
+                _refuse_non_finite(scores, queries, n_query, examples, products)
+                yield queries, examples.ids, scores
+                advance(scores.size)
 
 
-def _read(task: Task, ids: NDArray[np.int64], size: int) -> Iterator[tuple[NDArray[np.int64], list[Any], list[str]]]:
-    for chosen in pieces(ids, size):
-        yield chosen, task.examples(chosen), training_names(chosen)
+def _read(task: Task, ids: NDArray[np.int64], size: int) -> Iterator[Examples]:
+    for piece in pieces(ids, size):
+        yield task.read(piece)
 
 
 def _refuse_non_finite(
-    scores: NDArray[Any], queries: slice, n_query: int, ids: NDArray[np.int64], products: Products
+    scores: NDArray[Any], queries: slice, n_query: int, examples: Examples, products: Products
 ) -> None:
     bad = ~np.isfinite(scores)
     if bad.any():
         query, column = np.argwhere(bad)[0]
         whole = not products.finite(int(query))
-        names = [f"Query {queries.start + query} of {n_query}"] if whole else training_names(ids[column : column + 1])
+        names = [f"Query {queries.start + query} of {n_query}"] if whole else [examples.names[column]]
         raise NonFiniteGradientError(f"{joined_names(names)} has a NaN or infinite gradient. {left_out(names)}")
 
 
@@ -252,13 +250,11 @@ def shares(
     for which, products in queries.products(engine, _at_once(engine)):
         start = 0
         size = store.manifest.batch_size
-        for chosen, batch, names in _read(engine.task, ids, size):
-            with blamed(engine, batch, names, "train"):
-                parts = in_halves(products.split, batch, names, lambda: engine.at, engine.alone)
-            found = torch.cat(parts).cpu().numpy().swapaxes(0, 1)
-            _refuse_non_finite(found.sum((2, 3)), which, len(queries), chosen, products)
-            split[which, start : start + len(chosen)] = found
-            start += len(chosen)
+        for examples in _read(engine.task, ids, size):
+            scores = products.split(examples).cpu().numpy().swapaxes(0, 1)
+            _refuse_non_finite(scores.sum((2, 3)), which, len(queries), examples, products)
+            split[which, start : start + len(examples)] = scores
+            start += len(examples)
     return split
 
 

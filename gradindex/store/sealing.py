@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import StoreError
+from ..examples import RowBatch
 from ..files import digest_of
 from . import runs
 from .container import Spec, Writer, writing
@@ -32,35 +33,29 @@ class ShardWriter:
     def __init__(self, raw: Writer, after: Manifest, ids: NDArray[np.int64]) -> None:
         self.raw, self._after, self._ids, self._place = raw, after, ids, 0
 
-    def append(
-        self,
-        rows: NDArray[np.float32],
-        self_influence: NDArray[np.float64],
-        losses: NDArray[np.float64],
-        factors: Mapping[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]],
-    ) -> None:
-        """The next rows (b, dim), their self-influence and losses (b, C), and factors by (checkpoint, layer).
+    def append(self, batch: RowBatch) -> None:
+        """The next rows, with what stands beside them.
 
         Raises:
             ArgumentError: a number is too large for the type in which it is stored.
             StoreError: they are more than the shard has ids, or cannot be written.
         """
         place, kind = self._place, self._after.factors
-        if place + len(rows) > len(self._ids):
+        if place + len(batch) > len(self._ids):
             raise StoreError(
-                f"A shard of {len(self._ids)} training examples has got {place + len(rows)}, so it is not kept: "
+                f"A shard of {len(self._ids)} training examples has got {place + len(batch)}, so it is not kept: "
                 "the data set hands out more examples than its length says."
             )
         name = lambda row: f"Training example {self._ids[place + row]}"  # noqa: E731  # short, used twice
-        arrays = encode(rows, self._after.row_type, self_influence.shape[1], name)
-        arrays |= {"self_influence": self_influence, "losses": losses}
-        for (checkpoint, layer), sides in factors.items():
+        arrays = encode(batch.rows, self._after.row_type, batch.self_influence.shape[1], name)
+        arrays |= {"self_influence": batch.self_influence, "losses": batch.losses}
+        for (checkpoint, layer), sides in batch.factors.items():
             for side, values in zip(FACTOR_SIDES, sides, strict=True):
                 (stored,) = encode(values, kind or "float32", 1, name, "factors").values()
                 arrays[factor_name(checkpoint, layer, side)] = stored
         for array, values in arrays.items():
             self.raw.put(array, place, values)
-        self._place += len(rows)
+        self._place += len(batch)
 
 
 @contextmanager

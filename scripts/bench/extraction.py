@@ -53,8 +53,8 @@ class Contestants:
     def __init__(self, folder: Path, precision: str, batch: int) -> None:
         self.precision = precision
         self.whole, self.last = (make_task(folder, layers, batch) for layers in ("*", "8"))
-        self.items = [self.whole.train[i] for i in range(batch)]
-        self.batch = self.whole.collate(self.items)
+        self.examples = self.whole.read(range(batch))
+        self.batch = self.whole.collate(self.examples.items)
         # By whether the channels come last.
         self.models = {False: copy.deepcopy(self.whole.model), True: copy.deepcopy(self.whole.model)}
         self.models[True].to(memory_format=torch.channels_last)
@@ -92,7 +92,7 @@ class Contestants:
             )
         }
         maker = RowMaker(engine, projection, bases, norms)
-        return lambda: maker.rows(self.items, [""] * len(self.items), "train")
+        return lambda: maker.rows(self.examples)
 
     def products(self) -> Callable[[], Any]:
         """Exact scores of the batch against one query whose gradients are there."""
@@ -101,13 +101,13 @@ class Contestants:
         query = [Formed(torch.randn(1, layer.d_out, layer.d_in)) for layer in engine.layers]
 
         def run() -> torch.Tensor:
-            scores = torch.zeros(len(self.items))
+            scores = torch.zeros(len(self.examples))
 
             def consume(number: int, gradients: Gradients) -> None:
-                for part, some in gradients.parts():
-                    scores[part] += some.products(query[number])[:, 0]
+                for part, piece in gradients.parts():
+                    scores[part] += piece.products(query[number])[:, 0]
 
-            engine.run(0, self.items, consume)
+            engine.run(0, self.examples, consume)
             return scores
 
         return run

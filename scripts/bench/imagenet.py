@@ -61,7 +61,7 @@ def contestants(folder: Path, pixels: int) -> dict[str, Callable[[], Any]]:
     )
     engine = Engine(task)
     check_routes(engine.__enter__())
-    maker, items = RowMaker(engine, Projection(dim=PAPERS_DIM)), task.examples(range(BATCH))
+    maker, examples = RowMaker(engine, Projection(dim=PAPERS_DIM)), task.read(range(BATCH))
     batch = normalised(pictures, model)
     last = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
     batch_last = batch.contiguous(memory_format=torch.channels_last)
@@ -74,7 +74,7 @@ def contestants(folder: Path, pixels: int) -> dict[str, Callable[[], Any]]:
     return {
         "forward": lambda: forward(plain, batch),
         "forward, channels last": lambda: forward(last, batch_last),
-        "rows": lambda: maker.rows(items, [""] * BATCH, "train"),
+        "rows": lambda: maker.rows(examples),
     }
 
 

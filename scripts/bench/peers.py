@@ -58,8 +58,8 @@ def ours(task: gradindex.Task, precision: Any) -> Callable[[], Any]:
     maker = RowMaker(engine, Projection(dim=DIM))
 
     def run() -> None:
-        for items in DataLoader(task.train, BATCH, collate_fn=list):
-            maker.rows(items, [""] * len(items), "train")
+        for start in range(0, task.n_train, BATCH):
+            maker.rows(task.read(task.train_ids[start : start + BATCH]))
 
     return run
 

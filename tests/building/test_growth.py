@@ -217,10 +217,10 @@ def broken(monkeypatch):
     """What to call to have the computation of example 22 fail, or not."""
     rows = gradindex.rows.RowMaker.rows
 
-    def failing(self, items, names, role):
-        if "Training example 22" in names:
+    def failing(self, examples):
+        if 22 in examples.ids:
             raise OSError("the network drive is gone")
-        return rows(self, items, names, role)
+        return rows(self, examples)
 
     return lambda yes: monkeypatch.setattr(gradindex.rows.RowMaker, "rows", failing if yes else rows)
 

@@ -12,6 +12,7 @@ from torch import nn
 import gradindex
 from gradindex.cli import main
 from gradindex.errors import ArgumentError, OutOfMemoryError
+from gradindex.examples import Examples
 from gradindex.gradients import Engine, Products, check_routes
 from gradindex.memory import batch_size_for, parse_bytes, peak_bytes
 from gradindex.projection import Projection
@@ -53,13 +54,13 @@ def test_exact_scores_are_halved_as_well(task, monkeypatch):
 def test_exact_scores_choose_a_batch_that_fits(task, monkeypatch, free, sizes):
     expected = gradindex.exact_scores(task, list(task.query), batch_size=10)
     monkeypatch.setattr("gradindex.gradients.products.available_bytes", lambda device: free)
-    taken, of = [], Products.of
+    taken, of_batch = [], Products._of
 
-    def spy(self, items):
-        taken.append(len(items))
-        return of(self, items)
+    def spy(self, batch):
+        taken.append(len(batch))
+        return of_batch(self, batch)
 
-    monkeypatch.setattr(Products, "of", spy)
+    monkeypatch.setattr(Products, "_of", spy)
     found = gradindex.exact_scores(task, list(task.query))
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
     assert taken[:2] == [2, 8]  # the measurement
@@ -145,7 +146,8 @@ def test_the_measure_counts_what_lives_at_once_and_not_what_was_there():
 @pytest.mark.parametrize(("budget", "size"), [(100, 1), (32_100, 8), (31_900, 4), (1 << 20, 256), (1 << 40, 256)])
 def test_the_batch_is_the_largest_power_of_two_that_fits(budget, size):
     # 1,000 float32 numbers an example.
-    found = batch_size_for(lambda items: torch.stack(items).sum(), list(torch.ones(20, 1000)), budget, CPU)
+    examples = Examples.training(range(20), list(torch.ones(20, 1000)))
+    found = batch_size_for(lambda batch: torch.stack(batch.items).sum(), examples, budget, CPU)
     assert found == size
 
 
@@ -161,11 +163,11 @@ def test_a_build_keeps_to_its_budget(task, tmp_path, projection):
         check_routes(engine)
         largest, seen = 0, []
 
-        def once(items):
-            engine.run(0, items, lambda _, gradients: seen.append(gradients.squared_norms().sum()))
+        def once(examples):
+            engine.run(0, examples, lambda _, gradients: seen.append(gradients.squared_norms().sum()))
 
-        items = [task.train[i] for i in range(sizes[1 << 18])]
-        largest = peak_bytes(lambda: once(items), CPU)
+        examples = task.read(range(sizes[1 << 18]))
+        largest = peak_bytes(lambda: once(examples), CPU)
     assert largest <= 1 << 18
 
 

@@ -257,8 +257,8 @@ from toys import make_task
 from gradindex import reading
 task = make_task(Path(sys.argv[3]), rates=(0.1,), train=Data(range(60), many_tensors))
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-for number, items in enumerate(reading.read(task, np.arange(60), 30, 2)):
-    for place, item in enumerate(items):
+for number, examples in enumerate(reading.read(task, np.arange(60), 30, 2)):
+    for place, item in enumerate(examples.items):
         assert all(bool((one == number * 30 + place).all()) for one in item)
 print("all")
 """

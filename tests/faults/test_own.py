@@ -16,6 +16,7 @@ import gradindex
 from gradindex.cli import main
 from gradindex.errors import StoreChangedError, StoreError
 from gradindex.evaluation.tuning import drop
+from gradindex.examples import RowBatch
 from gradindex.projection import Projection
 from gradindex.retrieval.candidates import Candidates
 from gradindex.store import GradientStore, Job, PlannedShard, claimed, overview, upkeep
@@ -152,6 +153,10 @@ def test_shards_of_a_newer_manifest_survive_an_older_one(task, folder, copy_of):
     assert faulty.fingerprint(folder) == newer
 
 
+def ones(count):
+    return RowBatch(np.ones((count, 32), np.float32), np.ones((count, 2)), np.ones((count, 2)), {})
+
+
 def test_shards_of_a_change_that_was_given_up_are_not_taken_for_anothers(task, folder):
     """Of the same ids and the same map, but other data."""
     with upkeep.changing(folder, "add") as store:
@@ -159,7 +164,7 @@ def test_shards_of_a_change_that_was_given_up_are_not_taken_for_anothers(task, f
         plan = [PlannedShard([[40, 60]])]
         job = Job.begin(folder, "add", after, "other", plan, store.manifest.shards)
         with job.shard(job.plan[0], {"word": np.array(["x"] * 20)}, []) as writer:
-            writer.append(np.ones((20, 32), np.float32), np.ones((20, 2)), np.ones((20, 2)), {})
+            writer.append(ones(20))
     (folder / "pending.json").unlink()
     store = gradindex.add(task, folder)
     assert not (store.rows(np.arange(40, 60)) == 1).all()
@@ -177,7 +182,7 @@ def test_a_shard_that_got_fewer_or_more_rows_than_ids_is_never_sealed(folder, ro
             pytest.raises(StoreError, match=rf"has got {rows}"),
             job.shard(job.plan[0], {"word": np.array(["x"] * 20)}, []) as writer,
         ):
-            writer.append(np.ones((rows, 32), np.float32), np.ones((rows, 2)), np.ones((rows, 2)), {})
+            writer.append(ones(rows))
         with pytest.raises(StoreError, match="1 of 1 shards are missing"):
             job.finish()
     assert len(list((folder / "shards").iterdir())) == 4

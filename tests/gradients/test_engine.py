@@ -42,7 +42,7 @@ def test_the_backward_pass_computes_no_weight_gradient(tmp_path):
         check_routes(engine)
         assert all(layer.hooked for layer in engine.layers)
         with Recorded() as recorded:
-            engine.run(0, list(task.train), lambda number, gradients: None)
+            engine.run(0, task.read(task.train_ids), lambda number, gradients: None)
     masks = [args[-1] for args in recorded.named("convolution_backward")]
     assert masks == [[True, False, False]]  # of the second; the first is where the graph begins
     # The last layer sends its input a gradient; (3, 16), its weight's shape, is made by no product.
@@ -64,7 +64,7 @@ def test_no_graph_is_kept_below_the_first_tracked_layer(tmp_path, layers, expect
             task.model[place].register_forward_hook(lambda module, args, output: grown.append(output.requires_grad))
             for place in (0, 4, 6)
         ]
-        engine.run(0, list(task.train), lambda number, gradients: None)
+        engine.run(0, task.read(task.train_ids), lambda number, gradients: None)
         for handle in handles:
             handle.remove()
     assert grown == expected
@@ -78,7 +78,7 @@ def test_towers_side_by_side_each_begin_a_graph_of_their_own(tmp_path):
         for tower in (task.model.left, task.model.right):
             tower.register_forward_pre_hook(lambda module, args: inputs.append(args[0].requires_grad))
         with Recorded() as recorded:
-            engine.run(0, list(task.train), lambda number, gradients: None)
+            engine.run(0, task.read(task.train_ids), lambda number, gradients: None)
     assert inputs == [False, False]
     # Of the four products of the pass, three go forward; backward, the head alone has an input to send a gradient to.
     assert len(recorded.named("addmm")) == 3
@@ -117,7 +117,7 @@ def test_factors_are_consumed_while_the_backward_pass_runs(tmp_path):
     with Engine(task) as engine:
         check_routes(engine)
         events.clear()
-        engine.run(0, list(task.train), lambda number, gradients: events.append(engine.layers[number].name))
+        engine.run(0, task.read(task.train_ids), lambda number, gradients: events.append(engine.layers[number].name))
     assert events == ["3", "between", "0"]
 
 

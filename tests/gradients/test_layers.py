@@ -71,7 +71,7 @@ def test_windows_that_are_never_laid_out_give_the_same_numbers(tmp_path, monkeyp
     task = toys.make_task(tmp_path, model, shape=shape, rates=[{"*.weight": 0.3, "*.bias": 0.7}])
     kept = {}
     with Engine(task, "float64") as engine:
-        engine.run(0, list(task.train), kept.__setitem__)
+        engine.run(0, task.read(task.train_ids), kept.__setitem__)
     windows = kept[0]
     formed = Formed(windows.gradient)
     rows, columns = windows.gradient.shape[1:]

@@ -222,4 +222,4 @@ def test_a_first_axis_that_was_the_example_in_the_check_alone_stops_the_build(tm
         with pytest.raises(
             TaskError, match="first saw 63 rows for 64 examples, though each example was a row of its own"
         ):
-            engine.run(0, list(task.train), lambda number, gradients: None)
+            engine.run(0, task.read(task.train_ids), lambda number, gradients: None)

@@ -61,7 +61,7 @@ def test_exact_products_form_the_gradients_of_queries_alone(task, monkeypatch):
         check_routes(engine)
         products = Products(engine, list(task.query), "query")
         monkeypatch.setattr(Engine, "_precondition", None)
-        (found,) = products.of(list(task.train))
+        found = products.of(task.read(task.train_ids))
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 

@@ -47,7 +47,7 @@ def test_an_lstm_in_float32_takes_the_second_way(tmp_path):
     with Engine(task) as engine:
         check_routes(engine)
         products = Products(engine, [task.query[0]], "query")
-        (found,) = products.of(list(task.train))
+        found = products.of(task.read(task.train_ids))
     truth, scale = truth_of(task, 1)
     assert np.all(np.abs(found.numpy() - truth) <= 1e-5 * scale)
     assert products.route == "double backward"
@@ -60,7 +60,7 @@ def test_no_example_has_a_gradient_of_its_own_for_a_few_queries(tmp_path, monkey
         products = Products(engine, [task.query[0]], "query")
         for name in ("vmap_gradients", "loop_gradients"):
             monkeypatch.setattr(f"gradindex.gradients.engine.{name}", None)
-        (found,) = products.of(list(task.train))
+        found = products.of(task.read(task.train_ids))
     truth, scale = truth_of(task, 1)
     assert np.all(np.abs(found.numpy() - truth) <= 1e-10 * scale)
 

@@ -12,13 +12,14 @@ from torch.utils.data import Subset, TensorDataset
 
 import gradindex
 from gradindex.errors import ArgumentError
+from gradindex.examples import RowBatch
 from gradindex.gradients import Engine
 from gradindex.index import CompactIndex, Shape
 from gradindex.projection import Projection
 from gradindex.retrieval import candidates, scoring, stages
 from gradindex.retrieval.candidates import INDEX_FOLDER
 from gradindex.retrieval.hits import NOTHING
-from gradindex.rows import RowBatch, RowMaker
+from gradindex.rows import RowMaker
 from gradindex.store import GradientStore
 
 N, M = 300, 6
@@ -122,7 +123,7 @@ def test_the_largest_sizes_keep_their_signs_and_come_from_both_ends(factors, tru
 def test_both_kinds_take_one_gradient_pass(factors, monkeypatch):
     up, down = factors.proponents(range(M), 5), factors.opponents(range(M), 5)
     passes, rows = [], RowMaker.rows
-    monkeypatch.setattr(RowMaker, "rows", lambda s, items, *a: passes.append(len(items)) or rows(s, items, *a))
+    monkeypatch.setattr(RowMaker, "rows", lambda s, queries: passes.append(len(queries)) or rows(s, queries))
     for mine, theirs in zip(factors.both(range(M), 5), (up, down), strict=True):
         assert mine.kind == theirs.kind
         np.testing.assert_array_equal(mine.ids, theirs.ids)
@@ -323,11 +324,11 @@ def store_of_equal_rows(task, folder, monkeypatch):
     """One row for all, made once: rows that are computed in batches of other sizes can differ in their last bits."""
     rows, made = RowMaker.rows, {}
 
-    def repeated(self, items, names, role):
+    def repeated(self, examples):
         kind = self.dim, self._factors  # what is made on the way is without factors
         if kind not in made:
-            made[kind] = rows(self, items[:1], names[:1], role)
-        return RowBatch.joined([made[kind]] * len(items))
+            made[kind] = rows(self, examples[:1])
+        return RowBatch.joined([made[kind]] * len(examples))
 
     monkeypatch.setattr(RowMaker, "rows", repeated)
     return gradindex.build(task, folder, projection=Projection(dim=37), factors="float32")
@@ -571,7 +572,7 @@ def test_a_group_is_one_question_with_the_sum_of_each_querys_scores(request, kep
 
 def test_a_group_of_many_queries_reads_some_at_a_time(factors, monkeypatch):
     sizes, rows = [], RowMaker.rows
-    monkeypatch.setattr(RowMaker, "rows", lambda s, items, *a: sizes.append(len(items)) or rows(s, items, *a))
+    monkeypatch.setattr(RowMaker, "rows", lambda s, queries: sizes.append(len(queries)) or rows(s, queries))
     asked = factors.prepare(np.arange(N), source="train", aggregate="mean")
     assert asked.names == ("mean of 300 queries",)
     batches = [size for size in sizes if size > 1]  # beside checks of an example alone
