@@ -9,7 +9,7 @@ from gradindex import index
 from gradindex.errors import ArgumentError, StoreError
 from gradindex.projection import Projection
 from gradindex.retrieval import scoring
-from gradindex.store.shards import factor_name
+from gradindex.store.layout import factor_name
 
 N, M = 300, 6
 
