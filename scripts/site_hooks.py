@@ -1,6 +1,6 @@
 """What mkdocs.yml adds to the pages of docs/: the command line, the notebooks, and the files of the checkout's top.
 
-MkDocs calls the functions whose names begin with ``on_``; mkdocstrings loads :class:`PlainRoles`.
+MkDocs calls the functions whose names begin with ``on_``; mkdocstrings loads :class:`Readable`.
 """
 
 from __future__ import annotations
@@ -114,10 +114,17 @@ def notebook_page(path: Path) -> dict[str, str | bytes]:
     return {f"{stem}.md": "\n\n".join([title, download, *rest]) + "\n", **pictures}
 
 
-class PlainRoles(griffe.Extension):
-    """Shows names that docstrings mark as ``:class:`Name```, for Sphinx, as code."""
+class Readable(griffe.Extension):
+    """Shows docstrings and defaults as people read them."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Change an object's docstring."""
+        """Names that are marked for Sphinx, as ``:class:`~package.Name```, become code."""
         if obj.docstring:
-            obj.docstring.value = re.sub(r":(?:class|func|meth|mod|attr):(`[^`]+`)", r"\1", obj.docstring.value)
+            marked = re.compile(r":(?:class|func|meth|mod|attr):`(?:~[\w.]*\.)?([^`]+)`")
+            obj.docstring.value = marked.sub(r"`\1`", obj.docstring.value)
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        """Of a field that is made by ``option(default, help)``, the default."""
+        value = attr.value
+        if isinstance(value, griffe.ExprCall) and str(value.function) == "option":
+            attr.value = value.arguments[0]
