@@ -14,18 +14,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ..choices import AGGREGATES, SOURCES, Aggregate, Source
 from ..columns import is_whole, positions_of, values_of
 from ..errors import ArgumentError, GradIndexError
-from ..examples import Examples, RowBatch, Sides, read_example
+from ..examples import Examples, RowBatch, read_example
 from ..gradients import Engine, Products
 from ..progress import progress
 from ..rows import RowMaker
 from ..spotcheck import check_alone, smallest_of_uneven
 from ..store import GradientStore
 from ..task import Task
-
-# By (checkpoint, layer): of queries that are questions of their own both sides; of a group the matrix of their
-# weighted sum, (d_out, d_in).
-Asked = Mapping[tuple[int, int], Sides | NDArray[np.float32]]
-
+from .vectors import QueryFactors, QueryVectors
 
 _NO_QUERIES = "There are no queries. Give at least one position or item."
 # Parts of an item that an error tells of, and how it calls what is read.
@@ -90,25 +86,34 @@ class Queries:
     Args:
         examples: what they are.
         names: what to call each question, (n_query,): one for each example, or one for a group.
-        rows: (n_query, dim) float32.
-        norms: (n_query,) float64, what exact scores are divided by to become cosines.
-        factors: see ``Asked``; ``None`` where the store has none.
+        vectors: their rows, norms and factors.
         weights: (m,) of the examples of a group; ``None`` where each is a question of its own.
-        fingerprint: of the store's map, which the rows belong to.
     """
 
     examples: QueryExamples
     names: tuple[str, ...]
-    rows: NDArray[np.float32]
-    norms: NDArray[np.float64]
-    factors: Asked | None
+    vectors: QueryVectors
     weights: NDArray[np.float64] | None
-    fingerprint: str
     # With the engine that they belong to, for another retriever has one of its own.
     _kept: list[tuple[Engine, Products]] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def rows(self) -> NDArray[np.float32]:
+        """(n_query, dim) float32."""
+        return self.vectors.rows
+
+    @property
+    def norms(self) -> NDArray[np.float64]:
+        """(n_query,) float64, what exact scores are divided by to become cosines."""
+        return self.vectors.norms
+
+    @property
+    def factors(self) -> QueryFactors | None:
+        """What exact scores from stored factors need; ``None`` where the store has none."""
+        return self.vectors.factors
 
     def __repr__(self) -> str:
         more = f" and {len(self) - 2:,} more" if len(self) > 2 else ""
@@ -320,7 +325,7 @@ def prepare(
     if aggregate is None:
         made = RowBatch.joined(list(_batches(examples, maker, store)))
         norms, factors = np.sqrt(made.self_influence.sum(1)), made.factors if stored else None
-        return Queries(examples, tuple(examples.names), made.rows, norms, factors, None, fingerprint)
+        return Queries(examples, tuple(examples.names), QueryVectors(made.rows, norms, factors, fingerprint), None)
     m = len(examples.names)
     weight = 1 / m if aggregate == "mean" else 1.0
     row, sums = np.zeros(maker.dim), dict[tuple[int, int], NDArray[np.float32]]()
@@ -335,7 +340,8 @@ def prepare(
             sums[key] = sums[key] + share if key in sums else share
     name = f"{aggregate} of {m:,} {'query' if m == 1 else 'queries'}"
     rows, every = row[None].astype(np.float32), np.concatenate(weights)
-    return Queries(examples, (name,), rows, np.ones(1), sums if stored else None, every, fingerprint)
+    vectors = QueryVectors(rows, np.ones(1), sums if stored else None, fingerprint, grouped=True)
+    return Queries(examples, (name,), vectors, every)
 
 
 def _batches(examples: QueryExamples, maker: RowMaker, store: GradientStore) -> Iterator[RowBatch]:

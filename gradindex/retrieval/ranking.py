@@ -53,6 +53,12 @@ def ranked(
     return ids[order], scores[order]
 
 
+def united(parts: Sequence[Ranked]) -> Ranked:
+    """The ids of all parts with their scores, each once."""
+    ids, places = np.unique(np.concatenate([ids for ids, _ in parts]), return_index=True)
+    return ids, np.concatenate([scores for _, scores in parts])[places]
+
+
 class Best:
     """The best of each query in a stream, never more than a few times the answer in memory.
 

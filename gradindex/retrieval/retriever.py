@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from ..choices import Aggregate, AnswerKind, Precision, Source
 from ..deprecation import deprecated, in_order
 from ..errors import ArgumentError, StoreChangedError, StoreError
 from ..forking import one_thread_in_children
-from ..gaps import with_gaps
 from ..gradients import HALF, Engine, check_routes
 from ..index import require
 from ..matching import check_task
@@ -25,21 +24,19 @@ from ..rows import RowMaker, projection_of
 from ..store import GradientStore, asked_again, followed, runs
 from ..task import Task
 from ..tree import preserved_random_state
+from .answering import hits_of
 from .asking import Queries, find, prepare
 from .candidates import Candidates
 from .explanation import Explanation
 from .filters import allow
-from .hits import Hits, LookedUp
+from .hits import Hits
 from .question import Question, QuestionKeywords, SearchKeywords
-from .ranking import Ranked
 from .scoring import Scores, by_factors, cosine_norms, joined, scored_as, shares, shown, through_model
-from .stages import Answer, Search
+from .searcher import LocalSearcher
+from .stages import Search
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-# Hits from which on columns are looked up when they are asked for, and not kept.
-_KEPT_COLUMNS = 1 << 18
 
 
 class Retriever:
@@ -157,7 +154,7 @@ class Retriever:
         if source != "query" or aggregate is not None:
             raise ArgumentError("source and aggregate belong to prepare(): these queries are prepared already.")
         lacks = store.has_factors and queries.factors is None
-        if queries.fingerprint != store.manifest.fingerprint or lacks:
+        if queries.vectors.fingerprint != store.manifest.fingerprint or lacks:
             raise ArgumentError(
                 f"These queries were prepared for other rows than those of {store.folder}. Prepare them again."
             )
@@ -227,32 +224,14 @@ class Retriever:
             question.most(store.n_train)
             columns = prepared.examples.columns
             allowed = allow(store, question, columns, len(prepared)) if question.filtered else None
-            search = Search(store, candidates, self._computing, prepared, question, kinds, allowed, self._unit_norm)
+            searcher = LocalSearcher(store, candidates, self._computing, prepared, allowed, self._unit_norm)
+            search = Search(searcher, prepared.vectors, question, kinds)
             return [
-                self._hits(store, prepared, kind, answer) for kind, answer in zip(kinds, search.answers(), strict=True)
+                hits_of(self.task, store, prepared, kind, answer, self._measure)
+                for kind, answer in zip(kinds, search.answers(), strict=True)
             ]
 
         return asked_again(answers)
-
-    def _hits(self, store: GradientStore, asked: Queries, kind: AnswerKind, answer: Answer) -> Hits:
-        show, group = self.task.show, asked.weights is not None
-        ids, scores = _rectangular(answer.found)
-        scored = {"exact": scored_as(store), "rows": "projected", "index": "index-estimated"}[answer.last]
-        return Hits(
-            ids=ids,
-            scores=scores,
-            kind=kind,
-            scored=scored,
-            queries=asked.names,
-            stages=answer.stages,
-            measure=self._measure,
-            columns=_columns(store, ids),
-            query_columns={} if group else {n: with_gaps(v) for n, v in asked.examples.columns.items()},
-            show_train=None if show is None else lambda i: self.task.shown(self.task.examples([i])[0], f"id {i}"),
-            show_query=None
-            if show is None or group
-            else lambda row: self.task.shown(asked.examples.items[row], asked.names[row]),
-        )
 
     @property
     def _measure(self) -> str:
@@ -397,22 +376,3 @@ def load(task: Task, folder: str | os.PathLike[str], *, device: str | None = Non
     """
     task, folder = in_order(task, folder, Task, "load(task, folder)")
     return asked_again(lambda: Retriever(task, GradientStore(folder), device, use_index))
-
-
-def _rectangular(found: list[Ranked]) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Ids and scores as wide as the longest answer: -1 and NaN behind shorter ones. Each one given is let go."""
-    width = max(len(ids) for ids, _ in found)
-    ids = np.empty((len(found), width), dtype=np.int64)
-    scores = np.empty((len(found), width), dtype=np.result_type(*(scores for _, scores in found)))
-    for row in range(len(found)):
-        some, mine = found[row]
-        ids[row, : len(some)], scores[row, : len(some)] = some, mine
-        ids[row, len(some) :], scores[row, len(some) :] = -1, np.nan
-        found[row] = some[:0], mine[:0]
-    return ids, scores
-
-
-def _columns(store: GradientStore, ids: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
-    """Columns of hits, looked up now; of very many when they are asked for."""
-    later = LookedUp(store.columns, store.column, ids)
-    return later if ids.size > _KEPT_COLUMNS else dict(later)

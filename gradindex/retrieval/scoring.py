@@ -18,8 +18,9 @@ from ..progress import progress
 from ..store import GradientStore, runs
 from ..task import Task
 from ..tree import preserved_random_state
-from .asking import Asked, Queries, find
+from .asking import Queries, find
 from .candidates import pieces
+from .vectors import QueryFactors
 
 # Memory for the gradients of queries while they are compared; more queries go in turns.
 _QUERY_BYTES = 2 << 30
@@ -154,12 +155,12 @@ def shown(label: str, scores: Scores, total: int) -> Scores:
             advance(piece[2].size)
 
 
-def by_factors(store: GradientStore, factors: Asked, n_query: int, ids: NDArray[np.int64]) -> Scores:
+def by_factors(store: GradientStore, factors: QueryFactors, n_query: int, ids: NDArray[np.int64]) -> Scores:
     """Exact scores from stored factors: sum over checkpoints and layers of (delta . delta')(x . x').
 
     Args:
         store: one that has factors.
-        factors: of the queries, see :class:`Queries`.
+        factors: of the queries, see :class:`QueryVectors`.
         n_query: how many questions.
         ids: training ids that have a row.
     """
@@ -171,7 +172,7 @@ def by_factors(store: GradientStore, factors: Asked, n_query: int, ids: NDArray[
 
 
 def of_candidates(
-    store: GradientStore, factors: Asked, lists: Sequence[NDArray[np.int64]]
+    store: GradientStore, factors: QueryFactors, lists: Sequence[NDArray[np.int64]]
 ) -> list[NDArray[np.float64]]:
     """Exact scores of each query's own candidates, from factors where they lie: none are copied but of half precision.
 
@@ -209,7 +210,7 @@ def _factors_at_once(store: GradientStore, n_query: int) -> int:
 
 
 def _factor_shares(
-    store: GradientStore, factors: Asked, ids: NDArray[np.int64]
+    store: GradientStore, factors: QueryFactors, ids: NDArray[np.int64]
 ) -> Iterator[tuple[tuple[int, int], NDArray[Any]]]:
     """By (checkpoint, layer): (n_query, len(ids)) float32, or float64 of a group."""
     for key, (activations, output_gradients) in store.factors(ids).items():

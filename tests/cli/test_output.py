@@ -180,7 +180,7 @@ def test_a_table_of_very_many_records_is_the_same_as_of_few(monkeypatch):
 def test_columns_of_very_many_hits_are_looked_up_and_the_same(work, monkeypatch):
     retriever = gradindex.load(gradindex.load_task("mine.py:task"), "store")
     few = retriever.both([0, 1], at_least=0)
-    monkeypatch.setattr("gradindex.retrieval.retriever._KEPT_COLUMNS", 3)
+    monkeypatch.setattr("gradindex.retrieval.answering._KEPT_COLUMNS", 3)
     monkeypatch.setattr("gradindex.retrieval.hits.AT_ONCE", 2)
     for hits, later in zip(few, retriever.both([0, 1], at_least=0), strict=True):
         assert isinstance(later.columns, LookedUp) and not isinstance(hits.columns, LookedUp)

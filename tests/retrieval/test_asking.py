@@ -16,7 +16,7 @@ from gradindex.examples import RowBatch
 from gradindex.gradients import Engine
 from gradindex.index import CompactIndex, Shape
 from gradindex.projection import Projection
-from gradindex.retrieval import candidates, scoring, stages
+from gradindex.retrieval import candidates, scoring, searcher
 from gradindex.retrieval.candidates import INDEX_FOLDER
 from gradindex.retrieval.hits import NOTHING
 from gradindex.rows import RowMaker
@@ -132,8 +132,10 @@ def test_both_kinds_take_one_gradient_pass(factors, monkeypatch):
 
 
 def test_both_kinds_take_one_pass_over_training_examples(plain, monkeypatch):
-    union, through_model = [], stages.through_model
-    monkeypatch.setattr(stages, "through_model", lambda e, q, ids, b: union.append(ids) or through_model(e, q, ids, b))
+    union, through_model = [], searcher.through_model
+    monkeypatch.setattr(
+        searcher, "through_model", lambda e, q, ids, b: union.append(ids) or through_model(e, q, ids, b)
+    )
     up, down = plain.both([0], 5)
     assert len(union) == 1
     assert set(up.ids[0]) | set(down.ids[0]) <= set(union[0].tolist())
@@ -357,8 +359,10 @@ def test_equal_rows_have_equal_scores_and_come_in_the_order_of_ids(tmp_path, rer
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_threshold_through_the_model_doubles_candidates_until_none_is_new(plain, truth, kind, monkeypatch):
     x = float(KINDS[kind](truth[0])[ordered(kind, truth[0])[5]]) * (1 - 1e-6)
-    scored, through_model = [], stages.through_model
-    monkeypatch.setattr(stages, "through_model", lambda e, q, ids, b: scored.append(ids) or through_model(e, q, ids, b))
+    scored, through_model = [], searcher.through_model
+    monkeypatch.setattr(
+        searcher, "through_model", lambda e, q, ids, b: scored.append(ids) or through_model(e, q, ids, b)
+    )
     hits = plain.search(0, kind=kind, at_least=x, candidates=40)
     ids = np.concatenate(scored)
     assert len(np.unique(ids)) == len(ids)  # no example is scored twice

@@ -11,7 +11,7 @@ from torch import nn
 import gradindex
 from gradindex.errors import ArgumentError, MismatchError, StoreError, TaskError
 from gradindex.projection import Projection
-from gradindex.retrieval import scoring, stages
+from gradindex.retrieval import scoring, searcher
 
 
 @pytest.fixture
@@ -66,7 +66,9 @@ def test_stored_factors_give_exact_scores_without_a_pass_over_training_examples(
     gradindex.build(task, tmp_path / "store", projection=Projection(dim=8), factors=kept)
     retriever = gradindex.load(task, tmp_path / "store")
     truth = gradindex.exact_scores(task, list(task.query))
-    monkeypatch.setattr(stages, "through_model", lambda *_: pytest.fail("training examples were run through the model"))
+    monkeypatch.setattr(
+        searcher, "through_model", lambda *_: pytest.fail("training examples were run through the model")
+    )
     for kind, sign in (("proponents", 1), ("opponents", -1)):
         hits = getattr(retriever, kind)(range(4), k=12)
         assert (hits.scored, hits.note.split(" TracInCP")[0]) == (label, label)

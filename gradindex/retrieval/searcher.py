@@ -1,0 +1,282 @@
+"""Where rows are searched and exact scores come from: the seam behind which a store, or many machines, can stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..choices import AnswerKind, Rerank
+from ..gradients import Engine
+from ..store import GradientStore
+from .asking import Queries
+from .candidates import Candidates, Effort, candidates_for, pieces, scan
+from .filters import Allowed
+from .hits import Stage
+from .question import DEFAULT_K
+from .ranking import Best, Ranked, ranked, united
+from .scoring import Scores, by_factors, cosine_norms, of_candidates, through_model
+from .vectors import QueryVectors
+
+_FAISS_K = 1024
+# Ids whose exact scores stream together where all are scored.
+_STREAMED = 1 << 16
+# What is searched for a kind: each with the query or with its negation, never as the lowest of what was found.
+SIGNS: Mapping[AnswerKind, Sequence[AnswerKind]] = {
+    "proponents": ("proponents",),
+    "opponents": ("opponents",),
+    "absolute": ("proponents", "opponents"),
+}
+# Which of some scores count, (q, m); ``None`` for all.
+Mask = NDArray[np.bool_] | None
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """What a searcher proposes.
+
+    Args:
+        by_kind: for each kind, for each query ids and scores, the best first.
+        stages: what was compared.
+        last: what the scores are: the index's estimates or inner products with full rows.
+        wanted: how many candidates were asked for.
+    """
+
+    by_kind: dict[AnswerKind, list[Ranked]]
+    stages: tuple[Stage, ...]
+    last: Literal["index", "rows"]
+    wanted: int | None = None
+
+
+class Searcher(Protocol):
+    """Answers for the rows that it has and that may answer; ids of two searchers are apart.
+
+    Attributes:
+        n_train: how many rows it has, whether they may answer or not.
+        exact_from: where exact scores come from, ``"stored factors"`` or ``"model"``.
+        exhaustive: whether exact scores of all rows cost little enough to be asked for (:meth:`score_all`).
+    """
+
+    n_train: int
+    exact_from: str
+    exhaustive: bool
+
+    def propose(
+        self,
+        vectors: QueryVectors,
+        kinds: Sequence[AnswerKind],
+        k: int | None,
+        *,
+        last: Rerank,
+        at_least: float | None = None,
+        candidates: int | None = None,
+    ) -> Proposed:
+        """The best rows of each query.
+
+        Args:
+            vectors: the queries.
+            kinds: what is the best; where they go to exact scores, proponents and opponents alone.
+            k: how many at most; ``None`` for all from ``at_least`` on.
+            last: ``"none"``: by the index's own estimates, where there is one that can be used; ``"rows"``: by full
+                rows; ``"exact"``: as candidates for exact scores.
+            at_least: strengths below are left out.
+            candidates: with ``last="exact"``, how many; by default what suits.
+        """
+
+    def products(self, vectors: QueryVectors, query: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(m,) inner products of a query's row with the rows of ascending ids, each computed alone."""
+
+    def score(self, vectors: QueryVectors, lists: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
+        """Exact scores of each query's own ascending ids, the same bit by bit whatever else is asked."""
+
+    def score_all(self, vectors: QueryVectors) -> Iterator[tuple[slice, NDArray[np.int64], NDArray[np.float64], Mask]]:
+        """Exact scores of all that may answer, piece by piece: queries, ids (m,), scores (q, m), and which count."""
+
+
+class LocalSearcher:
+    """Searches a store on this machine; see :class:`Searcher`.
+
+    Args:
+        store: a complete one.
+        candidates: its search.
+        computing: locks the model for as long as scores go through it.
+        queries: whose gradients exact scores through the model compare.
+        allowed: who may answer, if not all.
+        unit_norm: whether the store's rows have unit norm, so that scores are cosines.
+    """
+
+    def __init__(
+        self,
+        store: GradientStore,
+        candidates: Candidates,
+        computing: Callable[[], AbstractContextManager[Engine]],
+        queries: Queries,
+        allowed: Allowed | None,
+        unit_norm: bool,
+    ) -> None:
+        self._store, self._candidates, self._computing = store, candidates, computing
+        self._queries, self._allowed, self._unit_norm = queries, allowed, unit_norm
+        self.n_train, self.exhaustive = store.n_train, store.has_factors
+        self.exact_from = "stored factors" if store.has_factors else "model"
+
+    def propose(
+        self,
+        vectors: QueryVectors,
+        kinds: Sequence[AnswerKind],
+        k: int | None,
+        *,
+        last: Rerank,
+        at_least: float | None = None,
+        candidates: int | None = None,
+    ) -> Proposed:
+        """See :class:`Searcher`."""
+        if last == "exact":
+            return self._for_exact(vectors, kinds, k, candidates)
+        if last == "none" and k is not None and at_least is None:
+            effort = self._effort(k)
+            if effort is not None:
+                return self._estimated(vectors, kinds, k, effort)
+        return self._by_rows(vectors, kinds, k, at_least)
+
+    def _effort(self, k: int) -> Effort | None:
+        """How far the index goes for this question; ``None`` where all rows, or all that are allowed, are compared."""
+        if self._candidates.index is None or self._allowed is not None:
+            return None
+        effort = self._candidates.effort(k)
+        return None if effort.proposals >= self.n_train else effort
+
+    def _estimated(self, vectors: QueryVectors, kinds: Sequence[AnswerKind], k: int, effort: Effort) -> Proposed:
+        """By the index's own estimates."""
+        by_sign = {
+            sign: _listed(sign, *self._candidates.propose(_signed(sign, vectors), k, effort)) for sign in signs(kinds)
+        }
+        newer = self._candidates.newer
+        stages = (Stage("index", k), *([Stage("rows", newer)] if newer else []))
+        return Proposed({kind: _best_of(kind, by_sign, k) for kind in kinds}, stages, "index", k)
+
+    def _by_rows(
+        self, vectors: QueryVectors, kinds: Sequence[AnswerKind], k: int | None, at_least: float | None = None
+    ) -> Proposed:
+        """The best by full rows: of those that the index proposes, or of all that may answer."""
+        if k is not None and at_least is None and self._allowed is None:
+            effort = self._effort(k)
+            # FAISS compares all rows for one kind at a time, and merges its blocks' answers in a time that grows with
+            # their length; beyond that one pass of our own serves every kind and length.
+            if effort is not None or (len(kinds) == 1 and kinds[0] != "absolute" and k <= _FAISS_K):
+                return self._compared(vectors, kinds, k, effort)
+        best = {kind: Best(kind, len(vectors), k, at_least) for kind in kinds}
+        looked_at = np.zeros(len(vectors), dtype=np.int64)
+        only = None if self._allowed is None else self._allowed.ids
+        for ids, scores in scan(self._store, vectors.rows, only):
+            mask = None if self._allowed is None else self._allowed.mask(ids)
+            looked_at += len(ids) if mask is None else mask.sum(1)
+            for of_kind in best.values():
+                of_kind.add(ids, scores, mask)
+        stages = (Stage("rows", int(looked_at.max())),)
+        return Proposed({kind: of_kind.found() for kind, of_kind in best.items()}, stages, "rows", k)
+
+    def _compared(self, vectors: QueryVectors, kinds: Sequence[AnswerKind], k: int, effort: Effort | None) -> Proposed:
+        """The best by full rows of what the index proposes, or of all rows."""
+        by_sign, most = {}, 0
+        for sign in signs(kinds):
+            scores, ids, compared = self._candidates.compared(_signed(sign, vectors), k, effort)
+            by_sign[sign], most = _listed(sign, scores, ids), max(most, compared)
+        proposed = () if effort is None else (Stage("index", max(k, effort.proposals)),)
+        by_kind = {kind: _best_of(kind, by_sign, k) for kind in kinds}
+        return Proposed(by_kind, (*proposed, Stage("rows", most)), "rows", k)
+
+    def _for_exact(
+        self, vectors: QueryVectors, kinds: Sequence[AnswerKind], k: int | None, candidates: int | None
+    ) -> Proposed:
+        """Candidates for exact scores. Where the index proposes no more than these, their full rows decide nothing."""
+        k = k or min(DEFAULT_K, self.n_train)
+        effort = self._effort(k)
+        default = candidates_for(k)
+        if effort is not None:
+            default = max(k, effort.proposals if self.exhaustive else min(effort.proposals, default))
+        wanted = min(self.n_train, candidates or default)
+        if effort is None or wanted >= self.n_train:
+            return self._by_rows(vectors, kinds, wanted)
+        if wanted >= effort.proposals and not self._candidates.newer:
+            by_kind = {
+                kind: _listed(kind, *self._candidates.propose(_signed(kind, vectors), wanted, effort)) for kind in kinds
+            }
+            return Proposed(by_kind, (Stage("index", wanted),), "index", wanted)
+        return self._compared(vectors, kinds, wanted, effort)
+
+    def products(self, vectors: QueryVectors, query: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See :class:`Searcher`."""
+        return self._candidates.products(vectors.rows[query], ids)
+
+    def score(self, vectors: QueryVectors, lists: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
+        """See :class:`Searcher`."""
+        if self.exhaustive and not vectors.grouped:
+            assert vectors.factors is not None
+            pairs = enumerate(zip(lists, of_candidates(self._store, vectors.factors, lists), strict=True))
+            return [
+                self._measured(vectors, slice(query, query + 1), ids, scores[None])[0] for query, (ids, scores) in pairs
+            ]
+        union = lists[0] if len(lists) == 1 else np.unique(np.concatenate(lists))
+        scores = [np.empty(len(ids)) for ids in lists]
+        if len(union) and self.exhaustive:
+            self._collect(vectors, self._by_stored(vectors, union), lists, scores)
+        elif len(union):
+            with self._computing() as engine:
+                pieces_ = through_model(engine, self._queries, union, self._store.manifest.batch_size)
+                self._collect(vectors, pieces_, lists, scores)
+        return scores
+
+    def score_all(self, vectors: QueryVectors) -> Iterator[tuple[slice, NDArray[np.int64], NDArray[np.float64], Mask]]:
+        """See :class:`Searcher`."""
+        allowed = self._allowed
+        everyone = self._store.ids if allowed is None or allowed.ids is None else allowed.ids
+        for piece in pieces(everyone, _STREAMED):
+            for queries, ids, scores in self._by_stored(vectors, piece):
+                mask = None if allowed is None else allowed.mask(ids)
+                yield queries, ids, self._measured(vectors, queries, ids, scores), mask
+
+    def _collect(
+        self,
+        vectors: QueryVectors,
+        scored: Scores,
+        lists: Sequence[NDArray[np.int64]],
+        into: Sequence[NDArray[np.float64]],
+    ) -> None:
+        for queries, ids, scores in scored:
+            exact = self._measured(vectors, queries, ids, scores)
+            for row, query in enumerate(range(queries.start, queries.stop)):
+                start, stop = np.searchsorted(lists[query], [ids[0], ids[-1] + 1])
+                into[query][start:stop] = exact[row, np.searchsorted(ids, lists[query][start:stop])]
+
+    def _by_stored(self, vectors: QueryVectors, ids: NDArray[np.int64]) -> Scores:
+        assert vectors.factors is not None
+        return by_factors(self._store, vectors.factors, len(vectors), ids)
+
+    def _measured(
+        self, vectors: QueryVectors, queries: slice, ids: NDArray[np.int64], scores: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Scores as the store measures: cosines where its rows have unit norm."""
+        return scores / cosine_norms(self._store, vectors.norms[queries], ids) if self._unit_norm else scores
+
+
+def signs(kinds: Sequence[AnswerKind]) -> list[AnswerKind]:
+    """What is searched for some kinds, each once."""
+    return list(dict.fromkeys(sign for kind in kinds for sign in SIGNS[kind]))
+
+
+def _signed(sign: AnswerKind, vectors: QueryVectors) -> NDArray[np.float32]:
+    return vectors.rows if sign == "proponents" else -vectors.rows
+
+
+def _listed(sign: AnswerKind, scores: NDArray[np.float32], ids: NDArray[np.int64]) -> list[Ranked]:
+    return list(zip(ids, scores if sign == "proponents" else -scores, strict=True))
+
+
+def _best_of(kind: AnswerKind, by_sign: Mapping[AnswerKind, list[Ranked]], k: int) -> list[Ranked]:
+    if kind != "absolute":
+        return by_sign[kind]
+    return [ranked(kind, *united(pair), k) for pair in zip(*by_sign.values(), strict=True)]
