@@ -13,7 +13,7 @@ import torch
 from .errors import MismatchError
 from .estimating import Estimate, timed
 from .filling import fill, planned, running
-from .gradients import Engine
+from .gradients import Engine, with_unit_norm
 from .matching import check_task, hint_at_frozen
 from .memory import available_bytes, largest_batch
 from .options import BuildKeywords, BuildOptions, chosen
@@ -159,7 +159,8 @@ def estimate(
             batch_size, left, (done, rows) = job.after.batch_size, job.bytes_missing(columns), job.rows_done(part)
             to_fit = False
         # Bases that are not fitted yet are as large as random ones.
-        maker = RowMaker(engine, projection.unfitted, None, norms, options.unit_norm, options.factors is not None)
+        geometry = with_unit_norm(engine.geometry, options.unit_norm)
+        maker = RowMaker(engine, projection.unfitted, None, norms, geometry, options.factors is not None)
         read_s, compute_s = timed(maker, task, batch_size)
         return Estimate(
             rows=rows,

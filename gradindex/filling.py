@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .choices import Precision
 from .examples import Examples, RowBatch
 from .forking import check_threads, one_thread_in_children
-from .gradients import Engine, Tracked, check_routes
+from .gradients import Engine, Tracked, check_routes, with_unit_norm
 from .index import require
 from .matching import check_losses
 from .options import ComputeOptions
@@ -79,7 +79,7 @@ def row_maker(engine: Engine, manifest: Manifest, bases: Bases | None, first: in
         projection_of(manifest.map),
         bases,
         manifest.self_influence,
-        manifest.map.unit_norm and first == 0,  # blocks that are added get their norm with the others
+        with_unit_norm(engine.geometry, manifest.map.unit_norm and first == 0),  # added blocks: with the others
         manifest.has_factors,
         first,
     )
@@ -107,21 +107,20 @@ def fill(
             samples: list[tuple[int, str]] = []
             with job.shard(missing, task.column_arrays("train", ids), samples) as writer:
                 for examples, rows in batches(maker, task, ids, job.after, workers, samples):
-                    writer.append(rows if beside is None else _beside(beside, examples.ids, rows))
+                    writer.append(rows if beside is None else _beside(beside, engine, examples, rows))
                     advance(len(rows))
 
 
-def _beside(store: GradientStore, ids: NDArray[np.int64], later: RowBatch) -> RowBatch:
+def _beside(store: GradientStore, engine: Engine, examples: Examples, later: RowBatch) -> RowBatch:
     """What a store has of some examples, with the blocks of later checkpoints after its own."""
-    rows, new = store.rows(ids), later.rows
-    norms = np.concatenate([store.self_influence(ids), later.self_influence], 1)
-    if store.manifest.map.unit_norm:
-        whole = np.where(norms.sum(1) > 0, norms.sum(1), 1.0)
-        rows = rows * np.sqrt(norms[:, : store.n_checkpoints].sum(1) / whole).astype(np.float32)[:, None]
-        new = new / np.sqrt(whole).astype(np.float32)[:, None]
-    factors = store.factors(ids) if store.has_factors else {}
-    losses = np.concatenate([store.losses(ids), later.losses], 1)
-    return RowBatch(np.concatenate([rows, new], 1), norms, losses, {**factors, **later.factors})
+    ids, geometry = examples.ids, with_unit_norm(engine.geometry, store.manifest.map.unit_norm)
+    squares = store.self_influence(ids)
+    return RowBatch(
+        geometry.joined_rows(store.rows(ids), squares, later.rows, later.self_influence),
+        np.concatenate([squares, later.self_influence], 1),
+        np.concatenate([store.losses(ids), later.losses], 1),
+        {**(store.factors(ids) if store.has_factors else {}), **later.factors},
+    )
 
 
 def batches(

@@ -14,7 +14,7 @@ from .choices import Norms
 from .errors import TaskError
 from .examples import Examples, RowBatch, Sides
 from .factors import Factors, Gradients, Layer
-from .gradients import Engine, in_batches, non_finite
+from .gradients import Engine, Geometry, in_batches, non_finite
 from .memory import LARGEST_TRIED, available_bytes, batch_size_for, pass_bytes
 from .progress import progress
 from .projection import Bases, Fit, Projection, Share, hash64, key
@@ -32,8 +32,7 @@ class RowMaker:
         projection: which maps.
         bases: of a fitted projection.
         norms: whether self-influence is ``"exact"`` or the squared norm of the row (``"projected"``).
-        unit_norm: divide each row by the norm of its whole gradients, so that inner products
-            estimate cosines.
+        geometry: what is done to gradients and rows, by default as the engine's task says.
         factors: whether exact factors are made as well.
         first: the number of the engine's first checkpoint among all of a store's, whose maps are
             independent.
@@ -45,13 +44,13 @@ class RowMaker:
         projection: Projection,
         bases: Bases | None = None,
         norms: Norms = "exact",
-        unit_norm: bool = False,
+        geometry: Geometry | None = None,
         factors: bool = False,
         first: int = 0,
     ) -> None:
         self._exact_norms = norms == "exact"
-        self._unit_norm, self._factors, self._first = unit_norm, factors, first
-        self.engine = engine
+        self._factors, self._first = factors, first
+        self.engine, self.geometry = engine, engine.geometry if geometry is None else geometry
         like = torch.zeros((), dtype=engine.dtype, device=engine.device)
         numbers = range(first, first + engine.n_checkpoints)
         self._maps = [projection.for_checkpoint(c, engine.layers, like, bases) for c in numbers]
@@ -89,9 +88,9 @@ class RowMaker:
             norms.append(squared)
             losses.append(loss.double())
             factors |= {(self._first + checkpoint, number): pair for number, pair in sides.items()}
-        squares, rows = torch.stack(norms, 1), torch.cat(blocks, 1)
-        if self._unit_norm:
-            rows = rows / _safe(squares.sum(1).sqrt())[:, None]
+        squares = torch.stack(norms, 1)
+        finish = self.geometry.query_rows if batch.role == "query" else self.geometry.train_rows
+        rows = finish(torch.cat(blocks, 1), squares)
         return [
             RowBatch(rows.float().cpu().numpy(), squares.cpu().numpy(), torch.stack(losses, 1).cpu().numpy(), factors)
         ]
@@ -100,12 +99,13 @@ class RowMaker:
         self, checkpoint: int, batch: Examples, loss_scale: float
     ) -> tuple[Tensor, Tensor, Tensor, dict[int, Sides]]:
         """Blocks (b, block_dim), squared norms (b,), losses (b,) and factors by layer."""
-        engine, block_map = self.engine, self._maps[checkpoint]
+        engine, block_map, mapped = self.engine, self._maps[checkpoint], self._mapped(batch)
         block = torch.zeros(len(batch), self._block_dim, dtype=engine.dtype, device=engine.device)
         squared = torch.zeros(len(batch), dtype=torch.float64, device=engine.device)
         sides = {number: _no_sides(layer, len(batch)) for number, layer in enumerate(engine.layers) if self._factors}
 
         def consume(number: int, gradients: Gradients) -> None:
+            gradients = mapped(checkpoint, engine.layers[number], gradients)
             if self._factors:
                 sides[number] = _sides(engine.layers[number], gradients)
             for part, piece in gradients.parts():
@@ -115,6 +115,20 @@ class RowMaker:
 
         losses = engine.run(checkpoint, batch, consume, loss_scale=loss_scale)
         return block, squared if self._exact_norms else block.double().square().sum(1), losses, sides
+
+    def _mapped(self, batch: Examples) -> Callable[[int, Layer, Gradients], Gradients]:
+        return self.geometry.query if batch.role == "query" else self.geometry.train
+
+    def losses_and_norms(self, checkpoint: int, examples: Examples) -> tuple[Tensor, Tensor]:
+        """(n,) float64 each, of examples in one batch at one checkpoint: what stands beside rows, without these."""
+        engine, mapped = self.engine, self._mapped(examples)
+        squared = torch.zeros(len(examples), dtype=torch.float64, device=engine.device)
+
+        def consume(number: int, gradients: Gradients) -> None:
+            for part, piece in mapped(checkpoint, engine.layers[number], gradients).parts():
+                squared[part] += piece.squared_norms()
+
+        return engine.run(checkpoint, examples, consume).double(), squared.sqrt()
 
 
 def _no_sides(layer: Layer, count: int) -> Sides:
@@ -131,11 +145,6 @@ def _sides(layer: Layer, gradients: Gradients) -> Sides:
         )
     activations, output_gradients = gradients.activations[:, 0], gradients.output_gradients[:, 0]
     return activations.float().cpu().numpy(), output_gradients.float().cpu().numpy()
-
-
-def _safe(norms: Tensor) -> Tensor:
-    """Norms to divide by: a zero gradient has no direction and keeps its zeros."""
-    return norms.where(norms > 0, 1.0)
 
 
 def fit_bases(engine: Engine, projection: Projection, batch_size: int, n: int, first: int = 0) -> Bases:
@@ -182,6 +191,7 @@ def _shares(engine: Engine, checkpoint: int, fit: Fit, batch: Examples) -> list[
         shares: list[Share] = []
 
         def consume(number: int, gradients: Gradients, shares: list[Share] = shares) -> None:
+            gradients = engine.geometry.train(checkpoint, engine.layers[number], gradients)
             shares.append(fit.share(number, gradients))
 
         engine.run(checkpoint, batch, consume, loss_scale=loss_scale)

@@ -125,8 +125,8 @@ def _is_more_than_rounding(maker: RowMaker, checkpoint: int, examples: Examples,
     engine = maker.engine
     try:
         with engine.doubled(checkpoint):
-            alone = engine.norms(checkpoint, examples[place : place + 1])
-            together = engine.norms(checkpoint, examples)
+            alone = maker.losses_and_norms(checkpoint, examples[place : place + 1])
+            together = maker.losses_and_norms(checkpoint, examples)
     except RuntimeError:
         return rough
     return any(

@@ -22,7 +22,11 @@ from .digests import digest
 from .errors import ArgumentError, TaskError, user_code
 from .examples import Examples, read_example
 from .importing import import_by_name
+from .registry import Registry
 from .tree import preserved_random_state
+
+# What ``preconditioner`` names, see gradindex/gradients/geometry.py; here, so that a name is checked where it is given.
+GEOMETRIES: Registry[Any] = Registry("preconditioner", PRECONDITIONERS)
 
 Arrays = dict[str, NDArray[Any]]
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -101,8 +105,11 @@ class Task:
             patterns = False
         if not patterns:
             raise TaskError(f"layers is a {type(self.layers).__name__}, but must be a name or pattern, or several.")
-        if self.preconditioner not in (None, *PRECONDITIONERS):
-            raise TaskError(f"preconditioner is {self.preconditioner!r}, but must be 'adam' or None.")
+        if self.preconditioner is not None:
+            names = dict.fromkeys((*PRECONDITIONERS, *GEOMETRIES))
+            if self.preconditioner not in names:
+                known = ", ".join(map(repr, names))
+                raise TaskError(f"preconditioner is {self.preconditioner!r}, but must be {known} or None.")
         for name, parameter in self.model.named_parameters():
             if is_lazy(parameter):
                 raise TaskError(f"{name} has no shape yet (a lazy module). Run the model on one batch first.")

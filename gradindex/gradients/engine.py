@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -17,33 +16,33 @@ from torch import Tensor, nn
 from ..checkpoint import Loaded, differing_names
 from ..choices import Precision
 from ..digests import skeleton
-from ..errors import CheckpointError, TaskError, user_code
+from ..errors import TaskError, user_code
 from ..examples import Examples, Role
-from ..factors import Formed, Gradients, Layer
+from ..factors import Formed, Layer
 from ..memory import in_halves
 from ..task import Task
 from ..tree import map_tensors, tensors
 from ..weights import negligible
-from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, State, as_real, loop_gradients, vmap_gradients
+from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, State, loop_gradients, vmap_gradients
+from .geometry import geometry_of
 from .hooks import Consume, Hooks
-from .layers import as_matrix, plan_layers, refuse_what_hides
+from .layers import plan_layers, refuse_what_hides
 from .precision import HALF, LOSS_SCALES, check_precision, usable
 from .tracked import Tracked, choose
 
 T = TypeVar("T")
 
-_ADAM_EPSILON = 1e-8
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
 
 
 class Engine:
-    """Computes factors of the per-example gradients of a task, each scaled by sqrt(eta).
+    """Computes factors of the per-example gradients of a task, times the scales of its geometry: sqrt(eta) for TracIn.
 
     Use as a context: hooks and eval mode last until it ends, whatever happens inside, and other threads
     with an engine of the same model wait. The model's own weights are never written: each pass runs with a
-    checkpoint's tensors in their place. With a row phi_c(z) = sqrt(eta_c) grad l(w_c, z),
-    <phi_c(z), phi_c(z')> is one term of TracInCP (Pruthi et al. 2020, section 3.3).
+    checkpoint's tensors in their place. What else is done to gradients before they are compared, whoever consumes them
+    has ``geometry`` do.
 
     Args:
         task: what is differentiated.
@@ -99,37 +98,25 @@ class Engine:
         # once: weights, rates, moments and digest are of the same bytes.
         self.states: list[State] = []
         self.loaded: list[Loaded] = []
-        self._moments: list[dict[str, Tensor]] = []
+        self.geometry = geometry_of(task.preconditioner)
+        tracked_tensors = {name: self.model.get_parameter(name) for name in self.parameters}
         for checkpoint, rates in zip(task.checkpoints, self.learning_rates, strict=True):
             loaded = checkpoint.read(self.model)
             loaded.check_rates(rates)
             self.states.append(
                 {f"model.{name}": self.cast(t) for name, t in (unsaved | loaded.tensors).items() if name in unique}
             )
-            if task.preconditioner == "adam":
-                self._moments.append(self._second_moments(loaded, rates))
+            self.geometry.read(loaded, tracked_tensors, rates)
             self.loaded.append(replace(loaded, tensors={}, record=None))
         self.notes = differing_names(self.loaded)
         self.notes += negligible([checkpoint.path for checkpoint in task.checkpoints], self.learning_rates)
-        self._scales = [{name: eta**0.5 for name, eta in rates.items()} for rates in self.learning_rates]
-        self._weights: dict[tuple[int, int], Tensor] = {}
+        # By checkpoint and parameter, what gradients are multiplied by.
+        self.scales = [self.geometry.scales(rates) for rates in self.learning_rates]
         self._training: list[tuple[nn.Module, bool]] = []
         self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
         self._stack = contextlib.ExitStack()
         self._entered = False
         self.hooks = Hooks(self.model, self.layers, self.dtype)
-
-    def _second_moments(self, loaded: Loaded, rates: Mapping[str, float]) -> dict[str, Tensor]:
-        moments = loaded.second_moments()
-        untrained = [name for name in self.parameters if name not in moments and rates[name] == 0]
-        moments |= {name: torch.ones_like(self.model.get_parameter(name), device="cpu") for name in untrained}
-        missing = [name for name in self.parameters if name not in moments]
-        if missing:
-            raise CheckpointError(
-                f"{loaded.checkpoint.path} has no second moments for {missing[0]} ({len(missing)} parameters in all). "
-                "Leave out what was not trained, with layers=."
-            )
-        return moments
 
     @property
     def n_checkpoints(self) -> int:
@@ -210,7 +197,6 @@ class Engine:
         *,
         loss_scale: float | None = None,
         general: bool = True,
-        weighted: bool = True,
     ) -> Tensor:
         """Run some examples, as one batch, through one checkpoint.
 
@@ -222,7 +208,6 @@ class Engine:
                 loss does not depend on have zero gradients and are not reported.
             loss_scale: one of :attr:`loss_scales`, by default the first.
             general: whether layers without hooks are computed as well.
-            weighted: whether the task's preconditioner is applied.
 
         Returns:
             (n,) the losses.
@@ -230,9 +215,7 @@ class Engine:
         Raises:
             LossError: the loss is not one number per example.
         """
-        if self._moments and weighted:
-            consume = partial(self._precondition, checkpoint, consume)
-        wrapper, scales = self.wrapper(examples.role), self._scales[checkpoint]
+        wrapper, scales = self.wrapper(examples.role), self.scales[checkpoint]
         loss_scale = loss_scale or self.loss_scales[0]
         losses = self.run_hooked(checkpoint, examples, consume, wrapper, scales, loss_scale)
         if general:
@@ -249,10 +232,7 @@ class Engine:
         loss_scale: float = 1.0,
         lenient: bool = False,
     ) -> Tensor:
-        """The hooked layers alone, without the preconditioner, times ``scales`` by parameter.
-
-        ``lenient`` leaves out a layer whose rule fails.
-        """
+        """The hooked layers alone, times ``scales`` by parameter; ``lenient`` leaves out a layer whose rule fails."""
         state, batch = self.states[checkpoint], self.batch(examples)
 
         def through(then: Callable[[Tensor], Tensor]) -> Tensor:
@@ -286,30 +266,10 @@ class Engine:
                 scaled = gradient.to(self.dtype).reshape(len(examples), 1, -1) * scales[layer.parameters[0]]
                 consume(number, Formed(scaled))
 
-    def _precondition(self, checkpoint: int, consume: Consume, number: int, gradients: Gradients) -> None:
-        """Hand on D^(1/2) g: every element has a weight of its own, so the gradient must be formed."""
-        consume(number, Formed(gradients.gradient * self.root_weights(checkpoint, number)))
-
     def lay_out(self, channels_last: bool) -> None:
         """Have the weights and pictures of convolutions in this layout from now on."""
         self.channels_last = channels_last
         self.states = [self.cast(state) for state in self.states]
-
-    def root_weights(self, checkpoint: int, number: int) -> Tensor:
-        """D^(1/2) of a layer, (1, d_out, d_in); ones without a preconditioner."""
-        if not self._moments:
-            return torch.ones((), dtype=self.dtype, device=self.device)
-        if (checkpoint, number) not in self._weights:
-            layer = self.layers[number]
-            moments = {name: as_real(self._moments[checkpoint][name]) for name in layer.parameters}
-            roots = {name: (squares.sqrt() + _ADAM_EPSILON).rsqrt()[None] for name, squares in moments.items()}
-            self._weights[checkpoint, number] = self.cast(as_matrix(layer, roots))
-        return self._weights[checkpoint, number]
-
-    def scale(self, checkpoint: int, parameter: str) -> float:
-        """sqrt(eta) of a parameter."""
-        root: float = self._scales[checkpoint][parameter]
-        return root
 
     def losses(self, checkpoint: int, examples: Examples) -> Tensor:
         """(n,) the losses of examples at a checkpoint, by forward passes alone, never in half precision."""
@@ -321,26 +281,16 @@ class Engine:
 
         return torch.cat(self.in_halves(forward, examples))
 
-    def norms(self, checkpoint: int, examples: Examples) -> tuple[Tensor, Tensor]:
-        """(n,) float64: the losses of a batch, and the norms of its gradients times sqrt(eta)."""
-        squared = torch.zeros(len(examples), dtype=torch.float64, device=self.device)
-
-        def consume(number: int, gradients: Gradients) -> None:
-            for part, piece in gradients.parts():
-                squared[part] += piece.squared_norms()
-
-        return self.run(checkpoint, examples, consume).double(), squared.sqrt()
-
     @contextlib.contextmanager
     def doubled(self, checkpoint: int) -> Iterator[None]:
         """Compute at a checkpoint in float64 for the time of the block: what is left of a difference is no rounding."""
-        before = self.precision, self.dtype, self.states[checkpoint], self._weights
-        self.precision, self.dtype, self._weights = "float64", torch.float64, {}
+        before = self.precision, self.dtype, self.states[checkpoint]
+        self.precision, self.dtype = "float64", torch.float64
         try:
             self.states[checkpoint], self.hooks.dtype = self.cast(before[2]), self.dtype
             yield
         finally:
-            self.precision, self.dtype, self.states[checkpoint], self._weights = before
+            self.precision, self.dtype, self.states[checkpoint] = before
             self.hooks.dtype = self.dtype
 
     def wrapper(self, role: Role, exact: bool = False) -> LossModule:

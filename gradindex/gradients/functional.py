@@ -130,8 +130,8 @@ def vmap_gradients(
         return wrapper.losses({**state, **tracked}, single, 1).sum() * loss_scale
 
     tracked = {f"model.{name}": state[f"model.{name}"] for name in names}
-    found = vmap(grad(one), in_dims=(None, *([0] * len(parts))))(tracked, *parts)
-    return [as_real(found[f"model.{name}"].detach()) / loss_scale for name in names]
+    gradients = vmap(grad(one), in_dims=(None, *([0] * len(parts))))(tracked, *parts)
+    return [as_real(gradients[f"model.{name}"].detach()) / loss_scale for name in names]
 
 
 def loop_gradients(

@@ -124,15 +124,15 @@ class Hooks:
             else:
                 consume(number, concatenated(parts))
 
-        def backward(found: Tensor) -> Tensor:
+        def backward(losses: Tensor) -> Tensor:
             self._judge(mode.unknown, lenient)
             # What runs again from here on (activation checkpointing) must do as before, and is no other call. The
             # function mode does not meet it: torch takes it off for autograd.grad.
             self._receive = receive
             leaves = list(self._leaves)
-            if leaves and found.requires_grad:
-                torch.autograd.grad(found.sum() * loss_scale, leaves, allow_unused=True)
-            return found.detach()
+            if leaves and losses.requires_grad:
+                torch.autograd.grad(losses.sum() * loss_scale, leaves, allow_unused=True)
+            return losses.detach()
 
         self._running, self._n, self._scales = True, n, scales
         tensors = {number: (layer, state[f"model.{layer.parameters[0]}"]) for number, layer in self._used.items()}
@@ -151,11 +151,11 @@ class Hooks:
 
     def _judge(self, unknown: set[tuple[int, str]], lenient: bool) -> None:
         """Uses that were there when the gradients were found right (such as of a shape) do not matter; new ones do."""
-        named = {(self._layers[number].name, function) for number, function in unknown}
+        unwatched = {(self._layers[number].name, function) for number, function in unknown}
         if lenient:
-            self.harmless |= named
+            self.harmless |= unwatched
             return
-        for name, function in sorted(named - self.harmless):
+        for name, function in sorted(unwatched - self.harmless):
             raise TaskError(
                 f"The model uses {name} in {function}() on this batch, as it did not on the examples that the routes "
                 "were checked on, so its gradients would be incomplete. Leave it out, with layers=."
@@ -168,16 +168,16 @@ class Hooks:
             return None
         name = "input" if "input" in kwargs else next(iter(kwargs), "")
         inputs, others = (args[0], args[1:]) if args else (kwargs[name], ())
-        named = kwargs if args else {key: value for key, value in kwargs.items() if key != name}
+        keywords = kwargs if args else {key: value for key, value in kwargs.items() if key != name}
         if self.shares and output.shape[:1] == (1,) and self._n > 1:
             output = output.expand(self._n, *output.shape[1:])
             inputs = inputs.expand(self._n, *inputs.shape[1:])
-        saved = RULES[self._layers[number].route].saved(module, inputs, *others, **named)
+        saved = RULES[self._layers[number].route]().saved(module, inputs, *others, **keywords)
         return self._watch(number, partial(self._by_rule, number, module, saved), output)
 
     def _by_rule(self, number: int, module: nn.Module, saved: Any, delta: Tensor) -> Gradients:
         layer = self._layers[number]
-        rule = RULES[layer.route]
+        rule = RULES[layer.route]()
         if not (rule.takes_half and delta.dtype == torch.bfloat16):  # what follows keeps more digits
             saved, delta = map_tensors(saved, self._widen), self._widen(delta)
         own = {name.rpartition(".")[2]: self._scales[name] for name in layer.parameters}

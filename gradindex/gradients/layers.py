@@ -13,7 +13,7 @@ from ..errors import TaskError
 from ..factors import Layer
 from . import uses
 from .functional import as_real
-from .rules import RULES, SINGLE
+from .rules import RULES
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -89,9 +89,9 @@ def plan_layers(model: nn.Module, selected: Sequence[str]) -> list[Layer]:
 def _hooked(path: str, module: nn.Module, names: tuple[str, ...]) -> list[Layer]:
     """One layer for all the names, else one for each name that a rule knows."""
     for route, rule in RULES.items():
-        shape = rule.shape(module, names)
+        shape = rule().shape(module, names)
         if shape is not None:
-            name = path if len(names) > 1 or not isinstance(rule, SINGLE) else _joined(path, names[0])
+            name = path if len(names) > 1 or not rule.single else _joined(path, names[0])
             return [Layer(name, tuple(_joined(path, n) for n in names), *shape, route)]
     return [] if len(names) == 1 else [layer for name in names for layer in _hooked(path, module, (name,))]
 
@@ -113,7 +113,7 @@ def as_matrix(layer: Layer, gradients: Mapping[str, Tensor]) -> Tensor:
         if layer.route in uses.ROUTES:
             parts.append(uses.as_matrix(layer, gradient))
         elif layer.hooked:
-            parts.append(RULES[layer.route].as_matrix(name.rpartition(".")[2], gradient))
+            parts.append(RULES[layer.route]().as_matrix(name.rpartition(".")[2], gradient))
         else:
             parts.append(gradient.reshape(len(gradient), 1, -1))
     return torch.cat(parts, 2)

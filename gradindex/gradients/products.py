@@ -36,7 +36,9 @@ Along = Callable[[LossModule, State, Mapping[str, Tensor], Any, int], Tensor]
 
 
 class Products:
-    """<phi(z), phi(z')> of training examples z with queries z', over all tracked parameters and checkpoints.
+    """Exact inner products of training examples with queries, over all tracked parameters and checkpoints.
+
+    Training gradients stay as they are; queries' are mapped as the engine's geometry says, see there.
 
     Hooked layers compare factors. For the others, the derivative of the losses along a query's
     gradient is its inner product with each example's gradient: by forward mode, by a double
@@ -100,25 +102,27 @@ class Products:
 
     def _run(self, queries: Examples, kept_as: Callable[[Gradients], Gradients]) -> list[dict[int, Gradients]]:
         """The queries' gradients, by checkpoint and layer, in the form in which they stay in memory."""
-        checkpoints = []
-        for checkpoint in range(self._engine.n_checkpoints):
-            for loss_scale in self._engine.loss_scales:
+        engine, geometry, checkpoints = self._engine, self._engine.geometry, []
+        for checkpoint in range(engine.n_checkpoints):
+            for loss_scale in engine.loss_scales:
                 by_layer: dict[int, Gradients] = {}
 
-                def keep(number: int, gradients: Gradients, by_layer: dict[int, Gradients] = by_layer) -> None:
-                    by_layer[number] = kept_as(gradients)
+                def keep(
+                    number: int,
+                    gradients: Gradients,
+                    checkpoint: int = checkpoint,
+                    by_layer: dict[int, Gradients] = by_layer,
+                ) -> None:
+                    by_layer[number] = kept_as(geometry.query(checkpoint, engine.layers[number], gradients))
 
-                self._engine.run(checkpoint, queries, keep, loss_scale=loss_scale)
+                engine.run(checkpoint, queries, keep, loss_scale=loss_scale)
                 if loss_scale == 1 or all(bool(g.squared_norms().isfinite().all()) for g in by_layer.values()):
                     break
-            # The preconditioner goes to this side again, so that the other side needs no forming.
-            checkpoints.append({n: self._weighted(checkpoint, n, gradients) for n, gradients in by_layer.items()})
+            checkpoints.append({
+                number: geometry.exact(checkpoint, engine.layers[number], gradients)
+                for number, gradients in by_layer.items()
+            })  # fmt: skip
         return checkpoints
-
-    def _weighted(self, checkpoint: int, number: int, gradients: Gradients) -> Gradients:
-        if self._engine.task.preconditioner is None:
-            return gradients
-        return Formed(gradients.gradient * self._engine.root_weights(checkpoint, number))
 
     def of(self, examples: Examples) -> Tensor:
         """(n_query, n) of n training examples, which go through the engine as :func:`in_batches` says."""
@@ -184,7 +188,7 @@ class Products:
                         scores[number if split else 0, rows, part] += products
 
         general = self.route == "gradients"
-        engine.run(checkpoint, batch, consume, general=general, weighted=False, loss_scale=loss_scale)
+        engine.run(checkpoint, batch, consume, general=general, loss_scale=loss_scale)
         return scores
 
     def _along(self, checkpoint: int, examples: Examples, numbers: Sequence[int]) -> Iterator[Tensor]:
@@ -198,7 +202,7 @@ class Products:
                 directions = {}
                 for number, name in general.items():
                     value, gradients = state[f"model.{name}"], queries[checkpoint][number]
-                    direction = gradients.gradient[query] * engine.scale(checkpoint, name)
+                    direction = gradients.gradient[query] * engine.scales[checkpoint][name]
                     directions[f"model.{name}"] = as_direction(direction, value)
                 along = _ROUTES[self.route](wrapper, state, directions, engine.batch(examples), len(examples))
                 yield along.to(engine.dtype)

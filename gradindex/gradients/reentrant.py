@@ -65,16 +65,16 @@ def refuse_reentrant(wrapper: LossModule, state: State, parameters: Sequence[str
 
 def _lost(roots: Iterable[Any]) -> dict[int, Any]:
     """By the id of a leaf inside or before what is checkpointed, the function that is run there."""
-    found: dict[int, Any] = {}
+    functions: dict[int, Any] = {}
     for node in reversed([node for node in _nodes(roots) if node.name() == _NODE]):
         inputs = list(node.inputs)
         for place, tensor in zip(node.tensor_indices, node.saved_tensors, strict=True):
             inputs[place] = tensor.detach().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
         inside = [output.grad_fn for output in tensors(node.run_function(*inputs))]
-        found = _lost(inside) | found
+        functions = _lost(inside) | functions
         for leaf in (*_variables(_nodes(inside)), *_variables(_nodes([node]))):
-            found.setdefault(leaf, node.run_function)
-    return found
+            functions.setdefault(leaf, node.run_function)
+    return functions
 
 
 def _refuse_hidden(losses: Tensor, unreached: dict[str, Tensor], graph: list[Any]) -> None:

@@ -129,14 +129,14 @@ class _Training:
 
     def rates(self, names: Sequence[str]) -> list[dict[str, float]]:
         """Eta of parameters, for each checkpoint."""
-        found = []
+        by_checkpoint = []
         for checkpoint, record in zip(self._task.checkpoints, self._records, strict=True):
             idle = {name for name in names if name in self._trained and not self._took(record, name)}
             if record is not None:  # held by another checkpoint's optimizer, but not by this one's
                 idle |= {name for name in names if name in self._held and name not in record}
             known = checkpoint.learning_rates([name for name in names if name not in idle])
-            found.append({name: known.get(name, 0.0) for name in names})
-        return found
+            by_checkpoint.append({name: known.get(name, 0.0) for name in names})
+        return by_checkpoint
 
     def described(self, names: Sequence[str]) -> dict[str, Any]:
         """What is tracked, as JSON."""
@@ -156,8 +156,8 @@ class _Training:
         return {
             "layers": None if patterns is None else list(patterns),
             **self._counted(names),
-            "left_out": [self._summary(why, some) for why, some in left_out.items()],
-            "noted": [self._summary(why, some) for why, some in noted.items()],
+            "left_out": [self._summary(why, of) for why, of in left_out.items()],
+            "noted": [self._summary(why, of) for why, of in noted.items()],
         }
 
     def _counted(self, names: Sequence[str]) -> dict[str, int]:

@@ -304,7 +304,7 @@ def _kind(item: Any) -> str:
 
 
 def prepare(
-    examples: QueryExamples, maker: RowMaker, store: GradientStore, unit_norm: bool, aggregate: Aggregate | None = None
+    examples: QueryExamples, maker: RowMaker, store: GradientStore, aggregate: Aggregate | None = None
 ) -> Queries:
     """Compute rows and, where the store has them, factors; those of a group are added up as they come.
 
@@ -312,7 +312,6 @@ def prepare(
         examples: what is asked about.
         maker: its engine entered; makes factors if the store has them.
         store: a complete one.
-        unit_norm: whether its rows have unit norm.
         aggregate: ``"sum"`` or ``"mean"`` makes one question of all examples.
 
     Raises:
@@ -333,8 +332,7 @@ def prepare(
     for batch in _batches(examples, maker, store):
         row += weight * batch.rows.sum(0, dtype=np.float64)
         # Rows of unit norm have their cosines' weights in them already; factors do not.
-        lengths = np.sqrt(batch.self_influence.sum(1))
-        weights.append(weight / np.where(lengths > 0, lengths, 1) if unit_norm else np.full(len(lengths), weight))
+        weights.append(weight / maker.geometry.lengths(np.sqrt(batch.self_influence.sum(1))))
         for key, (activations, output_gradients) in batch.factors.items():
             share = (output_gradients * weights[-1][:, None].astype(np.float32)).T @ activations
             sums[key] = sums[key] + share if key in sums else share

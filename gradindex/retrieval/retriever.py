@@ -17,7 +17,7 @@ from ..choices import Aggregate, AnswerKind, Precision, Source
 from ..deprecation import deprecated, in_order
 from ..errors import ArgumentError, StoreChangedError, StoreError
 from ..forking import one_thread_in_children
-from ..gradients import HALF, Engine, check_routes
+from ..gradients import HALF, Engine, check_routes, with_unit_norm
 from ..index import require
 from ..matching import check_task
 from ..rows import RowMaker, projection_of
@@ -31,7 +31,7 @@ from .explanation import Explanation
 from .filters import allow
 from .hits import Hits
 from .question import Question, QuestionKeywords, SearchKeywords
-from .scoring import Scores, by_factors, cosine_norms, joined, scored_as, shares, shown, through_model
+from .scoring import Scores, by_factors, joined, measured, scored_as, shares, shown, through_model
 from .searcher import LocalSearcher
 from .stages import Search
 
@@ -63,10 +63,10 @@ class Retriever:
         self.task = task
         stored = store.manifest.map
         self._projection = projection_of(stored)
-        self._unit_norm = stored.unit_norm
         # Queries and exact scores take full precision, even where rows were made in half precision.
         precision: Precision = "float32" if stored.precision in HALF else stored.precision
         self._engine = Engine(task, precision, device, alone=store.manifest.batch_size == 1)
+        self._geometry = with_unit_norm(self._engine.geometry, stored.unit_norm)
         with self._computing() as engine:
             check_routes(engine, task.train_ids[task.train_ids < store.manifest.next_id])
             check_task(store, engine)
@@ -136,8 +136,8 @@ class Retriever:
         store, examples = self.store, find(self.task, queries, source)
         stored = store.has_factors
         with self._computing() as engine:
-            maker = RowMaker(engine, self._projection, self._bases, unit_norm=self._unit_norm, factors=stored)
-            return prepare(examples, maker, store, self._unit_norm, aggregate)
+            maker = RowMaker(engine, self._projection, self._bases, geometry=self._geometry, factors=stored)
+            return prepare(examples, maker, store, aggregate)
 
     def ask(
         self, queries: int | Sequence[Any], source: Source = "query", aggregate: Aggregate | None = None
@@ -224,18 +224,14 @@ class Retriever:
             question.most(store.n_train)
             columns = prepared.examples.columns
             allowed = allow(store, question, columns, len(prepared)) if question.filtered else None
-            searcher = LocalSearcher(store, candidates, self._computing, prepared, allowed, self._unit_norm)
+            searcher = LocalSearcher(store, candidates, self._computing, prepared, allowed, self._geometry)
             search = Search(searcher, prepared.vectors, question, kinds)
             return [
-                hits_of(self.task, store, prepared, kind, answer, self._measure)
+                hits_of(self.task, store, prepared, kind, answer, self._geometry.measure)
                 for kind, answer in zip(kinds, search.answers(), strict=True)
             ]
 
         return asked_again(answers)
-
-    @property
-    def _measure(self) -> str:
-        return "cosines of the gradients behind TracInCP" if self._unit_norm else "TracInCP scores"
 
     def explain(
         self,
@@ -274,11 +270,11 @@ class Retriever:
             store = self._now()[0]
             store.check_ids(chosen)
             if store.has_factors:
-                found = shares(store, asked, chosen, None)
+                products = shares(store, asked, chosen, None)
             else:
                 with self._computing() as engine:
-                    found = shares(store, asked, chosen, engine)
-            return found / cosine_norms(store, asked.norms, chosen)[:, :, None, None] if self._unit_norm else found
+                    products = shares(store, asked, chosen, engine)
+            return measured(store, self._geometry, products, asked.norms, chosen)
 
         return Explanation(
             asked_again(scores),
@@ -287,7 +283,7 @@ class Retriever:
             tuple(f"{number} {Path(checkpoint.path).name}" for number, checkpoint in enumerate(self.task.checkpoints)),
             tuple(layer.title for layer in store.manifest.map.layers),
             scored_as(store),
-            self._measure,
+            self._geometry.measure,
         )
 
     def split(self, queries: int | Sequence[Any] | Queries, ids: Any, **options: Any) -> Explanation:
@@ -331,13 +327,12 @@ class Retriever:
             yield from shown("exact scores", found, len(queries) * store.n_train)
         else:
             with self._computing() as engine:
-                for which, ids, scores in through_model(engine, queries, store.ids, store.manifest.batch_size):
-                    if self._unit_norm:
-                        try:
-                            norms = cosine_norms(store, queries.norms[which], ids)
-                        except StoreChangedError:
-                            norms = asked_again(partial(self._later_norms, store, queries.norms[which], ids))
-                        scores = scores / norms
+                for which, ids, products in through_model(engine, queries, store.ids, store.manifest.batch_size):
+                    args = products, queries.norms[which], ids
+                    try:
+                        scores = measured(store, self._geometry, *args)
+                    except StoreChangedError:
+                        scores = asked_again(partial(self._measured_later, store, *args))
                     yield which, ids, scores
 
     def _from_factors(self, store: GradientStore, queries: Queries) -> Scores:
@@ -346,19 +341,18 @@ class Retriever:
         left, fresh = store.ids, True
         while len(left):
             try:
-                for which, ids, scores in by_factors(store, queries.factors, len(queries), left):
-                    measured = cosine_norms(store, queries.norms[which], ids) if self._unit_norm else 1
-                    yield which, ids, scores / measured
+                for which, ids, products in by_factors(store, queries.factors, len(queries), left):
+                    yield which, ids, measured(store, self._geometry, products, queries.norms[which], ids)
                     left, fresh = left[len(ids) :], True
             except StoreChangedError:
                 if not fresh:
                     raise
                 store, fresh = asked_again(partial(followed, store, left)), False
 
-    def _later_norms(
-        self, store: GradientStore, norms: NDArray[np.float64], ids: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        return cosine_norms(followed(store, ids), norms, ids)
+    def _measured_later(
+        self, store: GradientStore, products: NDArray[Any], norms: NDArray[np.float64], ids: NDArray[np.int64]
+    ) -> NDArray[Any]:
+        return measured(followed(store, ids), self._geometry, products, norms, ids)
 
 
 def load(task: Task, folder: str | os.PathLike[str], *, device: str | None = None, use_index: bool = True) -> Retriever:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..choices import Precision, Source
 from ..errors import ArgumentError, NonFiniteGradientError, joined_names, left_out
 from ..examples import Examples
-from ..gradients import HALF, Engine, Products, check_queries, check_routes
+from ..gradients import HALF, Engine, Geometry, Products, check_queries, check_routes
 from ..index import paired_products
 from ..progress import progress
 from ..store import GradientStore, runs
@@ -259,16 +259,23 @@ def shares(
     return split
 
 
-def cosine_norms(store: GradientStore, norms: NDArray[np.float64], ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(n_query, len(ids)) by which exact scores become cosines; that of a zero gradient is 1: its cosine is 0.
+def measured(
+    store: GradientStore,
+    geometry: Geometry,
+    products: NDArray[np.float64],
+    norms: NDArray[np.float64],
+    ids: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """Exact scores as a store measures, such as cosines where its rows have unit norm.
 
     Args:
         store: a complete one.
+        geometry: of the store.
+        products: (n_query, m, ...) exact inner products, or shares of them.
         norms: (n_query,) of the queries.
-        ids: training ids that have a row.
+        ids: (m,) training ids that have a row.
     """
-    both = np.outer(norms, np.sqrt(store.self_influence(ids).sum(1)))
-    return np.where(both > 0, both, 1.0)
+    return geometry.scores(products, norms, lambda: store.self_influence(ids))
 
 
 def scored_as(store: GradientStore) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..choices import AnswerKind, Rerank
-from ..gradients import Engine
+from ..gradients import Engine, Geometry
 from ..store import GradientStore
 from .asking import Queries
 from .candidates import Candidates, Effort, candidates_for, pieces, scan
@@ -19,7 +19,7 @@ from .filters import Allowed
 from .hits import Stage
 from .question import DEFAULT_K
 from .ranking import Best, Ranked, ranked, united
-from .scoring import Scores, by_factors, cosine_norms, of_candidates, through_model
+from .scoring import Scores, by_factors, measured, of_candidates, through_model
 from .vectors import QueryVectors
 
 _FAISS_K = 1024
@@ -106,7 +106,7 @@ class LocalSearcher:
         computing: locks the model for as long as scores go through it.
         queries: whose gradients exact scores through the model compare.
         allowed: who may answer, if not all.
-        unit_norm: whether the store's rows have unit norm, so that scores are cosines.
+        geometry: of the store, which says what scores are.
     """
 
     def __init__(
@@ -116,10 +116,10 @@ class LocalSearcher:
         computing: Callable[[], AbstractContextManager[Engine]],
         queries: Queries,
         allowed: Allowed | None,
-        unit_norm: bool,
+        geometry: Geometry,
     ) -> None:
         self._store, self._candidates, self._computing = store, candidates, computing
-        self._queries, self._allowed, self._unit_norm = queries, allowed, unit_norm
+        self._queries, self._allowed, self._geometry = queries, allowed, geometry
         self.n_train, self.exhaustive = store.n_train, store.has_factors
         self.exact_from = "stored factors" if store.has_factors else "model"
 
@@ -259,8 +259,7 @@ class LocalSearcher:
     def _measured(
         self, vectors: QueryVectors, queries: slice, ids: NDArray[np.int64], scores: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """Scores as the store measures: cosines where its rows have unit norm."""
-        return scores / cosine_norms(self._store, vectors.norms[queries], ids) if self._unit_norm else scores
+        return measured(self._store, self._geometry, scores, vectors.norms[queries], ids)
 
 
 def signs(kinds: Sequence[AnswerKind]) -> list[AnswerKind]:

@@ -16,6 +16,7 @@ import gradindex
 from gradindex.errors import LossError, MismatchError, NonFiniteGradientError, TaskError
 from gradindex.gradients import Engine, check_routes
 from gradindex.projection import Projection
+from gradindex.rows import RowMaker
 from gradindex.spotcheck import SpotCheck
 
 
@@ -315,11 +316,12 @@ def test_computing_in_float64_for_a_while_leaves_an_engine_as_it_was(tmp_path):
     with Engine(task) as engine:
         check_routes(engine)
         examples = task.read(task.train_ids)
-        losses, norms = engine.norms(0, examples)
+        maker = RowMaker(engine, Projection("none"))
+        losses, norms = maker.losses_and_norms(0, examples)
         state = engine.states[0]
         with engine.doubled(0):
-            exact_losses, exact_norms = engine.norms(0, examples)
-        again, _ = engine.norms(0, examples)
+            exact_losses, exact_norms = maker.losses_and_norms(0, examples)
+        again, _ = maker.losses_and_norms(0, examples)
         assert engine.states[0] is state and engine.dtype == torch.float32
     true_norms = reference.gradients(task, task.train)[:, 0].norm(dim=1) * toys.RATES[0] ** 0.5
     np.testing.assert_allclose(exact_norms.numpy(), true_norms.numpy(), rtol=1e-9)

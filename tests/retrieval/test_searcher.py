@@ -31,7 +31,7 @@ def part_of(retriever, queries, ids):
     """A searcher of some of a store's rows alone."""
     store, candidates = retriever._now()
     allowed = allow(store, Question(ids=ids), {}, len(queries))
-    return LocalSearcher(store, candidates, retriever._computing, queries, allowed, False)
+    return LocalSearcher(store, candidates, retriever._computing, queries, allowed, retriever._geometry)
 
 
 @pytest.mark.parametrize("kind", ["proponents", "opponents", "absolute"])

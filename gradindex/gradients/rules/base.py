@@ -9,24 +9,37 @@ import torch
 from torch import Tensor, nn
 
 from ...factors import Gradients
+from ...registry import Registry
 
 
 class Rule(Protocol):
-    """How one kind of module is handled.
+    """How one kind of module is handled, whose own parameters are called ``"weight"`` and ``"bias"``.
+
+        @RULES.register("scale")
+        class Scale(Plain):
+            def shape(self, module, names):
+                return (module.weight.numel(), 1) if type(module) is Scaling else None
+
+            def gradients(self, module, saved, delta, scales):
+                return Formed((saved * delta)[:, :, None] * scales["weight"])
 
     ``names`` and ``scales`` go by the parameter's own name, such as ``"bias"``.
-    ``takes_half`` says whether bfloat16 comes as it is; else it is widened to float32.
+
+    Attributes:
+        takes_half: whether bfloat16 comes as it is; else it is widened to float32.
+        single: whether it is for one parameter of a module whose others have another rule.
     """
 
     takes_half: bool
+    single: bool
 
     def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
         """(d_out, d_in) of the gradient of these parameters together, or ``None``: not by this rule."""
 
-    def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **named: Any) -> Any:
+    def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **keywords: Any) -> Any:
         """What to keep of the forward pass, while a checkpoint's tensors are in the module.
 
-        ``others`` and ``named`` are what the module was called with besides its input.
+        ``others`` and ``keywords`` are what the module was called with besides its input.
         """
 
     def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
@@ -36,12 +49,16 @@ class Rule(Protocol):
         """A parameter's gradient (batch, *its shape) as its columns of the layer's matrix (batch, d_out, -1)."""
 
 
+# By the route of a layer. Of several rules that know a module, the first one registered is taken.
+RULES: Registry[type[Rule]] = Registry("layer rule")
+
+
 class Plain:
     """What most rules share."""
 
-    takes_half = False
+    takes_half = single = False
 
-    def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **named: Any) -> Any:
+    def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **keywords: Any) -> Any:
         """The input. See :class:`Rule`."""
         return inputs.detach()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...factors import Factors, Formed, Gradients
-from .base import Plain, columns, wide, with_bias
+from .base import RULES, Plain, columns, wide, with_bias
 
 Convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -22,6 +22,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PART_BYTES, _FEW = 16 << 20, 3
 
 
+@RULES.register("convolution")
 class Convolution(Plain):
     """1 to 3 dimensions, any stride, padding, dilation and groups: a linear layer at every position of the output."""
 
@@ -120,8 +121,11 @@ class Windows(Factors):
         return outputs
 
 
+@RULES.register("convolution^T")
 class TransposedConvolution(Plain):
     """The roles change: the gradient of the weight takes patches of delta and the plain input."""
+
+    single = True
 
     def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
         """See :class:`Rule`."""
@@ -140,8 +144,11 @@ class TransposedConvolution(Plain):
         return Formed(weight * scales["weight"])
 
 
+@RULES.register("channel bias")
 class ChannelBias(Plain):
     """The bias of a transposed convolution."""
+
+    single = True
 
     def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
         """See :class:`Rule`."""
@@ -149,7 +156,7 @@ class ChannelBias(Plain):
             return None
         return module.out_channels, 1
 
-    def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **named: Any) -> Any:
+    def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **keywords: Any) -> Any:
         """Nothing. See :class:`Rule`."""
         return None
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...factors import Factors, Gradients, Lookups
-from .base import Plain, columns, with_bias
+from .base import RULES, Plain, columns, with_bias
 
 
+@RULES.register("linear")
 class Linear(Plain):
     """y = x W^T + b: G = sum over positions of delta [x, 1]^T."""
 
@@ -25,6 +26,7 @@ class Linear(Plain):
         return Factors(with_bias(activations, scales), delta.reshape(len(delta), -1, delta.shape[-1]))
 
 
+@RULES.register("linear^T")
 class TransposedLinear(Linear):
     """y = x W + b, as the ``Conv1D`` of transformers has it."""
 
@@ -40,10 +42,9 @@ class TransposedLinear(Linear):
         return gradient.transpose(1, 2) if name == "weight" else gradient[:, :, None]
 
 
-class Embedding:
+@RULES.register("embedding")
+class Embedding(Plain):
     """G has delta in the column of each index; the padding index has no gradient."""
-
-    takes_half = False
 
     def shape(self, module: nn.Module, names: tuple[str, ...]) -> tuple[int, int] | None:
         """See :class:`Rule`."""
@@ -51,7 +52,7 @@ class Embedding:
             return None
         return module.embedding_dim, module.num_embeddings
 
-    def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **named: Any) -> Any:
+    def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **keywords: Any) -> Any:
         """See :class:`Rule`."""
         return inputs
 
@@ -69,6 +70,7 @@ class Embedding:
         return gradient.transpose(1, 2)
 
 
+@RULES.register("embedding bag")
 class EmbeddingBag(Embedding):
     """Sums (weighted or not) and means of bags, one bag an example: rows of equal length, or a list with offsets."""
 
@@ -85,7 +87,7 @@ class EmbeddingBag(Embedding):
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
         *others: Any,
-        **named: Any,
+        **keywords: Any,
     ) -> Any:
         """Words, offsets and the words' weights. See :class:`Rule`."""
         assert isinstance(module, nn.EmbeddingBag)

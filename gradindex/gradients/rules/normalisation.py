@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...factors import Formed, Gradients
-from .base import wide
+from .base import RULES, Plain, wide
 
 # What sums over positions widen stays in the processor's cache.
 _PART_BYTES = 4 << 20
 
 
-class Normalisation:
+@RULES.register("normalisation")
+class Normalisation(Plain):
     """y = weight * n(x) + bias, element by element: G = sum over positions of delta * [n(x), 1]."""
 
     takes_half = True
@@ -32,7 +33,7 @@ class Normalisation:
             return None
         return module.get_parameter(names[0]).numel(), len(names)
 
-    def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **named: Any) -> Any:
+    def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **keywords: Any) -> Any:
         """The input, and the running statistics of this checkpoint. See :class:`Rule`."""
         return inputs.detach(), getattr(module, "running_mean", None), getattr(module, "running_var", None)
 
