@@ -36,6 +36,9 @@ class RowMaker:
         factors: whether exact factors are made as well.
         first: the number of the engine's first checkpoint among all of a store's, whose maps are
             independent.
+
+    Raises:
+        TaskError: factors were asked for, but give no exact scores in this geometry.
     """
 
     def __init__(
@@ -51,6 +54,11 @@ class RowMaker:
         self._exact_norms = norms == "exact"
         self._factors, self._first = factors, first
         self.engine, self.geometry = engine, engine.geometry if geometry is None else geometry
+        if factors and not self.geometry.by_factors:
+            raise TaskError(
+                f"Stored factors give no exact scores with preconditioner {engine.task.preconditioner!r}. "
+                "Build without factors."
+            )
         like = torch.zeros((), dtype=engine.dtype, device=engine.device)
         numbers = range(first, first + engine.n_checkpoints)
         self._maps = [projection.for_checkpoint(c, engine.layers, like, bases) for c in numbers]
@@ -72,37 +80,37 @@ class RowMaker:
         """
         return RowBatch.joined(in_batches(self.engine, self._rows, examples))
 
-    def _rows(self, batch: Examples) -> list[RowBatch]:
+    def _rows(self, examples: Examples) -> list[RowBatch]:
         blocks, norms, losses = [], [], []
         factors: dict[tuple[int, int], Sides] = {}
         for checkpoint in range(len(self._maps)):
             for loss_scale in self.engine.loss_scales:
-                block, squared, loss, sides = self._at_checkpoint(checkpoint, batch, loss_scale)
+                block, squared, loss, sides = self._at_checkpoint(checkpoint, examples, loss_scale)
                 bad = ~(loss.isfinite() & squared.isfinite() & block.isfinite().all(1))
                 if not bool(bad.any()):
                     break
             else:
-                names = [name for name, wrong in zip(batch.names, bad.tolist(), strict=True) if wrong]
+                names = [name for name, wrong in zip(examples.names, bad.tolist(), strict=True) if wrong]
                 raise non_finite(self.engine, checkpoint, names, bool(loss.isfinite().all()))
             blocks.append(block)
             norms.append(squared)
             losses.append(loss.double())
             factors |= {(self._first + checkpoint, number): pair for number, pair in sides.items()}
         squares = torch.stack(norms, 1)
-        finish = self.geometry.query_rows if batch.role == "query" else self.geometry.train_rows
+        finish = self.geometry.query_rows if examples.role == "query" else self.geometry.train_rows
         rows = finish(torch.cat(blocks, 1), squares)
         return [
             RowBatch(rows.float().cpu().numpy(), squares.cpu().numpy(), torch.stack(losses, 1).cpu().numpy(), factors)
         ]
 
     def _at_checkpoint(
-        self, checkpoint: int, batch: Examples, loss_scale: float
+        self, checkpoint: int, examples: Examples, loss_scale: float
     ) -> tuple[Tensor, Tensor, Tensor, dict[int, Sides]]:
         """Blocks (b, block_dim), squared norms (b,), losses (b,) and factors by layer."""
-        engine, block_map, mapped = self.engine, self._maps[checkpoint], self._mapped(batch)
-        block = torch.zeros(len(batch), self._block_dim, dtype=engine.dtype, device=engine.device)
-        squared = torch.zeros(len(batch), dtype=torch.float64, device=engine.device)
-        sides = {number: _no_sides(layer, len(batch)) for number, layer in enumerate(engine.layers) if self._factors}
+        engine, block_map, mapped = self.engine, self._maps[checkpoint], self._mapped(examples)
+        block = torch.zeros(len(examples), self._block_dim, dtype=engine.dtype, device=engine.device)
+        squared = torch.zeros(len(examples), dtype=torch.float64, device=engine.device)
+        sides = {number: _no_sides(layer, len(examples)) for number, layer in enumerate(engine.layers) if self._factors}
 
         def consume(number: int, gradients: Gradients) -> None:
             gradients = mapped(checkpoint, engine.layers[number], gradients)
@@ -113,11 +121,11 @@ class RowMaker:
                 if self._exact_norms:
                     squared[part] += piece.squared_norms()
 
-        losses = engine.run(checkpoint, batch, consume, loss_scale=loss_scale)
+        losses = engine.run(checkpoint, examples, consume, loss_scale=loss_scale)
         return block, squared if self._exact_norms else block.double().square().sum(1), losses, sides
 
-    def _mapped(self, batch: Examples) -> Callable[[int, Layer, Gradients], Gradients]:
-        return self.geometry.query if batch.role == "query" else self.geometry.train
+    def _mapped(self, examples: Examples) -> Callable[[int, Layer, Gradients], Gradients]:
+        return self.geometry.query if examples.role == "query" else self.geometry.train
 
     def losses_and_norms(self, checkpoint: int, examples: Examples) -> tuple[Tensor, Tensor]:
         """(n,) float64 each, of examples in one batch at one checkpoint: what stands beside rows, without these."""
@@ -185,7 +193,7 @@ def fit_bases(engine: Engine, projection: Projection, batch_size: int, n: int, f
     return {(first + c, number): sides for c, fit in enumerate(fits) for number, sides in enumerate(fit.sides())}
 
 
-def _shares(engine: Engine, checkpoint: int, fit: Fit, batch: Examples) -> list[Share]:
+def _shares(engine: Engine, checkpoint: int, fit: Fit, examples: Examples) -> list[Share]:
     """What a batch adds to a fit, complete or not at all."""
     for loss_scale in engine.loss_scales:
         shares: list[Share] = []
@@ -194,12 +202,12 @@ def _shares(engine: Engine, checkpoint: int, fit: Fit, batch: Examples) -> list[
             gradients = engine.geometry.train(checkpoint, engine.layers[number], gradients)
             shares.append(fit.share(number, gradients))
 
-        engine.run(checkpoint, batch, consume, loss_scale=loss_scale)
+        engine.run(checkpoint, examples, consume, loss_scale=loss_scale)
         if all(bool(side.isfinite().all()) for _, sides in shares for side in sides):
             return shares
-    if len(batch) == 1:
-        raise non_finite(engine, checkpoint, batch.names)
-    return [share for example in batch for share in _shares(engine, checkpoint, fit, example)]
+    if len(examples) == 1:
+        raise non_finite(engine, checkpoint, examples.names)
+    return [share for example in examples for share in _shares(engine, checkpoint, fit, example)]
 
 
 def pick_batch_size(engine: Engine, projection: Projection, norms: Norms, budget: int | None) -> int:

@@ -36,8 +36,8 @@ class Geometry(Protocol):
     - exact scores through the model: <s_c g_c(z), A_c^T B_c s_c g_c(q)>, with A_c^T done by :meth:`exact`, so that
       training gradients stay factors that nobody forms. :meth:`scores` makes of these what the store measures.
 
-    A map of queries alone leaves training gradients, rows and norms as those of :class:`TracIn`: at the gradient
-    (:meth:`query`, or :meth:`exact` where rows do without) or at the row (:meth:`query_rows`).
+    A map of queries alone leaves training gradients, rows and norms as those of :class:`TracIn`. It is :meth:`query`;
+    or, where rows have a map of their own (:meth:`query_rows`), :meth:`exact`, which then is more than A_c^T.
 
     An object belongs to one engine, which calls :meth:`read` with every checkpoint. Checkpoints are numbered as the
     engine's. Maps of gradients leave what they are given as it is, and return it where they do nothing.
@@ -45,10 +45,12 @@ class Geometry(Protocol):
     Attributes:
         method: what to call it, such as ``"TracInCP"``.
         measure: what to call its scores.
+        by_factors: whether <A_c s_c g_c(z), B_c s_c g_c(q)> are exact, so that stored factors give exact scores.
     """
 
     method: str
     measure: str
+    by_factors: bool
 
     def scales(self, rates: Mapping[str, float]) -> dict[str, float]:
         """s_c: what gradients of each parameter are multiplied by on both sides, from learning rates eta_c."""
@@ -128,6 +130,7 @@ class TracIn:
 
     method = "TracInCP"
     measure = "TracInCP scores"
+    by_factors = True
 
     def scales(self, rates: Mapping[str, float]) -> dict[str, float]:
         """sqrt(eta_c) on each side. See :class:`Geometry`."""
@@ -242,6 +245,7 @@ class Cosine:
     def __init__(self, inner: Geometry) -> None:
         self._inner = inner
         self.method, self.measure = inner.method, f"cosines of the gradients behind {inner.method}"
+        self.by_factors = inner.by_factors
         self.scales, self.read = inner.scales, inner.read
         self.train, self.query, self.exact = inner.train, inner.query, inner.exact
 

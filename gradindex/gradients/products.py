@@ -128,8 +128,8 @@ class Products:
         """(n_query, n) of n training examples, which go through the engine as :func:`in_batches` says."""
         return torch.cat(in_batches(self._engine, self._of, examples), 1)
 
-    def _of(self, batch: Examples) -> list[Tensor]:
-        return [torch.stack([shares.sum(0) for shares in self._by_checkpoint(batch, split=False)]).sum(0)]
+    def _of(self, examples: Examples) -> list[Tensor]:
+        return [torch.stack([shares.sum(0) for shares in self._by_checkpoint(examples, split=False)]).sum(0)]
 
     def split(self, examples: Examples) -> Tensor:
         """The same by checkpoint and layer: (n, n_query, C, L) float64.
@@ -139,21 +139,21 @@ class Products:
         """
         return torch.cat(in_batches(self._engine, self._split, examples))
 
-    def _split(self, batch: Examples) -> list[Tensor]:
-        shares = torch.stack([share.double() for share in self._by_checkpoint(batch, split=True)])
+    def _split(self, examples: Examples) -> list[Tensor]:
+        shares = torch.stack([share.double() for share in self._by_checkpoint(examples, split=True)])
         return [shares.permute(3, 2, 0, 1)]
 
-    def _by_checkpoint(self, batch: Examples, split: bool) -> Iterator[Tensor]:
+    def _by_checkpoint(self, examples: Examples, split: bool) -> Iterator[Tensor]:
         """For each checkpoint (L, n_query, n), or (1, n_query, n) of all layers together."""
         for checkpoint in range(self._engine.n_checkpoints):
             for loss_scale in self._engine.loss_scales:
-                shares = self._at_checkpoint(checkpoint, batch, loss_scale, split)
+                shares = self._at_checkpoint(checkpoint, examples, loss_scale, split)
                 if bool(shares.isfinite().all()):
                     break
             if self.route != "gradients":
                 general = [number for number, layer in enumerate(self._engine.layers) if not layer.hooked]
                 for together in [[number] for number in general] if split else [general]:
-                    for query, row in enumerate(self._along(checkpoint, batch, together)):
+                    for query, row in enumerate(self._along(checkpoint, examples, together)):
                         shares[together[0] if split else 0, query] += row
             yield shares
 
@@ -174,10 +174,10 @@ class Products:
         action = partial(in_batches, engine, self._of)
         return batch_size_for(action, examples, available_bytes(engine.device), engine.device)
 
-    def _at_checkpoint(self, checkpoint: int, batch: Examples, loss_scale: float, split: bool) -> Tensor:
+    def _at_checkpoint(self, checkpoint: int, examples: Examples, loss_scale: float, split: bool) -> Tensor:
         """The shares of the layers whose gradients are compared: as :meth:`_by_checkpoint`."""
         engine = self._engine
-        shape = (len(engine.layers) if split else 1, self._count, len(batch))
+        shape = (len(engine.layers) if split else 1, self._count, len(examples))
         scores = torch.zeros(shape, dtype=engine.dtype, device=engine.device)
 
         def consume(number: int, gradients: Gradients) -> None:
@@ -188,7 +188,7 @@ class Products:
                         scores[number if split else 0, rows, part] += products
 
         general = self.route == "gradients"
-        engine.run(checkpoint, batch, consume, general=general, loss_scale=loss_scale)
+        engine.run(checkpoint, examples, consume, general=general, loss_scale=loss_scale)
         return scores
 
     def _along(self, checkpoint: int, examples: Examples, numbers: Sequence[int]) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ import toys
 
 import gradindex
 from gradindex.errors import MismatchError, TaskError
-from gradindex.factors import Formed
+from gradindex.factors import Factors, Formed
 from gradindex.gradients import GEOMETRIES, AdamDiagonal, Cosine, Geometry, TracIn
 from gradindex.projection import Projection
 
@@ -44,6 +44,7 @@ def doubled():
         """The first layer counts twice: in the row of a query, and in its gradient for exact scores."""
 
         measure = "scores with a first layer that counts twice"
+        by_factors = False  # of what exact() does, factors know nothing
 
         def query_rows(self, rows, squares):
             blocks = rows.reshape(*squares.shape, -1).clone()
@@ -57,6 +58,20 @@ def doubled():
     del GEOMETRIES._implementations["doubled"]
 
 
+@pytest.fixture
+def halved():
+    @GEOMETRIES.register("halved")
+    class Halved(TracIn):
+        """The first layer of queries counts half."""
+
+        def query(self, checkpoint, layer, gradients):
+            weight = 0.5 if layer.name == "0" else 1
+            return Factors(gradients.activations, gradients.output_gradients * weight)
+
+    yield "halved"
+    del GEOMETRIES._implementations["halved"]
+
+
 def mapped_by_hilbert(gradients):
     """(n, checkpoints, parameters), weights and biases of each layer times the matrix of its outputs."""
     parts, start = [], 0
@@ -68,8 +83,9 @@ def mapped_by_hilbert(gradients):
     return torch.cat(parts, 2)
 
 
-def with_first_layer_twice(gradients):
-    return torch.cat([2 * gradients[..., :35], gradients[..., 35:]], 2)
+def scaled(gradients, factor):
+    """With the first layer times a factor."""
+    return torch.cat([factor * gradients[..., :35], gradients[..., 35:]], 2)
 
 
 @pytest.mark.parametrize("unit_norm", [False, True])
@@ -96,6 +112,15 @@ def test_a_toy_geometry_works_from_the_task_to_the_answer(hilbert, tmp_path, uni
     np.testing.assert_allclose(group[0], summed.sum(0), atol=1e-5 * np.abs(summed).max())
 
 
+def test_stored_factors_answer_where_a_map_of_queries_keeps_outer_products(halved, tmp_path):
+    task = toys.make_task(tmp_path, preconditioner=halved)
+    store = gradindex.build(task, tmp_path / "store", factors="float32")
+    exact = gradindex.load(task, store.folder).exact_scores(range(4))
+    train, queries = (reference.gradients(task, data) for data in (task.train, task.query))
+    truth, _ = reference.scores(task, scaled(queries, 0.5), train, toys.RATES)
+    np.testing.assert_allclose(exact, truth, atol=1e-5 * np.abs(truth).max())
+
+
 def test_a_map_of_queries_rows_leaves_training_rows_as_they_are(doubled, tmp_path):
     plain = toys.make_task(tmp_path)
     task = replace(plain, preconditioner=doubled)
@@ -106,7 +131,7 @@ def test_a_map_of_queries_rows_leaves_training_rows_as_they_are(doubled, tmp_pat
     np.testing.assert_array_equal(*(store.rows(np.arange(12)) for store in stores))
     np.testing.assert_array_equal(*(store.self_influence() for store in stores))
     train, queries = (reference.gradients(task, data) for data in (task.train, task.query))
-    truth, _ = reference.scores(task, with_first_layer_twice(queries), train, toys.RATES)
+    truth, _ = reference.scores(task, scaled(queries, 2), train, toys.RATES)
     retriever = gradindex.load(task, stores[0].folder)
     for rerank in ("exact", "rows"):
         hits = retriever.proponents(range(4), 12, rerank=rerank)
@@ -114,6 +139,8 @@ def test_a_map_of_queries_rows_leaves_training_rows_as_they_are(doubled, tmp_pat
     assert hits.measure == "scores with a first layer that counts twice"
     with pytest.raises(MismatchError, match="preconditioner differ"):
         gradindex.load(plain, stores[0].folder)
+    with pytest.raises(TaskError, match="Stored factors give no exact scores with preconditioner 'doubled'"):
+        gradindex.build(task, tmp_path / "factors", factors="float32")
 
 
 def test_a_name_that_no_geometry_is_registered_under_is_refused_with_those_there_are(hilbert, tmp_path):
@@ -122,6 +149,6 @@ def test_a_name_that_no_geometry_is_registered_under_is_refused_with_those_there
 
 
 def test_every_geometry_has_all_that_the_protocol_asks_for():
-    names = [name for name in vars(Geometry) if not name.startswith("_")] + ["method", "measure"]
+    names = [name for name in vars(Geometry) if not name.startswith("_")] + ["method", "measure", "by_factors"]
     for geometry in (TracIn(), AdamDiagonal(), Cosine(AdamDiagonal())):
         assert all(hasattr(geometry, name) for name in names)
