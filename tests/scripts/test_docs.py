@@ -136,7 +136,7 @@ def test_other_pages_hold_no_block_that_nothing_runs():
 def test_links_and_paths_in_a_page_exist(page):
     text = page.read_text()
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    paths = re.findall(r"`((?:scripts|docs|tests|data)/[\w./-]*)`", text)
+    paths = re.findall(r"`((?:gradindex|scripts|docs|tests|data)/[\w./-]*)`", text)
     missing = [x for x in links if not (page.parent / x).exists()] + [x for x in paths if not (TOP / x).exists()]
     assert missing == []
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import click
+import griffe
 import pytest
 import yaml
 from places import TOP
@@ -115,6 +116,18 @@ def test_a_notebook_becomes_a_page_with_its_code_outputs_and_pictures(hooks, tmp
         "# Title", "Text", "", "[Download this notebook](some.ipynb){download}", "", "```python", "f(", ")", "```", "",
         "```text", "a", "b", "```", "", "<div>", "<p>", "x</p>", "</div>", "", "![A curve](some-1.png)",
     ]  # fmt: skip
+
+
+def test_the_reference_shows_names_as_code_and_the_defaults_of_options(hooks):
+    code = """
+class Options:
+    '''See :func:`~gradindex.store.remove` and :class:`Task`.'''
+
+    count: int = option(3, "How many.", flags="-n")
+"""
+    read = griffe.visit("room", Path("room.py"), code, extensions=griffe.load_extensions(hooks.Readable))
+    assert read["Options"].docstring.value == "See `remove` and `Task`."
+    assert str(read["Options.count"].value) == "3"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -226,3 +239,16 @@ def test_the_changelog_keeps_the_form():
         assert kinds
     for version in re.findall(r"^## (\[[^\]]+\])", text, re.MULTILINE):
         assert f"\n{version}: {REPOSITORY}" in text
+
+
+def test_each_errand_says_where_it_goes_what_it_registers_and_what_tests_and_tells_it():
+    _, _, errands = (TOP / "CONTRIBUTING.md").read_text().partition("\n## Eight errands\n")
+    sections = re.split(r"^### ", errands, flags=re.MULTILINE)[1:]
+    assert [section.partition("\n")[0] for section in sections] == [
+        "A projection", "A layer rule", "An index kind", "A command", "A geometry", "A checkpoint source",
+        "A benchmark", "An experiment",
+    ]  # fmt: skip
+    for section in sections:
+        assert re.findall(r"^- \*\*(\w+)\*\*:", section, re.MULTILINE) == [
+            "Room", "File", "Registration", "Test", "Docs",
+        ]  # fmt: skip
