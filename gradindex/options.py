@@ -99,13 +99,15 @@ class ComputeOptions:
         ArgumentError: ``workers`` is out of range.
     """
 
-    device: str | None = option(None, "Where to compute, such as cuda; by default where the task's model is.")
+    device: str | None = option(
+        None, "Device to compute on, such as cuda; by default the one that the task's model is on."
+    )
     channels_last: bool | None = option(
         None,
-        "How pictures are laid out in memory; by default with the channels last where the model runs so.",
+        "Memory layout of images; by default channels last where the model supports it.",
         flags="--channels-last/--channels-first",
     )
-    workers: int = option(0, "Processes that read examples.")
+    workers: int = option(0, "Processes that load examples.")
 
     def __post_init__(self) -> None:
         check_workers(self.workers)
@@ -141,28 +143,30 @@ class BuildOptions(ComputeOptions):
     """
 
     projection: Projection | None = None  # several options on the command line
-    precision: Precision = option("float32", "Of the gradients.", choices=PRECISIONS)
-    row_type: RowType = option("float32", "How rows are kept.", choices=ROW_TYPES)
+    precision: Precision = option("float32", "Precision of the gradients.", choices=PRECISIONS)
+    row_type: RowType = option("float32", "Number format of stored rows.", choices=ROW_TYPES)
     factors: FactorType | None = option(
         None,
-        "Also keep exact factors of linear layers: exact scores without a pass over training examples.",
+        "Also store factors of linear layers: exact scores without a backward pass over training examples.",
         choices=FACTOR_TYPES,
     )
     self_influence: Norms = option(
-        "exact", "Exact, or the squared norm of the row: faster, an estimate.", choices=NORMS
+        "exact", "Exact, or projected: the squared norm of the row, a faster estimate.", choices=NORMS
     )
     unit_norm: bool = option(False, "Rank by the cosine of the gradients instead of TracInCP.")
     batch_size: int | None = option(
         None, "Examples per pass; by default as many, up to 256, as --memory holds.", type=int
     )
     memory: int | None = option(
-        None, "What a pass may take, such as 2G; by default a quarter of what is free.", type="bytes"
+        None,
+        "Memory for a pass, such as 2G; by default a quarter of the free memory, or half on CUDA.",
+        type="bytes",
     )
     shard_rows: int | None = option(
-        None, "Rows per file, at least; by default 8,192, or as many as make 64 files.", type=int
+        None, "Rows per file, at least; by default 8,192, or more to stay within 64 files.", type=int
     )
     bases_from: str | os.PathLike[str] | None = option(
-        None, "A store whose fitted bases to take, to be merged later.", type="folder"
+        None, "Reuse the fitted bases of this store, so that the two can be merged later.", type="folder"
     )
 
     def __post_init__(self) -> None:

@@ -17,11 +17,11 @@ from .options import FOLDER, PATH, options_of
 
 
 @click.command()
-@click.option("--out", type=PATH, default="gradindex-demo", show_default=True, help="Folder for all that it makes.")
+@click.option("--out", type=PATH, default="gradindex-demo", show_default=True, help="Folder for everything it writes.")
 def demo(out: Path) -> None:
-    """Try everything on real handwritten digits: train, build, ask, report.
+    """Try everything on real handwritten digits: train, build, query, report.
 
-    Takes less than a minute on a CPU, needs the extra "demo", and prints the path of its report last.
+    Takes less than a minute on a CPU and needs the extra "demo". The last line printed is the path of the report.
 
     Example: gradindex demo --out /tmp/gradindex-demo
     """
@@ -34,21 +34,23 @@ def demo(out: Path) -> None:
 @click.argument("task")
 @click.option("--out", required=True, type=PATH, metavar="DIR", help="Folder of the store.")
 @click.option("--projection", type=click.Choice(PROJECTION_KINDS), default="tensorsketch", show_default=True)
-@click.option("--dim", type=int, help="Numbers per checkpoint, at most; by default 1024.")
-@click.option("--row-dim", type=int, help="Instead of --dim: numbers in a whole row, at most.")
-@click.option("--row-bytes", type=int, help="Instead of --dim: bytes of a whole row, at most.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the random map.")
+@click.option("--dim", type=int, help="Largest row size per checkpoint, in numbers; by default 1024.")
+@click.option("--row-dim", type=int, help="Instead of --dim: largest size of a whole row, in numbers.")
+@click.option("--row-bytes", type=int, help="Instead of --dim: largest size of a whole row, in bytes.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random projection.")
 @options_of(BuildOptions)
-@click.option("--part", metavar="I/N", help="Make the I-th of N parts, beside others; then run `gradindex seal DIR`.")
-@click.option("--dry-run", is_flag=True, help="Say what it takes (disk, memory, time by a few batches), and stop.")
-@click.option("--repair", is_flag=True, help="Compute damaged shards of the finished store again, and no others.")
+@click.option(
+    "--part", metavar="I/N", help="Build part I of N; parts can run in parallel. Finish with `gradindex seal DIR`."
+)
+@click.option("--dry-run", is_flag=True, help="Time a few batches, estimate disk, memory and time, and stop.")
+@click.option("--repair", is_flag=True, help="Recompute damaged shards of a finished store, and nothing else.")
 def build(
     task: str, out: Path, projection: Any, dim: int | None, row_dim: int | None, row_bytes: int | None, seed: int,
     part: str | None, dry_run: bool, repair: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Build the store of TASK (path/to/file.py:name or package.module:name).
 
-    Run it again to go on after an interruption: finished shards are kept.
+    Safe to rerun: it resumes where it stopped.
 
     Example: gradindex build scripts/tasks/mnist.py:task --out /tmp/mnist
     """
@@ -64,13 +66,13 @@ def build(
         computing = {each.name for each in fields(ComputeOptions)}
         idle = [name for name in by_hand if name not in {"task", "out", "repair", *computing}]
         if idle:
-            raise click.UsageError(f"--repair takes all else from the store: leave out --{idle[0].replace('_', '-')}.")
+            raise click.UsageError(f"--repair reads all settings from the store. Drop --{idle[0].replace('_', '-')}.")
         said = growth.repair(load_task(task), out, **{name: options[name] for name in computing})
-        say("\n".join(said) if said else f"{out} is sound: nothing to repair")
+        say("\n".join(said) if said else f"{out} is undamaged: nothing to repair")
         return
     parts = None if part is None else re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", part, re.ASCII)
     if part is not None and parts is None:
-        raise click.UsageError(f"--part is {part!r}, but must look like 2/8, the second of eight.")
+        raise click.UsageError(f"--part is {part!r}, but must be of the form I/N, such as 2/8.")
     options["projection"] = Projection(projection, DEFAULT_DIM if dim is None else dim, seed, row_dim, row_bytes)
     numbers = None if parts is None else (int(parts[1]), int(parts[2]))
     if dry_run:
@@ -78,13 +80,13 @@ def build(
         return
     if numbers is not None:
         building.build_part(load_task(task), out, numbers, **options)
-        say(f"{out}: part {part} is done; once all are, run: gradindex seal {out}")
+        say(f"{out}: part {part} is done; once all parts are, run: gradindex seal {out}")
         return
     store = building.build(load_task(task), out, **options)
     say(f"{out}: {store.n_train:,} rows of {store.dim:,} numbers, from {store.n_checkpoints} checkpoints")
 
 
-_TASK = click.option("--task", required=True, help="The task, now with more of these, as for build.")
+_TASK = click.option("--task", required=True, help="The grown task, written as for build.")
 
 
 @click.command()
@@ -92,10 +94,10 @@ _TASK = click.option("--task", required=True, help="The task, now with more of t
 @_TASK
 @options_of(ComputeOptions)
 def add(folder: Path, task: str, **options: Any) -> None:
-    """Add the training examples that the task has beyond those in the store.
+    """Add the task's new training examples to the store; only their rows are computed.
 
-    The task's data begin with the examples that are there already; the new ones follow. Run it again to go on
-    after an interruption; meanwhile the store answers as before.
+    The task's data must start with the examples that the store already has, followed by the new ones. Safe to rerun:
+    it resumes where it stopped. Until it is done, the store gives its old answers.
 
     Example: gradindex add /tmp/mnist --task my_task.py:grown
     """
@@ -113,9 +115,9 @@ def add(folder: Path, task: str, **options: Any) -> None:
 @_TASK
 @options_of(ComputeOptions)
 def add_checkpoint(folder: Path, task: str, **options: Any) -> None:
-    """Add the checkpoints that the task has beyond those in the store; the others are not computed again.
+    """Add the task's new checkpoints to the store; only their gradients are computed.
 
-    Run it again to go on after an interruption; meanwhile the store answers as before.
+    Safe to rerun: it resumes where it stopped. Until it is done, the store gives its old answers.
 
     Example: gradindex add-checkpoint /tmp/mnist --task my_task.py:longer
     """

@@ -12,10 +12,10 @@ from ..output import table, to_json
 from .main import JSON, say
 from .options import DEVICE, FOLDER
 
-_TASK = click.option("--task", help="Take the task's own queries and exact scores; by default training examples.")
-_K = click.option("-k", "--k", type=int, help="How many are the top; by default 100, or as many as there are.")
+_TASK = click.option("--task", help="Use this task's queries and exact scores; by default training examples.")
+_K = click.option("-k", "--k", type=int, help="Size of the top; by default 100, or all if there are fewer.")
 _QUERIES = click.option(
-    "--queries", type=click.IntRange(min=20), default=500, show_default=True, help="How many queries, at most."
+    "--queries", type=click.IntRange(min=20), default=500, show_default=True, help="Largest number of queries to use."
 )
 
 
@@ -37,7 +37,7 @@ def _top(folder: Path, k: int | None, task: str | None) -> int:
 
 @click.command()
 @FOLDER
-@click.option("--recall", default=0.99, show_default=True, help="Share of the true top-k that must be found.")
+@click.option("--recall", default=0.99, show_default=True, help="Share of the true top-k that the index must find.")
 @_K
 @_QUERIES
 @_TASK
@@ -45,18 +45,19 @@ def _top(folder: Path, k: int | None, task: str | None) -> int:
 @click.option(
     "--kind",
     type=click.Choice(INDEX_KINDS),
-    help="A byte a number of all rows or of lists, or two bits a number of all; by default what answers fastest.",
+    help="flat and ivf store a byte per number, pq two bits; ivf scans a few lists, the others all rows. "
+    "By default the fastest.",
 )
-@click.option("--dim", type=int, help="Numbers of a row in the index; by default those that answer fastest.")
-@click.option("--drop", is_flag=True, help="Take the index away instead: all rows are compared.")
+@click.option("--dim", type=int, help="Size of an index row, in numbers; by default the fastest.")
+@click.option("--drop", is_flag=True, help="Remove the index: scan all rows.")
 def index(
     folder: Path, recall: float, k: int | None, queries: int, task: str | None, device: str | None, drop: bool,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Make the fastest index that finds --recall of the true top-k, of proponents and of opponents.
+    """Build the fastest index that finds --recall of the true top-k, both of proponents and of opponents.
 
-    It is tuned with half of the queries and measured with the other half; if no index keeps the promise, none is
-    made. Where comparing all rows is as fast, as in small stores, none is made either.
+    Half of the queries tune it, the other half measure it: if no index reaches this recall on held-out queries, none
+    is created. Nor is one created where scanning all rows is as fast, as in small stores.
 
     Example: gradindex index /tmp/mnist --recall 0.99 --k 100
     """
@@ -81,7 +82,7 @@ def index(
 @DEVICE
 @JSON
 def evaluate(folder: Path, k: int | None, queries: int, task: str | None, device: str | None, as_json: bool) -> None:
-    """Measure how much of the true top-k is found, by the index and by the rows alone.
+    """Measure how much of the true top-k is found, with the index and with the rows alone.
 
     "at least" is the lower end of a one-sided 95% interval over the queries.
 

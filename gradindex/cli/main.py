@@ -19,17 +19,17 @@ from .. import __version__
 from ..errors import GradIndexError, UserCodeError
 from ..output import csv_cell, plain, printable, to_json
 
-# Commands that go on where they were when they are given again.
+# Commands that resume where they stopped when they are rerun.
 _RESUMABLE = ("build", "add", "add-checkpoint", "compact", "merge")
 
-JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 _CSV = click.option(
     "--csv",
     "as_csv",
     is_flag=True,
-    help="CSV instead of a table. Texts that a spreadsheet would run (=, +, -, @) get a ' before them.",
+    help="Print CSV instead of a table. Text that a spreadsheet would run (=, +, -, @) is prefixed with '.",
 )
-_RAW = click.option("--raw-csv", is_flag=True, help="CSV with these texts as they are.")
+_RAW = click.option("--raw-csv", is_flag=True, help="Print CSV with such text unchanged.")
 Form = Literal["table", "json", "csv", "raw csv"]
 
 
@@ -41,7 +41,7 @@ def forms(command: Callable[..., None]) -> Callable[..., None]:
         if as_json + as_csv + raw_csv > 1:
             raise click.UsageError("Give one of --json, --csv and --raw-csv.")
         if sys.stdout in _CLOSED:
-            raise click.ClickException("Standard output is closed, so the answer has nowhere to go. Open it.")
+            raise click.ClickException("Standard output is closed, so there is nowhere to print the answer. Open it.")
         form: Form = "json" if as_json else "csv" if as_csv else "raw csv" if raw_csv else "table"
         command(*args, form=form, **options)
 
@@ -75,8 +75,8 @@ class _OneLineErrors(click.Group):
                 ctx.exit(1)
             raise click.ClickException(printable(" ".join(_in_one_line(error).split()))) from error
         except KeyboardInterrupt:
-            goes_on = ctx.invoked_subcommand in _RESUMABLE
-            more = " What was finished is kept: run the same command again to go on." if goes_on else ""
+            resumes = ctx.invoked_subcommand in _RESUMABLE
+            more = " Finished work is kept: rerun the same command to resume." if resumes else ""
             click.echo(f"Interrupted.{more}", err=True)
             ctx.exit(130)
 
@@ -91,14 +91,14 @@ def _in_one_line(error: Exception) -> str:
             _close_output()
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         reason = error.strerror or str(error)
-        return f"{where}{reason}. Check that it is there, that it may be used, and that the disk has room."
+        return f"{where}{reason}. Check that it exists, that you have permission, and that the disk has space."
     if isinstance(error, UnicodeEncodeError):
         encoding = getattr(sys.stdout, "encoding", error.encoding)
         return (
-            f"The output is in {encoding}, which lacks {error.object[error.start]!a}. "
-            "Set PYTHONIOENCODING=utf-8, or ask for --json."
+            f"The output encoding {encoding} cannot represent {error.object[error.start]!a}. "
+            "Set PYTHONIOENCODING=utf-8, or use --json."
         )
-    return f"There is not enough memory ({error or 'it is used up'}). Ask for less, or use a machine with more."
+    return f"Out of memory ({error or 'none is left'}). Ask for less, or use a machine with more."
 
 
 def _make_streams_usable() -> None:
@@ -137,9 +137,9 @@ def say(text: str, err: bool = False) -> None:
 
 @click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("--debug", "--traceback", is_flag=True, help="On an error, show where it came from.")
+@click.option("--debug", "--traceback", is_flag=True, help="On an error, print the traceback.")
 def main(debug: bool) -> None:
-    """Which training examples made my model do this? Answered by TracIn, as a search engine."""
+    """Which training examples made my model do this? A search engine for TracIn."""
 
 
 def show(

@@ -16,15 +16,19 @@ Command = Callable[..., Any]
 
 PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a path, the function says
 FOLDER = click.argument("folder", metavar="DIR", type=PATH)
-DEVICE = click.option("--device", help="Where to compute, such as cuda; by default where the task's model is.")
-TASK = click.option("--task", required=True, help="The task that the store was built from, as for build.")
-POSITION = click.option("-q", "--position", multiple=True, type=int, help="Position in the task's queries; repeatable.")
-TRAIN_ID = click.option("--train-id", multiple=True, type=int, help="Training id as the query; repeatable.")
-FILE = click.option("--file", "path", type=PATH, help="A file that the task's read_query reads.")
+DEVICE = click.option(
+    "--device", help="Device to compute on, such as cuda; by default the one that the task's model is on."
+)
+TASK = click.option("--task", required=True, help="The task that the store was built from, written as for build.")
+POSITION = click.option(
+    "-q", "--position", multiple=True, type=int, help="Query by position in the task's queries; repeatable."
+)
+TRAIN_ID = click.option("--train-id", multiple=True, type=int, help="Query by training id; repeatable.")
+FILE = click.option("--file", "path", type=PATH, help="Read the queries from a file, with the task's read_query.")
 AGGREGATE = click.option(
     "--aggregate",
     type=click.Choice(AGGREGATES),
-    help="Make one question of all queries: what helps them together.",
+    help="Combine all queries into one: what helps them together.",
 )
 
 
@@ -77,7 +81,7 @@ def _condition(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -
     """``column=value`` as pairs."""
     for value in values:
         if not value.partition("=")[0] or "=" not in value:
-            raise click.BadParameter(f"{value!r} is not of the form column=value.")
+            raise click.BadParameter(f"{value!r} is not of the form COLUMN=VALUE.")
     return [(name, text) for name, _, text in (value.partition("=") for value in values)]
 
 
@@ -86,5 +90,5 @@ WHERE = click.option(
     multiple=True,
     callback=_condition,
     metavar="COLUMN=VALUE",
-    help="Only training examples with this value; repeatable: a column given twice may have either value.",
+    help="Only training examples with this value; repeatable. A column given twice matches either value.",
 )

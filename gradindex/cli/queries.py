@@ -38,20 +38,22 @@ _AT_ONCE = 10_000
     type=click.Choice(["both", *ANSWER_KINDS]),
     default="both",
     show_default=True,
-    help="The highest scores, the lowest, or the largest sizes.",
+    help="proponents: highest scores; opponents: lowest; absolute: largest magnitudes.",
 )
 @options_of(Question, leave_out=["kind"])
 @WHERE
-@click.option("--ids", "ids_file", type=PATH, metavar="FILE", help="Only these training ids: one a line, or .npy.")
+@click.option(
+    "--ids", "ids_file", type=PATH, metavar="FILE", help="Only these training ids: one per line, or a .npy file."
+)
 @DEVICE
-@click.option("--html", type=PATH, help="Also write a page with pictures here (extra \"demo\").")  # fmt: skip
+@click.option("--html", type=PATH, help="Also write an HTML page with pictures here (extra \"demo\").")  # fmt: skip
 @forms
 def query(
     folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None, kind: str,
     where: list[tuple[str, str]], ids_file: Path | None, aggregate: Any, device: str | None, html: Path | None,
     form: Form, **options: Any,
 ) -> None:  # fmt: skip
-    """Show the top training examples behind queries: proponents, opponents, both or the largest scores.
+    """Show the top training examples behind queries: proponents, opponents, both, or the largest magnitudes.
 
     Example: gradindex query /tmp/mnist --task scripts/tasks/mnist.py:task --position 0 -k 5
     """
@@ -95,7 +97,7 @@ def _prepare(
     retriever = load(loaded, folder, device=device)
     if retriever.unseen:
         say(
-            f"{folder} lacks {retriever.unseen:,} training examples of the task, which it answers without. "
+            f"{folder} lacks {retriever.unseen:,} of the task's training examples, so answers leave them out. "
             f"To add them: gradindex add {folder} --task {task}",
             err=True,
         )
@@ -111,13 +113,13 @@ def _prepare(
 @click.option("--id", "ids", multiple=True, type=int, required=True, help="Training example to explain; repeatable.")
 @AGGREGATE
 @DEVICE
-@click.option("--html", type=PATH, help="Also write a page with heat maps here (extra \"demo\").")  # fmt: skip
+@click.option("--html", type=PATH, help="Also write an HTML page with heat maps here (extra \"demo\").")  # fmt: skip
 @forms
 def explain(
     folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None,
     ids: tuple[int, ...], aggregate: Any, device: str | None, html: Path | None, form: Form,
 ) -> None:  # fmt: skip
-    """Show where the scores of training examples come from: which checkpoints, which layers.
+    """Show which checkpoints and layers the scores of training examples come from.
 
     Example: gradindex explain /tmp/mnist --task scripts/tasks/mnist.py:task --position 0 --id 5 --id 7
     """
@@ -146,7 +148,7 @@ def _count(_: click.Context, __: click.Parameter, value: str | None) -> int | st
     try:
         return int(str(value))
     except ValueError:
-        raise click.BadParameter(f"{value!r} is neither a whole number nor all.") from None
+        raise click.BadParameter(f"{value!r} is neither an integer nor all.") from None
 
 
 def _matching(store: GradientStore, where: list[tuple[str, str]]) -> NDArray[np.int64]:
@@ -157,13 +159,15 @@ def _matching(store: GradientStore, where: list[tuple[str, str]]) -> NDArray[np.
 
 @click.command("self-influence")
 @FOLDER
-@click.option("-k", callback=_count, metavar="K", help="How many, or all; by default 20, or all if there are fewer.")
+@click.option(
+    "-k", callback=_count, metavar="K", help="How many examples, or all; by default 20, or all if there are fewer."
+)
 @WHERE
 @forms
 def self_influence(folder: Path, k: int | str | None, where: list[tuple[str, str]], form: Form) -> None:
-    """Show the training examples with the highest self-influence: mislabelled, rare or ambiguous.
+    """Show the training examples with the highest self-influence: often mislabelled, rare or ambiguous.
 
-    With -k all, every form is written as it is made.
+    With -k all, the output is streamed in every format.
 
     Example: gradindex self-influence /tmp/mnist -k 20
     """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @FOLDER
 @JSON
 def info(folder: Path, as_json: bool) -> None:
-    """Show what a store holds: rows, bytes, layers and what is left out, checkpoints, weights, projection, health.
+    """Show what a store holds: rows, size, layers, untracked parameters, checkpoints, weights, projection, health.
 
     Example: gradindex info /tmp/mnist
     """
@@ -63,7 +63,7 @@ def info(folder: Path, as_json: bool) -> None:
         f"projection {projection.kind}{sketch}; gradients in {manifest.map.precision}{unit}\n"
         f"rows in {manifest.row_type}{factors}; {_bytes(found.bytes)} in {found.shards} shards, "
         f"made in {found.seconds:,.0f} s\n"
-        f"columns: {columns}; search: {found.search or 'when it is complete'}\n"
+        f"columns: {columns}; search: {found.search or 'once the store is complete'}\n"
         f"{_tracked(manifest.tracked)}"
         f"health: {'; '.join(found.health)}\n\n"
         f"{table(checkpoints)}\n\n{table(layers)}{_differing_names(manifest.map.checkpoints)}"
@@ -115,7 +115,7 @@ def _bytes(size: float) -> str:
 @click.command()
 @FOLDER
 def verify(folder: Path) -> None:
-    """Read every file of a store, and of its index, and compare it with its checksums.
+    """Read every file of a store and its index, and check it against its checksums.
 
     Example: gradindex verify /tmp/mnist
     """
@@ -131,23 +131,23 @@ def verify(folder: Path) -> None:
         try:
             checked(index)
         except IndexFileError as error:
-            problems.append(f"{error}; make the index again: gradindex index {folder}; or take it away: with --drop")
+            problems.append(f"{error}; rebuild the index: gradindex index {folder}, or remove it with --drop")
     if problems:
         raise StoreError("; ".join(problems))
-    say(f"{folder}: {store.n_train:,} rows in {len(store.manifest.shards)} shards are sound")
+    say(f"{folder}: {store.n_train:,} rows in {len(store.manifest.shards)} shards are undamaged")
 
 
 @click.command()
 @FOLDER
 @click.option("--id", "ids", multiple=True, type=int, help="Training id to remove; repeatable.")
-@click.option("--ids-from", type=click.File(), help="A file with ids and blanks between; - for standard input.")
+@click.option("--ids-from", type=click.File(), help="A file of ids separated by whitespace; - for standard input.")
 def remove(folder: Path, ids: tuple[int, ...], ids_from: Any) -> None:
-    """Take training examples out of every answer, at once. Their room is freed by compact.
+    """Drop training examples from every answer at once. `gradindex compact` frees their space.
 
     Example: gradindex remove /tmp/mnist --id 7 --id 12
     """
     if bool(ids) == (ids_from is not None):
-        raise click.UsageError("Give --id, or --ids-from.")
+        raise click.UsageError("Give either --id or --ids-from.")
     import numpy as np
 
     from ..store import remove as run
@@ -155,17 +155,17 @@ def remove(folder: Path, ids: tuple[int, ...], ids_from: Any) -> None:
     try:
         wanted = np.array([int(i) for i in (ids or ids_from.read().split())], dtype=np.int64)
     except (ValueError, OverflowError) as error:  # no numbers, no text, or too large
-        raise click.UsageError(f"These are no ids: {str(error)[:100]}. Write whole numbers.") from None
+        raise click.UsageError(f"These are not ids: {str(error)[:100]}. Write integers.") from None
     store = run(folder, wanted)
-    say(f"{folder}: {store.n_train:,} rows are left")
+    say(f"{folder}: {store.n_train:,} rows left")
 
 
 @click.command()
 @FOLDER
 def compact(folder: Path) -> None:
-    """Free the room of removed rows and join small shards. Ids stay as they are.
+    """Free the space of removed rows and merge small shards. Ids do not change.
 
-    Run it again to go on after an interruption; meanwhile the store answers as before.
+    Safe to rerun: it resumes where it stopped. Until it is done, the store gives its old answers.
 
     Example: gradindex compact /tmp/mnist
     """
@@ -181,11 +181,15 @@ def compact(folder: Path) -> None:
 @click.command()
 @FOLDER
 @click.argument("others", nargs=-1, required=True, type=PATH, metavar="OTHER...")
-@click.option("--offset", type=int, help="Added to the ids of the first OTHER; the next follow. By default ids stay.")
+@click.option(
+    "--offset",
+    type=int,
+    help="Add this to the ids of the first OTHER; the next continue after it. By default ids do not change.",
+)
 def merge(folder: Path, others: tuple[Path, ...], offset: int | None) -> None:
-    """Copy the rows of stores that were built apart with the same map into DIR.
+    """Copy into DIR the rows of stores that were built separately with the same checkpoints and projection.
 
-    Run it again to go on after an interruption; meanwhile the store answers as before.
+    Safe to rerun: it resumes where it stopped. Until it is done, the store gives its old answers.
 
     Example: gradindex merge /tmp/mnist /tmp/more --offset 20000
     """
@@ -198,7 +202,7 @@ def merge(folder: Path, others: tuple[Path, ...], offset: int | None) -> None:
 @click.command()
 @FOLDER
 def seal(folder: Path) -> None:
-    """Complete a build whose parts were made with `build --part`.
+    """Finish a store whose parts were built with `build --part`.
 
     Example: gradindex seal /tmp/mnist
     """
@@ -212,7 +216,7 @@ def seal(folder: Path) -> None:
 @FOLDER
 @click.argument("out", type=PATH, metavar="OUT")
 def export(folder: Path, out: Path) -> None:
-    """Write rows and scores for other programs: OUT.parquet (extra "parquet"), or a folder of NumPy files.
+    """Write rows and scores for other programs: OUT.parquet (extra "parquet") or a folder of NumPy files.
 
     Example: gradindex export /tmp/mnist /tmp/rows.parquet
     """

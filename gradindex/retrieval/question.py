@@ -67,32 +67,30 @@ class Question:
         ArgumentError: one of them is out of range or of the wrong type, or they do not go together.
     """
 
-    kind: AnswerKind = option("proponents", "The highest scores, the lowest, or the largest sizes.")
-    k: int | None = option(
-        None, "Hits for each query, at most; by default 10, or with --at-least all.", type=int, flags="-k"
-    )
+    kind: AnswerKind = option("proponents", "proponents: highest scores; opponents: lowest; absolute: largest.")
+    k: int | None = option(None, "Most hits per query; by default 10, or with --at-least all.", type=int, flags="-k")
     at_least: float | None = option(
         None,
-        "Only scores of at least X; for opponents, of at most -X; for absolute, of at least this size.",
+        "Only scores >= X; for opponents, scores <= -X; for absolute, magnitudes >= X.",
         type=float,
         metavar="X",
     )
     rerank: Rerank = option(
         "exact",
-        "The last stage: exact scores, the rows' inner products, or the index's own estimates.",
+        "Last stage: exact scores, inner products of the rows, or the index's estimates.",
         choices=RERANKS,
     )
     candidates: int | None = option(
-        None, "Candidates to re-rank by exact score; by default 10 k, or what the index was tuned to.", type=int
+        None, "Candidates to re-rank by exact score; by default 10 k, or as the index was tuned.", type=int
     )
     ids: Any = None  # from a file on the command line
     where: Mapping[str, Any] | None = None  # as column=value on the command line
     differs: str | None = option(
-        None, "Only training examples whose value is not the query's own.", type=str, metavar="COLUMN"
+        None, "Only training examples whose value in COLUMN differs from the query's.", type=str, metavar="COLUMN"
     )
     source: Source = "query"  # by -q and --train-id on the command line
     aggregate: Aggregate | None = option(
-        None, "Make one question of all queries: what helps them together.", choices=AGGREGATES
+        None, "Combine all queries into one: what helps them together.", choices=AGGREGATES
     )
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     if options.part is not None:
         build_part(task, options.out, options.part, **chosen)
         print(f"{options.out}: part {options.part[0]}/{options.part[1]} is done")
-        print(f"once all are, run: gradindex seal {options.out}")
+        print(f"once all parts are, run: gradindex seal {options.out}")
         return
     store = gradindex.build(task, options.out, **chosen)
     rows = f"{store.n_train:,} rows of {task.n_train:,} pictures"
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
 def _part(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"is {text!r}, but must look like 2/8, the second of eight")
+        raise argparse.ArgumentTypeError(f"is {text!r}, but must be of the form I/N, such as 2/8")
     return int(found[1]), int(found[2])
 
 

@@ -225,7 +225,7 @@ def run(main: Callable[[Sequence[str]], None], quick: Callable[[Path], None]) ->
     except GradIndexError as error:
         sys.exit(f"Error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        print("Interrupted. What was finished is kept: run the same command again to go on.", file=sys.stderr)
+        print("Interrupted. Finished work is kept: rerun the same command to resume.", file=sys.stderr)
         sys.exit(130)
 
 

@@ -81,7 +81,7 @@ class Fails(Stops):
     def __getitem__(self, i): return 1 / 0
 def fails(): return replace(task, train=Fails())
 """
-INTERRUPTED = "Interrupted. What was finished is kept: run the same command again to go on.\n"
+INTERRUPTED = "Interrupted. Finished work is kept: rerun the same command to resume.\n"
 NOTE = (
     "exact TracInCP scores; positive score = training on this example lowered the loss on the query (proponent); "
     "negative = raised it (opponent); stages: rows 12, model 12"
@@ -263,7 +263,7 @@ def test_info_says_what_a_store_holds(built):
 
 
 def test_verify_names_the_damage(built):
-    assert call("verify", "store").stdout == "store: 12 rows in 1 shards are sound\n"
+    assert call("verify", "store").stdout == "store: 12 rows in 1 shards are undamaged\n"
     shard = built / "store" / "shards" / "0001-00000.h5"
     content = bytearray(shard.read_bytes())
     content[-100] ^= 1
@@ -398,7 +398,7 @@ def test_an_unfinished_build_says_how_to_go_on(work, monkeypatch):
 def test_parts_are_built_side_by_side_and_sealed(work):
     for part in ("2/2", "1/2"):
         result = call("build", "mine.py:task", "--out", "store", "--part", part, "--shard-rows", 4, "--batch-size", 2)
-        assert result.stdout == f"store: part {part} is done; once all are, run: gradindex seal store\n"
+        assert result.stdout == f"store: part {part} is done; once all parts are, run: gradindex seal store\n"
     assert "unfinished, 3 shards done" in call("info", "store").stdout
     assert "12 of 12 rows are made" in call("info", "store").stdout
     assert call("seal", "store").stdout == "store: 12 rows of 3,072 numbers, from 3 checkpoints\n"
@@ -409,8 +409,8 @@ def test_a_store_grows_shrinks_and_is_compacted(work):
     call("build", "mine.py:low", "--out", "store", "--dim", 8)
     assert call("add", "store", "--task", "mine.py:grown").stdout == "store: 6 rows added, 15 in all\n"
     assert call("add", "store", "--task", "mine.py:grown").stdout == "store: 0 rows added, 15 in all\n"
-    assert call("remove", "store", "--id", 3, "--id", 14).stdout == "store: 13 rows are left\n"
-    assert call("remove", "store", "--ids-from", "-", input="4 5\n6\n").stdout == "store: 10 rows are left\n"
+    assert call("remove", "store", "--id", 3, "--id", 14).stdout == "store: 13 rows left\n"
+    assert call("remove", "store", "--ids-from", "-", input="4 5\n6\n").stdout == "store: 10 rows left\n"
     assert "5 removed rows still take room; `gradindex compact` frees it" in call("info", "store").stdout
     assert re.fullmatch(r"store: 10 rows in [\d.]+ KiB, [\d.]+ KiB less than before\n", call("compact", "store").stdout)
     hits = json.loads(call("query", "store", "--task", "mine.py:grown", "-q", 0, "-k", 10, "--json").stdout)
@@ -422,7 +422,7 @@ def test_a_task_that_has_grown_is_asked_with_a_word(work):
     call("build", "mine.py:low", "--out", "store", "--dim", 8)
     result = call("query", "store", "--task", "mine.py:grown", "-q", 0, "-k", 9)
     assert result.stderr == (
-        "store lacks 6 training examples of the task, which it answers without. "
+        "store lacks 6 of the task's training examples, so answers leave them out. "
         "To add them: gradindex add store --task mine.py:grown\n"
     )
 
@@ -439,7 +439,9 @@ def test_checkpoints_are_added_and_stores_merged(work):
 def test_damage_is_repaired_alone(built):
     shard = built / "store" / "shards" / "0001-00000.h5"
     before = snapshot(built / "store")
-    assert call("build", "mine.py:task", "--out", "store", "--repair").stdout == "store is sound: nothing to repair\n"
+    assert (
+        call("build", "mine.py:task", "--out", "store", "--repair").stdout == "store is undamaged: nothing to repair\n"
+    )
     content = bytearray(shard.read_bytes())
     content[40_000] ^= 1
     shard.write_bytes(content)

@@ -305,7 +305,7 @@ def test_the_command_line_makes_and_measures_an_index(store, quick):
     assert all(record["recall@10 proponents"] > 0.85 for record in measured["records"])
     (next((folder / "index").glob("*.faiss"))).write_bytes(b"")
     assert "search: damaged index: " in call("info", folder).stdout
-    assert "make the index again: gradindex index" in call("verify", folder).stderr
+    assert "rebuild the index: gradindex index" in call("verify", folder).stderr
     assert call("evaluate", folder, "--queries", 19).exit_code == 2
     broken = call("evaluate", folder)
     assert (broken.exit_code, "Make the index again: gradindex index" in broken.stderr) == (1, True)
