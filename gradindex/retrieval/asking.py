@@ -95,7 +95,7 @@ class Queries:
     vectors: QueryVectors
     weights: NDArray[np.float64] | None
     # With the engine that they belong to, for another retriever has one of its own.
-    _kept: list[tuple[Engine, Products]] = field(default_factory=list, repr=False)
+    _products: list[tuple[Engine, Products]] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -126,11 +126,11 @@ class Queries:
             engine: entered.
             at_once: how many queries' gradients may be in memory.
         """
-        if self._kept and self._kept[0][0] is engine:
-            yield slice(0, len(self)), self._kept[0][1]
+        if self._products and self._products[0][0] is engine:
+            yield slice(0, len(self)), self._products[0][1]
         elif self.weights is not None or len(self) <= at_once:
             products = Products(engine, self.examples.items, "query", self.weights)
-            self._kept[:] = [(engine, products)]
+            self._products[:] = [(engine, products)]
             yield slice(0, len(self)), products
         else:
             for start in range(0, len(self), at_once):
@@ -331,7 +331,7 @@ def prepare(
     weights: list[NDArray[np.float64]] = []
     for batch in _batches(examples, maker, store):
         row += weight * batch.rows.sum(0, dtype=np.float64)
-        # Rows of unit norm have their cosines' weights in them already; factors do not.
+        # Rows have what the geometry divides by in them already; factors do not.
         weights.append(weight / maker.geometry.lengths(np.sqrt(batch.self_influence.sum(1))))
         for key, (activations, output_gradients) in batch.factors.items():
             share = (output_gradients * weights[-1][:, None].astype(np.float32)).T @ activations

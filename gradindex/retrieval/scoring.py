@@ -107,9 +107,9 @@ def _at_once(engine: Engine) -> int:
 def joined(scores: Scores, n_query: int, n: int, dtype: Any) -> NDArray[Any]:
     """All pieces side by side: (n_query, n)."""
     whole, filled = np.empty((n_query, n), dtype), [0] * n_query
-    for queries, ids, some in scores:
+    for queries, ids, piece in scores:
         start = filled[queries.start]
-        whole[queries, start : start + len(ids)] = some
+        whole[queries, start : start + len(ids)] = piece
         filled[queries] = [start + len(ids)] * (queries.stop - queries.start)
     return whole
 
@@ -164,11 +164,11 @@ def by_factors(store: GradientStore, factors: QueryFactors, n_query: int, ids: N
         n_query: how many questions.
         ids: training ids that have a row.
     """
-    for some in pieces(ids, _factors_at_once(store, n_query)):
-        scores = np.zeros((n_query, len(some)))
-        for _, share in _factor_shares(store, factors, some):
+    for piece in pieces(ids, _factors_at_once(store, n_query)):
+        scores = np.zeros((n_query, len(piece)))
+        for _, share in _factor_shares(store, factors, piece):
             scores += share
-        yield slice(0, n_query), some, scores
+        yield slice(0, n_query), piece, scores
 
 
 def of_candidates(
@@ -195,7 +195,7 @@ def of_candidates(
             both = [pair for key, sides in arrays.items() for pair in zip(asked[key], sides, strict=True)]
             if half:
                 used, positions = np.unique(positions, return_inverse=True)
-                both = [(mine, theirs[used].astype(np.float32)) for mine, theirs in both]
+                both = [(of_queries, stored[used].astype(np.float32)) for of_queries, stored in both]
             products = paired_products(queries[places], positions, both)
             total = np.zeros(len(places))
             for x, delta in zip(products[::2], products[1::2], strict=True):  # in one order, however many there are
@@ -215,13 +215,13 @@ def _factor_shares(
     """By (checkpoint, layer): (n_query, len(ids)) float32, or float64 of a group."""
     for key, (activations, output_gradients) in store.factors(ids).items():
         x, delta = (side.astype(np.float32, copy=False) for side in (activations, output_gradients))
-        mine = factors.get(key)
-        if isinstance(mine, tuple):
-            share = mine[1] @ delta.T
-            share *= mine[0] @ x.T  # in place: large batches are bound by memory
+        of_queries = factors.get(key)
+        if isinstance(of_queries, tuple):
+            share = of_queries[1] @ delta.T
+            share *= of_queries[0] @ x.T  # in place: large batches are bound by memory
             yield key, share
-        elif mine is not None:  # delta^T M x, with the matrix M of a group
-            yield key, np.einsum("mr,mr->m", delta, x @ mine.T, dtype=np.float64)[None]
+        elif of_queries is not None:  # delta^T M x, with the matrix M of a group
+            yield key, np.einsum("mr,mr->m", delta, x @ of_queries.T, dtype=np.float64)[None]
 
 
 def shares(
@@ -243,10 +243,10 @@ def shares(
     if engine is None:
         assert queries.factors is not None
         start = 0
-        for some in pieces(ids, _factors_at_once(store, len(queries))):
-            for (checkpoint, layer), share in _factor_shares(store, queries.factors, some):
-                split[:, start : start + len(some), checkpoint, layer] = share
-            start += len(some)
+        for piece in pieces(ids, _factors_at_once(store, len(queries))):
+            for (checkpoint, layer), share in _factor_shares(store, queries.factors, piece):
+                split[:, start : start + len(piece), checkpoint, layer] = share
+            start += len(piece)
         return split
     for which, products in queries.products(engine, _at_once(engine)):
         start = 0
@@ -280,6 +280,6 @@ def measured(
 
 def scored_as(store: GradientStore) -> str:
     """What scores after re-scoring are: factors of gradients in half precision, or kept so, are not exact."""
-    kept, precision = store.manifest.factors, store.manifest.map.precision
-    rough = [kind for kind in (kept, precision) if kind in HALF]
-    return f"{rough[0]}-factor" if kept and rough else "exact"
+    factor_type, precision = store.manifest.factors, store.manifest.map.precision
+    rough = [kind for kind in (factor_type, precision) if kind in HALF]
+    return f"{rough[0]}-factor" if factor_type and rough else "exact"
