@@ -11,10 +11,12 @@ from torch.utils.data import TensorDataset
 from typing_extensions import assert_type
 
 import gradindex
-from gradindex import GradientStore, Hits, Recorder, Retriever, Task, evaluation, growth
+from gradindex import BuildOptions, GradientStore, Hits, Question, Recorder, Retriever, Task, evaluation, growth
 from gradindex.building import build_part, estimate
 from gradindex.errors import ArgumentError, GradIndexError
 from gradindex.projection import Projection
+from gradindex.retrieval.asking import Queries
+from gradindex.retrieval.explanation import Explanation
 
 
 def loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -41,9 +43,17 @@ def built(task: Task) -> GradientStore:
     print(estimate(task, Path("store"), projection=Projection("kronecker", 512), workers=2))
     store = gradindex.build(task, "store", precision="float32", row_type="float16", factors="float16", workers=2)
     assert_type(store, GradientStore)
+    assert_type(gradindex.build(task, "store", options=BuildOptions(row_type="int8", unit_norm=True)), GradientStore)
     assert_type(gradindex.add(task, "store", workers=1), GradientStore)
     growth.add_checkpoint(task, "store")
     return store
+
+
+def opened(task: Task) -> Retriever:
+    """A store, ready for queries."""
+    retriever = gradindex.load(task, Path("store"), use_index=False)
+    assert_type(retriever, Retriever)
+    return retriever
 
 
 def asked(retriever: Retriever) -> Hits:
@@ -53,6 +63,12 @@ def asked(retriever: Retriever) -> Hits:
     assert_type(retriever.opponents([0, 1], 3, rerank="rows"), Hits)
     assert_type(retriever.both(range(3), where={"label": "cat"}), tuple[Hits, Hits])
     assert_type(retriever.search([0], kind="absolute", at_least=0.5, source="train", aggregate="mean"), Hits)
+    queries = retriever.prepare([0, 1], aggregate="mean")
+    assert_type(queries, Queries)
+    question = Question(kind="opponents", k=5, rerank="rows")
+    assert_type(Question.from_dict(question.to_dict()), Question)
+    assert_type(retriever.answer(queries, question), Hits)
+    assert_type(retriever.explain(0, hits.ids[0]), Explanation)
     return hits
 
 
