@@ -54,6 +54,19 @@ def quick_forms(made_once):
     return pickle.loads((folder / "process.pickle").read_bytes()), folder / "results"
 
 
+@pytest.fixture(scope="session")
+def demo_run(made_once):
+    """The folder that `bash scripts/demo.sh` filled, and what it printed."""
+
+    def run(folder):
+        done = subprocess.run(["bash", str(TOP / "scripts" / "demo.sh")], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (folder / "printed").write_text(done.stdout)
+
+    folder = made_once("demo", run)
+    return folder / "gradindex-demo", (folder / "printed").read_text()
+
+
 def pytest_collection_modifyitems(items):
     """The scripts' quick forms last: they take as many processes as there are cores."""
     items.sort(key=lambda item: "quick_forms" in item.fixturenames)

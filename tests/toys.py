@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 
@@ -16,6 +17,8 @@ import gradindex
 from gradindex.cli import main
 
 RATES = (0.3, 0.1, 0.02)
+# The environment of a process in which texts have other hashes than here.
+OTHER_HASHES = {"PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
 
 
 def cross_entropy(model, batch):
@@ -190,6 +193,16 @@ def shell(*arguments, **options):
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "gradindex.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **{"timeout": 300} | options)
+
+
+def python(code, *arguments, cwd=None, **environment):
+    """What a Python process of its own prints; it must end well."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=os.environ | environment, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def digest_of(value):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from resnet import resnet50
+from resnet import ResNet, resnet14
 
 WIDTH = 8
 RATES = (0.1, 0.01, 0.001)
@@ -41,15 +41,22 @@ def make_folder(root: Path, counts: Sequence[int], val: int = 3) -> Path:
     return root
 
 
-def make_checkpoints(folder: Path, num_classes: int, rates: Sequence[float] = RATES, width: int = WIDTH) -> list[str]:
-    """A network with random weights at checkpoints, as options."""
+def make_checkpoints(
+    folder: Path,
+    num_classes: int,
+    rates: Sequence[float] = RATES,
+    width: int = WIDTH,
+    network: Callable[[int, int], ResNet] = resnet14,
+) -> list[str]:
+    """A network of :mod:`resnet` with random weights at checkpoints, as options."""
     folder.mkdir(parents=True, exist_ok=True)
-    options = ["--model-option", f"num_classes={num_classes}", "--model-option", f"width={width}"]
+    options = ["--model", f"resnet:{network.__name__}"]
+    options += ["--model-option", f"num_classes={num_classes}", "--model-option", f"width={width}"]
     with torch.random.fork_rng():
         for number, rate in enumerate(rates):
             torch.manual_seed(number)
             path = folder / f"epoch_{30 * (number + 1)}.pt"
-            torch.save(resnet50(num_classes, width).state_dict(), path)
+            torch.save(network(num_classes, width).state_dict(), path)
             options += ["--checkpoint", f"{path}={rate}"]
     return options
 

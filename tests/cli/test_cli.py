@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -500,13 +501,14 @@ def test_looking_at_a_store_runs_no_code_of_the_task_and_no_torch(built, command
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["build", "--help"]])
 def test_help_answers_at_once(arguments):
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = shell(*arguments)
-        seconds.append(time.perf_counter() - started)
-        assert done.returncode == 0
-    assert min(seconds) < 0.5
+    def seconds():
+        """Of the processor, for other processes' time is not ours."""
+        before = os.times()
+        assert shell(*arguments).returncode == 0
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    assert any(seconds() < 0.5 for _ in range(3))
 
 
 @pytest.mark.parametrize("command", sorted(main.commands))
@@ -515,7 +517,7 @@ def test_every_command_has_an_example_in_its_help(command):
 
 
 def test_progress_is_shown_on_a_terminal_alone(built):
-    assert shell("build", "mine.py:task", "--out", "other").stderr == ""
+    assert call("build", "mine.py:task", "--out", "other").stderr == ""
     script = shutil.which("script")
     if script is None:
         pytest.skip("needs the program `script` for a terminal")

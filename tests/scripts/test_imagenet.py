@@ -36,7 +36,7 @@ sys.path.remove(str(SCRIPTS))
 
 CLASSES, SEEN = 1000, 500
 SMALL = ["--resize", "40", "--crop", "32"]
-ROWS = ["--dim", "64", "--batch-size", "16", "--shard-rows", "64", "--workers", "2"]
+ROWS = ["--dim", "64", "--batch-size", "32", "--shard-rows", "64", "--workers", "2"]
 TRUNCATED, EMPTY, TEXT = 0, 70, 400  # ids
 GREY, CMYK, PALETTE, ALPHA = 100, 101, 102, 103
 
@@ -107,7 +107,7 @@ def test_a_row_is_that_of_the_picture_in_rgb_through_the_last_layer(whole, folde
     image = (image - torch.tensor(task_of.MEAN).view(3, 1, 1)) / torch.tensor(task_of.STD).view(3, 1, 1)
     expected = []
     for checkpoint in task.checkpoints:
-        model = resnet.resnet50(CLASSES, 4)
+        model = resnet.resnet14(CLASSES, 4)
         model.load_state_dict(checkpoint.load(model))
         loss = functional.cross_entropy(model.eval()(image), torch.tensor([label]))
         gradients = torch.autograd.grad(loss, (model.fc.weight, model.fc.bias))
@@ -206,7 +206,7 @@ def test_asking_about_pictures_of_val_and_about_files(whole, options, folder, tm
 
 def test_a_file_without_a_class_is_asked_about_as_the_last_checkpoint_sees_it(few, tmp_path, capsys):
     build.main([*few, "--out", str(tmp_path / "store"), "--dim", "50"])
-    model = resnet.resnet50(3, made.WIDTH)
+    model = resnet.resnet14(3, made.WIDTH)
     model.load_state_dict(torch.load(tmp_path / "checkpoints" / "epoch_90.pt"))
     picture = path_of(tmp_path / "imagenet", 1, split="val")
     pixels = torch.from_numpy(pictures.Preparation(40, 32)(picture))[None]
@@ -341,7 +341,7 @@ def test_names_come_from_any_text_file_of_synsets(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (["--model-option", "deep=1"], TaskError, "resnet:resnet50 cannot be called so: .*'deep'"),
+        (["--model-option", "deep=1"], TaskError, "resnet:resnet14 cannot be called so: .*'deep'"),
         (["--model-option", "deep"], ArgumentError, "must look like num_classes=1000"),
         (["--model", "resnet:resnet51"], TaskError, "resnet has no 'resnet51'. Close names: resnet50"),
         (["--model", "os:getcwd", "--model-option", "x=1"], TaskError, "os:getcwd cannot be called so"),
@@ -408,7 +408,7 @@ def test_the_network_is_torchvisions_by_its_names_and_sizes():
 
 def test_the_real_network_at_224_pixels_takes_18_kb_of_factors_at_three_checkpoints(tmp_path, capsys):
     root = made.make_folder(tmp_path / "data", [1, 1] + [0] * 998, val=0)
-    options = ["--data", str(root), *made.make_checkpoints(tmp_path, 1000, [0.1], width=64)]
+    options = ["--data", str(root), *made.make_checkpoints(tmp_path, 1000, [0.1], 64, resnet.resnet50)]
     build.main([*options, "--out", str(tmp_path / "store"), "--factors", "float16", "--workers", "0"])
     assert f"{2 * (2049 + 1000) / 1e3:.3g} kB of it exact factors" in capsys.readouterr().out  # a third of 18.3
     store = gradindex.GradientStore(tmp_path / "store")
@@ -451,7 +451,7 @@ def test_the_benchmark_measures_and_projects(tmp_path, monkeypatch, capsys):
 
 
 def test_the_commands_of_the_page_run(few, tmp_path, monkeypatch, capsys):
-    """Those of docs/imagenet.md, on twelve pictures instead of 1.28 million."""
+    """Those of docs/imagenet.md, on twelve pictures instead of 1.28 million, and a network less deep."""
     monkeypatch.chdir(tmp_path)
     page = (TOP / "docs" / "imagenet.md").read_text()
     lines = re.sub(r" \\\n *", " ", page).splitlines()
@@ -462,7 +462,9 @@ def test_the_commands_of_the_page_run(few, tmp_path, monkeypatch, capsys):
     for number in (30, 60, 90):
         shutil.copy(tmp_path / "checkpoints" / f"epoch_{number}.pt", tmp_path)
     text = "\n".join([*settings, *SMALL, "--model-option num_classes=3", f"--model-option width={made.WIDTH}"])
-    (tmp_path / "imagenet.args").write_text(text.replace("/data/imagenet", str(tmp_path / "imagenet")))
+    (tmp_path / "imagenet.args").write_text(
+        text.replace("/data/imagenet", str(tmp_path / "imagenet")).replace("resnet50", "resnet14")
+    )
     made.picture(5).save(tmp_path / "photo.jpg")
     scripts = {f"scripts/imagenet/{script.__name__}.py": script for script in (build, query, self_influence)}
     for command in commands:

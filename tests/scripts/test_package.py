@@ -4,11 +4,14 @@ import configparser
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
 
 import pytest
+import toys
 from places import TOP
 
 import gradindex
@@ -17,12 +20,7 @@ CONFIG = configparser.ConfigParser()
 CONFIG.read(TOP / "setup.cfg")
 
 
-def python(code, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd="/", env=os.environ | environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+python = partial(toys.python, cwd="/")
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +49,10 @@ import sys; sys.path.insert(0, {str(tmp_path / "site")!r}); sys.meta_path[:] = [
     finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "") + str(finder)]
 import gradindex, pathlib
 assert gradindex.__file__.startswith({str(tmp_path)!r}), gradindex.__file__
-from gradindex.demo import run
-print(run(pathlib.Path({str(tmp_path / "out")!r})))"""
+from gradindex import demo
+digits = demo.digits()
+demo.digits = lambda: {{name: values[:120] for name, values in digits.items()}}
+print(demo.run(pathlib.Path({str(tmp_path / "out")!r})))"""
     assert python(code).splitlines()[-1] == str(tmp_path / "out" / "report.html")
 
 
@@ -82,13 +82,16 @@ for name in {optional}: sys.modules[name] = None
 import torch
 started = time.process_time()
 import gradindex
+assert gradindex.__file__.startswith({str(tmp_path)!r}), gradindex.__file__
 for name in gradindex.__all__: getattr(gradindex, name)
 print(time.process_time() - started)"""
-    # Compiled once, as pip leaves it, wherever bytecode is turned off.
-    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    python(code, **compiled)
-    # Seconds of the processor, for other processes' time is not ours.
-    assert min(float(python(code, **compiled)) for _ in range(3)) < 0.5
+    # A copy that is compiled first, as pip leaves it, wherever bytecode is turned off.
+    shutil.copytree(TOP / "gradindex", tmp_path / "gradindex", ignore=shutil.ignore_patterns("__pycache__"))
+    python("import compileall, sys; compileall.compile_dir(sys.argv[1], quiet=1)", tmp_path, PYTHONPYCACHEPREFIX="")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {"PYTHONPATH": path, "PYTHONPYCACHEPREFIX": "", "PYTHONDONTWRITEBYTECODE": ""}
+    # Seconds of the processor, for other processes' time is not ours; the best of four runs, the first with cold files.
+    assert any(float(python(code, **environment)) < 0.5 for _ in range(4))
 
 
 def test_the_lightest_import_needs_nothing():
