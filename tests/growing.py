@@ -8,7 +8,7 @@ from torch.utils.data import Subset
 
 from gradindex.projection import Projection
 
-OPTIONS = {"projection": Projection(dim=8), "batch_size": 2, "shard_rows": 4}
+OPTIONS = {"projection": Projection(dim=8), "batch_size": 4, "shard_rows": 4}
 
 
 def word(i):

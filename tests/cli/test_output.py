@@ -378,8 +378,8 @@ from torch import nn
 faiss.omp_set_num_threads(2)
 folder = pathlib.Path({str(tmp_path)!r})
 model = nn.Sequential(nn.Linear(400, 300), nn.ReLU(), nn.Linear(300, 3))
-task = toys.make_task(folder, model, shape=(400,), n_train=64)
-gradindex.build(task, folder / "store", projection=Projection("gaussian", 64))
+task = toys.make_task(folder, model, shape=(400,), n_train=64, rates=(0.3,))
+gradindex.build(task, folder / "store", projection=Projection("gaussian", 16))
 retriever = gradindex.load(task, folder / "store")
 def ask():
     return [*retriever.both(range(3), k=5), retriever.proponents([0], at_least=0, rerank="rows")]
