@@ -67,8 +67,16 @@ def demo_run(made_once):
     return folder / "gradindex-demo", (folder / "printed").read_text()
 
 
+# What takes long to make: a test that needs one of these is slow.
+SLOW_FIXTURES = {"quick_forms", "demo_run", "nursery"}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """The scripts' quick forms last: they take as many processes as there are cores."""
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker("slow")
     items.sort(key=lambda item: "quick_forms" in item.fixturenames)
 
 

@@ -48,6 +48,7 @@ def task(tmp_path):
     return replace(task, columns={"name": names, "even": [i % 2 == 0 for i in range(300)]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"row_type": "int8"}, {"factors": "float16"}, {"factors": "float32"}], ids=str)
 def test_the_disk_that_is_foretold_is_the_disk_that_is_taken(task, tmp_path, options):
     said = estimate(task, tmp_path / "store", **OPTIONS, **options)
@@ -60,6 +61,7 @@ def test_the_disk_that_is_foretold_is_the_disk_that_is_taken(task, tmp_path, opt
     assert said.row_bytes == said.disk_bytes // 300
 
 
+@pytest.mark.slow
 def test_exact_factors_are_told_apart(task, tmp_path):
     half, full = (estimate(task, tmp_path / "x", **OPTIONS, factors=kind) for kind in ("float16", "float32"))
     numbers = 3 * (7 + 5 + 6 + 3)  # three checkpoints; both layers' inputs with a 1 for the bias, and outputs
@@ -67,6 +69,7 @@ def test_exact_factors_are_told_apart(task, tmp_path):
     assert f"{2 * numbers} bytes of it exact factors" in str(half)
 
 
+@pytest.mark.slow
 def test_what_is_done_counts_as_done_and_a_part_is_a_share(task, tmp_path):
     build_part(task, tmp_path / "store", (1, 2), **OPTIONS)
     whole, part = (estimate(task, tmp_path / "store", part=part, **OPTIONS) for part in (None, (2, 2)))
@@ -91,6 +94,7 @@ def test_time_is_that_of_reading_and_computing_in_turn_or_of_the_slower(task, tm
     assert fitted.fitting_rows == 600
 
 
+@pytest.mark.slow
 def test_a_build_that_the_disk_has_no_room_for_does_not_begin(task, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     said = estimate(task, tmp_path / "store", **OPTIONS)
@@ -120,6 +124,7 @@ def test_a_dry_run_says_and_writes_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_skipped_examples_are_never_read_and_the_ids_of_the_others_stay(task, tmp_path):
     bad = (0, 7, 64, 299)
     skipping = replace(broken(task, *bad), skip=[299, 0, 7, 64])
@@ -134,6 +139,7 @@ def test_skipped_examples_are_never_read_and_the_ids_of_the_others_stay(task, tm
     assert gradindex.exact_scores(skipping, [task.query[0]]).shape == (1, 296)
 
 
+@pytest.mark.slow
 def test_a_fitted_projection_and_later_examples_skip_as_well(task, tmp_path):
     bad = (1, 5, 70)
     with pytest.raises(BrokenError, match="picture 1 is broken"):
@@ -151,6 +157,7 @@ def test_a_fitted_projection_and_later_examples_skip_as_well(task, tmp_path):
     assert (nothing.n_train, nothing.manifest.next_id, nothing.verify()) == (297, 301, [])
 
 
+@pytest.mark.slow
 def test_a_build_goes_on_only_with_the_same_examples_left_out(task, tmp_path):
     build_part(replace(task, skip=[3]), tmp_path / "store", (1, 2), **OPTIONS)
     with pytest.raises(MismatchError, match="data differ"):
@@ -167,6 +174,7 @@ def test_what_cannot_be_skipped_is_refused(task, skip, message):
         replace(task, skip=list(skip))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_example_that_cannot_be_read_says_so_in_one_sentence_from_a_worker_too(task, tmp_path, workers):
     with pytest.raises(BrokenError) as caught:

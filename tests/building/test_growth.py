@@ -35,6 +35,7 @@ def assert_answers_as_a_fresh_build(store, task, ids, tmp_path, **options):
             assert mine.columns["word"].tolist() == theirs.columns["word"].tolist()
 
 
+@pytest.mark.slow
 def test_added_examples_answer_as_if_they_had_always_been_there(task, tmp_path):
     store = gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
     before = {path: path.read_bytes() for path in (store.folder / "shards").iterdir()}
@@ -56,6 +57,7 @@ def test_a_store_answers_for_a_task_that_has_grown_and_says_what_it_lacks(task, 
         gradindex.build(task, store.folder, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_removed_examples_are_in_no_answer_at_once(task, tmp_path):
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
     gone = [0, 5, 6, 7, 13, 29]
@@ -75,6 +77,7 @@ def test_removed_examples_are_in_no_answer_at_once(task, tmp_path):
         gradindex.store.remove(store.folder, np.arange(30))
 
 
+@pytest.mark.slow
 def test_compacting_frees_room_and_changes_no_answer(task, tmp_path):
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
     gone = [*range(4, 8), 9, 10, 11, 13, 14, 21, 29]
@@ -92,6 +95,7 @@ def test_compacting_frees_room_and_changes_no_answer(task, tmp_path):
     assert snapshot(store.folder) == again
 
 
+@pytest.mark.slow
 def test_ids_are_never_used_again(task, tmp_path):
     store = gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
     gradindex.store.remove(store.folder, np.array([10, 11]))
@@ -100,6 +104,7 @@ def test_ids_are_never_used_again(task, tmp_path):
     assert_answers_as_a_fresh_build(grown, task, [*range(10), *range(12, 30)], tmp_path)
 
 
+@pytest.mark.slow
 def test_small_shards_of_many_additions_are_joined(task, tmp_path):
     gradindex.build(first(task, 4), tmp_path / "store", **OPTIONS)
     for n in range(5, 13):
@@ -110,6 +115,7 @@ def test_small_shards_of_many_additions_are_joined(task, tmp_path):
     assert_answers_as_a_fresh_build(compacted, first(task, 12), range(12), tmp_path)
 
 
+@pytest.mark.slow
 def test_stores_built_apart_are_merged(task, tmp_path):
     names = ["a", "b", "c"]
     for name, part in zip(names, (range(10), range(10, 16), range(16, 30)), strict=True):
@@ -124,6 +130,7 @@ def test_stores_built_apart_are_merged(task, tmp_path):
     assert (snapshot(tmp_path / "b"), snapshot(tmp_path / "c")) == untouched
 
 
+@pytest.mark.slow
 def test_ids_that_are_apart_are_merged_as_they_are(task, tmp_path):
     gradindex.build(first(task, 12), tmp_path / "a", **OPTIONS)
     gradindex.build(task, tmp_path / "b", **OPTIONS)
@@ -132,6 +139,7 @@ def test_ids_that_are_apart_are_merged_as_they_are(task, tmp_path):
     assert_answers_as_a_fresh_build(merged, task, range(30), tmp_path)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_merged_is_refused_with_what_differs(task, tmp_path):
     gradindex.build(first(task, 12), tmp_path / "a", **OPTIONS)
     others = {
@@ -153,6 +161,7 @@ def test_what_cannot_be_merged_is_refused_with_what_differs(task, tmp_path):
     assert snapshot(tmp_path / "a") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {}, {"unit_norm": True}, {"projection": Projection("fitted", 12)}, {"factors": "float32"}, {"row_type": "bfloat16"},
 ], ids=str)  # fmt: skip
@@ -173,6 +182,7 @@ def test_a_checkpoint_is_added_without_computing_the_others(task, tmp_path, opti
     assert sorted(hits[0].ids[0]) == [i for i in range(30) if i not in (3, 4, 29)]
 
 
+@pytest.mark.slow
 def test_only_the_new_checkpoint_is_computed(task, tmp_path, monkeypatch):
     gradindex.build(replace(task, checkpoints=task.checkpoints[:2]), tmp_path / "store", **OPTIONS)
     run, passes = gradindex.gradients.Engine.run, []
@@ -202,6 +212,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_task_that_is_not_the_stores_changes_nothing(task, tmp_path, case):
     gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
@@ -225,6 +236,7 @@ def broken(monkeypatch):
     return lambda yes: monkeypatch.setattr(gradindex.rows.RowMaker, "rows", failing if yes else rows)
 
 
+@pytest.mark.slow
 def test_an_interrupted_addition_leaves_the_store_as_it_was_and_goes_on(task, tmp_path, broken, capsys):
     store = gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
     whole = gradindex.build(first(task, 12), tmp_path / "whole", **OPTIONS)
@@ -261,6 +273,7 @@ def test_a_change_can_be_given_up(task, tmp_path, broken):
     assert len(list((store.folder / "shards").glob("*.h5"))) == 3  # shards of the given-up change are gone
 
 
+@pytest.mark.slow
 def test_parts_by_several_processes_are_one_build(task, tmp_path):
     whole = gradindex.build(task, tmp_path / "whole", **OPTIONS)
     for part in ((2, 3), (3, 3)):
@@ -282,6 +295,7 @@ def test_parts_by_several_processes_are_one_build(task, tmp_path):
             gradindex.building.build_part(task, tmp_path / "parts", part, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_two_builders_are_kept_apart_and_a_dead_one_blocks_nobody(task, tmp_path):
     process = held(tmp_path / "store")
     with pytest.raises(StoreError, match=rf"store is being written by process {process.pid} on .*Wait until it ends"):
@@ -290,6 +304,7 @@ def test_two_builders_are_kept_apart_and_a_dead_one_blocks_nobody(task, tmp_path
     assert gradindex.build(task, tmp_path / "store", **OPTIONS).n_train == 30
 
 
+@pytest.mark.slow
 def test_parts_run_side_by_side_but_not_twice_nor_beside_a_change(task, tmp_path):
     process = held(tmp_path / "store", (1, 2))
     gradindex.building.build_part(task, tmp_path / "store", (2, 2), **OPTIONS)
@@ -304,6 +319,7 @@ def test_parts_run_side_by_side_but_not_twice_nor_beside_a_change(task, tmp_path
     assert gradindex.store.seal(tmp_path / "store").n_train == 30
 
 
+@pytest.mark.slow
 def test_a_reader_of_a_store_that_went_on_without_its_shards_is_told_to_open_it_again(task, tmp_path):
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
     early = gradindex.GradientStore(store.folder)
@@ -315,6 +331,7 @@ def test_a_reader_of_a_store_that_went_on_without_its_shards_is_told_to_open_it_
         early.rows(np.array([8]))
 
 
+@pytest.mark.slow
 def test_many_threads_read_one_store(task, tmp_path):
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
     expected, wrong = store.rows(np.arange(30)), []
@@ -335,6 +352,7 @@ def test_many_threads_read_one_store(task, tmp_path):
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_a_store_of_more_shards_than_files_may_be_open_is_read(task, tmp_path):
     gradindex.build(task, tmp_path / "store", **(OPTIONS | {"batch_size": 1, "shard_rows": 1}))
     code = f"""

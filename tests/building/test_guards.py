@@ -37,6 +37,7 @@ def test_others_files_among_shards_are_not_swept(task, tmp_path):
     assert (store.folder / "shards" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["pending.json", "manifest.json"])
 def test_shards_that_nothing_tells_of_are_not_taken_for_done(task, tmp_path, lost):
     if lost == "pending.json":
@@ -54,6 +55,7 @@ def with_other_activation(task):
     return replace(task, model=nn.Sequential(task.model[0], nn.Sigmoid(), task.model[2]))
 
 
+@pytest.mark.slow
 def test_a_build_does_not_go_on_with_other_code_or_other_columns(task, tmp_path):
     gradindex.building.build_part(task, tmp_path / "store", (1, 2), **OPTIONS)
     before = snapshot(tmp_path / "store")
@@ -92,6 +94,7 @@ NO_IDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NO_IDS)
 def test_what_are_no_ids_is_refused(task, tmp_path, case):
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
@@ -120,6 +123,7 @@ def test_lists_of_ids_are_ids(task, tmp_path):
         store.rows([-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [(0, 0, -1), (0, 3, 2), (0, -1, 2), (0, 0, 5), (8, 0, 1), (-1, 0, 1)], ids=str)
 def test_views_outside_a_shard_are_refused(task, tmp_path, place):
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
@@ -128,6 +132,7 @@ def test_views_outside_a_shard_are_refused(task, tmp_path, place):
         store.mapped(*place)
 
 
+@pytest.mark.slow
 def test_ids_that_were_used_once_are_not_merged_in(task, tmp_path):
     for name in "ab":
         gradindex.build(first(task, 12), tmp_path / name, **OPTIONS)
@@ -138,6 +143,7 @@ def test_ids_that_were_used_once_are_not_merged_in(task, tmp_path):
         gradindex.store.merge(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_merge_that_is_given_again_copies_nothing_twice(task, tmp_path):
     gradindex.build(first(task, 12), tmp_path / "a", **OPTIONS)
     gradindex.build(only(task, range(12, 30)), tmp_path / "b", **OPTIONS)
@@ -147,6 +153,7 @@ def test_a_merge_that_is_given_again_copies_nothing_twice(task, tmp_path):
     assert snapshot(tmp_path / "a") == before
 
 
+@pytest.mark.slow
 def test_an_open_retriever_follows_its_store(task, tmp_path):
     gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
     retriever = gradindex.load(task, tmp_path / "store")
@@ -169,6 +176,7 @@ def test_numbers_too_small_for_a_scale_are_zero():
         assert (decode(stored["rows"], stored["scales"], "int8") >= 0).all()
 
 
+@pytest.mark.slow
 def test_parts_of_another_number_are_kept_out(task, tmp_path):
     process = held(tmp_path / "store", (1, 2))
     with pytest.raises(StoreError, match="is being written by"):
@@ -177,6 +185,7 @@ def test_parts_of_another_number_are_kept_out(task, tmp_path):
     gradindex.building.build_part(task, tmp_path / "store", (1, 4), **OPTIONS)
 
 
+@pytest.mark.slow
 def test_the_lock_names_no_process_that_is_dead(task, tmp_path):
     dead = held(tmp_path / "store")
     let_go(dead, lambda p: p.kill())
@@ -186,6 +195,7 @@ def test_the_lock_names_no_process_that_is_dead(task, tmp_path):
     let_go(process, lambda p: p.stdin.close())
 
 
+@pytest.mark.slow
 def test_compacting_drops_a_shard_that_is_removed_as_a_whole(task, tmp_path):
     gradindex.build(task, tmp_path / "store", **OPTIONS)
     gradindex.store.remove(tmp_path / "store", range(4, 8))
@@ -195,6 +205,7 @@ def test_compacting_drops_a_shard_that_is_removed_as_a_whole(task, tmp_path):
     assert store.n_train == 26
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_stops_a_compaction_and_can_be_repaired_then(task, tmp_path):
     store = gradindex.build(task, tmp_path / "store", **OPTIONS)
     gradindex.store.remove(store.folder, [1, 5])
@@ -216,6 +227,7 @@ def test_seal_writes_nothing_into_a_folder_that_is_no_store(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_store_without_its_shards_is_repaired(task, tmp_path):
     import shutil
 
@@ -230,6 +242,7 @@ def test_a_store_without_its_shards_is_repaired(task, tmp_path):
 OFFSETS = {"too large": ((1 << 63) - 4, ArgumentError, "must stay below 2"), "a fraction": (20.0, TypeError, "float")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OFFSETS)
 def test_an_offset_that_cannot_be_leaves_no_plan(task, tmp_path, case):
     offset, error, message = OFFSETS[case]
@@ -242,6 +255,7 @@ def test_an_offset_that_cannot_be_leaves_no_plan(task, tmp_path, case):
     assert gradindex.store.merge(tmp_path / "a", tmp_path / "b", offset=np.int64(12)).n_train == 24
 
 
+@pytest.mark.slow
 def test_fitted_stores_are_merged_when_one_takes_the_bases_of_the_other(task, tmp_path):
     options = OPTIONS | {"projection": Projection("fitted", 12)}
     gradindex.build(first(task, 12), tmp_path / "a", **options)
@@ -256,6 +270,7 @@ def test_fitted_stores_are_merged_when_one_takes_the_bases_of_the_other(task, tm
         gradindex.build(task, tmp_path / "e", **OPTIONS, bases_from=tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_what_a_later_version_adds_is_kept_by_changes(task, tmp_path):
     store = gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
     with pytest.MonkeyPatch.context() as patch:
@@ -312,6 +327,7 @@ def test_columns_that_could_not_be_stored_are_refused_at_once(task, case):
             replace(task, columns={name: [0] * 30})
 
 
+@pytest.mark.slow
 def test_a_list_of_whole_numbers_and_fractions_is_one_column_in_every_shard(tmp_path):
     values = [*range(9000), 0.5]
     task = toys.make_task(tmp_path, n_train=len(values), columns={"n": values})
@@ -320,6 +336,7 @@ def test_a_list_of_whole_numbers_and_fractions_is_one_column_in_every_shard(tmp_
     assert store.manifest.columns == {"n": "<f8"}
 
 
+@pytest.mark.slow
 def test_blocks_without_a_row_are_exported_as_nothing(task, tmp_path):
     import pyarrow.parquet
 
@@ -332,6 +349,7 @@ def test_blocks_without_a_row_are_exported_as_nothing(task, tmp_path):
     assert table["row"].type.list_size == 24
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_damaged_says_what_to_do(task, tmp_path):
     store = gradindex.build(first(task, 12), tmp_path / "store", **OPTIONS)
     (store.folder / "pending.json").write_text(json.dumps({"format": "gradindex-store"}))

@@ -36,6 +36,7 @@ def short_of_memory(monkeypatch, largest):
     monkeypatch.setattr(Engine, "run", limited)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved(task, tmp_path, monkeypatch):
     whole = gradindex.build(task, tmp_path / "whole")
     short_of_memory(monkeypatch, 6)
@@ -44,12 +45,14 @@ def test_a_batch_that_does_not_fit_is_halved(task, tmp_path, monkeypatch):
     np.testing.assert_allclose(parts.self_influence(), whole.self_influence(), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_exact_scores_are_halved_as_well(task, monkeypatch):
     expected = gradindex.exact_scores(task, list(task.query))
     short_of_memory(monkeypatch, 6)
     np.testing.assert_allclose(gradindex.exact_scores(task, list(task.query)), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("free", "sizes"), [(1 << 40, {40}), (1 << 16, {4, 8, 16}), (1, {1})])
 def test_exact_scores_choose_a_batch_that_fits(task, monkeypatch, free, sizes):
     expected = gradindex.exact_scores(task, list(task.query), batch_size=10)
@@ -68,6 +71,7 @@ def test_exact_scores_choose_a_batch_that_fits(task, monkeypatch, free, sizes):
     assert sum(taken[2:]) == 40
 
 
+@pytest.mark.slow
 def test_many_queries_go_in_parts_that_are_halved(task, monkeypatch):
     expected = gradindex.exact_scores(task, list(task.query))
     monkeypatch.setattr("gradindex.gradients.products._AT_ONCE", 3)
@@ -83,6 +87,7 @@ def test_a_query_that_does_not_fit_alone_is_named(tmp_path):
         gradindex.exact_scores(task, list(task.query))
 
 
+@pytest.mark.slow
 def test_fitting_is_halved_as_well(task, tmp_path, monkeypatch):
     whole = gradindex.build(task, tmp_path / "whole", projection=Projection("fitted", 40))
     short_of_memory(monkeypatch, 6)
@@ -151,6 +156,7 @@ def test_the_batch_is_the_largest_power_of_two_that_fits(budget, size):
     assert found == size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", [Projection(dim=8), Projection("fitted", 16)])
 def test_a_build_keeps_to_its_budget(task, tmp_path, projection):
     sizes = {}
@@ -171,6 +177,7 @@ def test_a_build_keeps_to_its_budget(task, tmp_path, projection):
     assert largest <= 1 << 18
 
 
+@pytest.mark.slow
 def test_the_batch_size_of_a_build_that_goes_on_is_not_chosen_again(task, tmp_path, monkeypatch):
     gradindex.build(task, tmp_path / "store", memory=1)
     monkeypatch.setattr("gradindex.building.pick_batch_size", None)

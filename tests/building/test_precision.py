@@ -25,6 +25,7 @@ def task(tmp_path):
     return toys.make_task(tmp_path, toys.convolutional(), **IMAGE)
 
 
+@pytest.mark.slow
 def test_bfloat16_rows_point_where_float32_rows_do(task, tmp_path):
     stores = {p: gradindex.build(task, tmp_path / p, projection=WHOLE, precision=p) for p in ("float32", "bfloat16")}
     exact, rough = (store.rows(np.arange(40)) for store in stores.values())
@@ -34,6 +35,7 @@ def test_bfloat16_rows_point_where_float32_rows_do(task, tmp_path):
     np.testing.assert_allclose(stores["bfloat16"].losses(), stores["float32"].losses(), rtol=0.1, atol=0.05)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_store_is_settled_by_exact_scores_and_says_what_it_holds(task, tmp_path):
     gradindex.build(task, tmp_path / "store", projection=WHOLE, precision="bfloat16")
     hits = gradindex.load(task, tmp_path / "store").proponents(range(4), k=5, candidates=40)
@@ -67,6 +69,7 @@ def test_an_unknown_precision_is_refused(task, tmp_path):
         gradindex.build(task, tmp_path / "store", precision="float8")
 
 
+@pytest.mark.slow
 def test_unit_norm_ranks_by_the_cosine(task, tmp_path):
     store = gradindex.build(task, tmp_path / "store", projection=WHOLE, unit_norm=True)
     np.testing.assert_allclose(np.square(store.rows(np.arange(40))).sum(1), 1, rtol=1e-4)

@@ -73,6 +73,7 @@ def left(i, item):
     return item
 
 
+@pytest.mark.slow
 def test_a_task_of_a_file_is_read_by_processes_that_are_not_forked(task, tmp_path, spawned):
     (tmp_path / "my_task.py").write_text(
         textwrap.dedent(f"""
@@ -148,6 +149,7 @@ UNPICKLABLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", UNPICKLABLE)
 def test_what_cannot_be_handed_on_is_named_with_ways_out(task, tmp_path, case, spawned):
     make, what, way = UNPICKLABLE[case]
@@ -161,6 +163,7 @@ def test_what_cannot_be_handed_on_is_named_with_ways_out(task, tmp_path, case, s
         data.f.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", ["file", "zip"])
 def test_forked_processes_would_share_the_position_of_an_open_file(task, tmp_path, held):
     (tmp_path / "plain").write_bytes(bytes(100))
@@ -174,6 +177,7 @@ def test_forked_processes_would_share_the_position_of_an_open_file(task, tmp_pat
     assert gradindex.build(closed, tmp_path / "store", **OPTIONS, workers=1).n_train == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("each", [killed, left])
 def test_the_death_of_a_reading_process_is_one_line_and_the_build_goes_on(task, tmp_path, each):
     # The checks read a few examples in this process, which must live on: of 300, they leave out number 6.
@@ -211,6 +215,7 @@ def asks_too_much(i, item):
     return item
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("each", "error", "message"),
@@ -247,6 +252,7 @@ def many_tensors(i, item):
     return [torch.full((2,), float(i)) for _ in range(40)]
 
 
+@pytest.mark.slow
 def test_more_tensors_than_files_may_be_open_arrive(tmp_path):
     code = """
 import resource, sys

@@ -118,6 +118,7 @@ def test_build_says_what_it_made_and_goes_on_where_it_was(work):
     assert json.loads(call("info", "whole", "--json").stdout)["map"]["precision"] == "float64"
 
 
+@pytest.mark.slow
 def test_query_prints_the_tables_of_the_python_answer(built):
     task = gradindex.load_task("mine.py:task")
     retriever = gradindex.load(task, "store")
@@ -152,6 +153,7 @@ def test_query_for_programs(built):
     assert result.stderr == f"{NOTE}\n"
 
 
+@pytest.mark.slow
 def test_query_from_a_file_without_exact_scores_and_as_a_page(built):
     item = gradindex.load_task("mine.py:task").train[2]
     (built / "questions.txt").write_text(" ".join(str(float(x)) for x in item[0]) + "\n")
@@ -179,6 +181,7 @@ def test_self_influence_needs_no_task(built):
     assert [record["id"] for record in records] == order.tolist()
 
 
+@pytest.mark.slow
 def test_query_takes_what_python_does(built):
     retriever = gradindex.load(gradindex.load_task("mine.py:task"), "store")
     (built / "ids.txt").write_text("3\n1\n7\n11\n")
@@ -205,6 +208,7 @@ def test_query_takes_what_python_does(built):
     assert [record["query"] for record in shown["records"]] == ["mean of 2 queries"] * 10
 
 
+@pytest.mark.slow
 def test_query_without_hits_says_so_in_every_form(built):
     options = ["query", "store", "--task", "mine.py:task", "-q", 0, "--where", "name=n99"]
     text = call(*options, "--html", "page.html").stdout
@@ -214,6 +218,7 @@ def test_query_without_hits_says_so_in_every_form(built):
     assert call(*options, "--csv").stdout.splitlines() == ["query,kind,rank,id,score,name"]
 
 
+@pytest.mark.slow
 def test_explain_shows_checkpoints_and_layers(built):
     split = gradindex.load(gradindex.load_task("mine.py:task"), "store").explain([0], [5, 7])
     options = ["explain", "store", "--task", "mine.py:task", "--position", 0, "--id", 5, "--id", 7]
@@ -341,6 +346,7 @@ BAD_BUILDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD_BUILDS)
 def test_what_cannot_be_done_harms_nothing_that_is_stored(built, case):
     before = snapshot(built / "store")
@@ -376,6 +382,7 @@ USAGE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", USAGE, ids=" ".join)
 def test_wrong_usage_has_exit_code_2(built, arguments):
     result = call(*arguments)
@@ -383,6 +390,7 @@ def test_wrong_usage_has_exit_code_2(built, arguments):
     assert result.stderr.startswith("Usage: ")
 
 
+@pytest.mark.slow
 def test_an_unfinished_build_says_how_to_go_on(work, monkeypatch):
     monkeypatch.setenv("STOP", "1")
     stopped = shell("build", "mine.py:stops", "--out", "store", "--batch-size", "2")
@@ -406,6 +414,7 @@ def test_parts_are_built_side_by_side_and_sealed(work):
     assert call("verify", "store").exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_store_grows_shrinks_and_is_compacted(work):
     call("build", "mine.py:low", "--out", "store", "--dim", 8)
     assert call("add", "store", "--task", "mine.py:grown").stdout == "store: 6 rows added, 15 in all\n"
@@ -428,6 +437,7 @@ def test_a_task_that_has_grown_is_asked_with_a_word(work):
     )
 
 
+@pytest.mark.slow
 def test_checkpoints_are_added_and_stores_merged(work):
     call("build", "mine.py:fewer", "--out", "store")
     assert call("add-checkpoint", "store", "--task", "mine.py:task").stdout == "store: 1 checkpoints added, 3 in all\n"
@@ -452,6 +462,7 @@ def test_damage_is_repaired_alone(built):
     assert made.read_bytes() == before[shard]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", ["rows.parquet", "folder"])
 def test_rows_and_scores_are_exported(built, out):
     call("remove", "store", "--id", 5)
@@ -480,6 +491,7 @@ def test_parquet_without_its_package_is_explained(built, monkeypatch):
     assert not (built / "rows.parquet").exists()
 
 
+@pytest.mark.slow
 def test_traceback_shows_where_an_error_came_from(work):
     done = shell("--traceback", "build", "mine.py:broken", "--out", "store")
     assert done.returncode == 1
@@ -487,6 +499,7 @@ def test_traceback_shows_where_an_error_came_from(work):
     assert "FileNotFoundError: no data here" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["info"], ["verify"], ["self-influence", "-k", "1"]])
 def test_looking_at_a_store_runs_no_code_of_the_task_and_no_torch(built, command):
     (built / "mine.py").write_text("raise SystemExit('the task was imported')")
@@ -499,6 +512,7 @@ def test_looking_at_a_store_runs_no_code_of_the_task_and_no_torch(built, command
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["build", "--help"]])
 def test_help_answers_at_once(arguments):
     def seconds():
@@ -516,6 +530,7 @@ def test_every_command_has_an_example_in_its_help(command):
     assert f"Example: gradindex {command} " in " ".join(call(command, "--help").stdout.split())
 
 
+@pytest.mark.slow
 def test_progress_is_shown_on_a_terminal_alone(built):
     assert call("build", "mine.py:task", "--out", "other").stderr == ""
     script = shutil.which("script")
@@ -527,6 +542,7 @@ def test_progress_is_shown_on_a_terminal_alone(built):
     assert "rows/s" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_signal_of_control_c_ends_a_build_cleanly(work):
     with (work / "mine.py").open("a") as file:
         file.write(SLOW)

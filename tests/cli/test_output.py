@@ -63,6 +63,7 @@ def work(made, tmp_path, monkeypatch):
 ASK = ["query", "store", "--task", "mine.py:task", "-q", 0, "-k", 12, "--kind", "proponents"]
 
 
+@pytest.mark.slow
 def test_a_column_called_as_an_answers_own_key_is_shown_beside_it(work):
     hits = gradindex.load(gradindex.load_task("mine.py:task"), "store").proponents(0, k=12)
     order = hits.ids[0].tolist()
@@ -196,6 +197,7 @@ def page(path):
     write_page(Path(path), "T", "lead", [])
 
 
+@pytest.mark.slow
 def test_a_page_replaces_a_page_and_nothing_else(work):
     page("a.html")
     page("a.html")
@@ -253,6 +255,7 @@ def test_an_export_replaces_nothing(work, out):
     assert not (work / "nowhere").exists()
 
 
+@pytest.mark.slow
 def test_devices_are_never_replaced(work):
     """As root a rename would do it, so this is tried where no other process sees it."""
     script = f"""
@@ -288,6 +291,7 @@ def test_names_with_dollars_and_of_no_unicode_fit_in_pages(work):
     assert "\\ud800 &lt;b&gt;" in (work / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_full_disk_behind_the_output_is_one_line(work):
     with Path("/dev/full").open("w") as full:
         for command in (["self-influence", "store"], ["info", "store"], ["--help"]):
@@ -297,6 +301,7 @@ def test_a_full_disk_behind_the_output_is_one_line(work):
             assert "No space left on device" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error(work):
     for form in ([], ["--csv"], ["--json"]):
         line = [sys.executable, "-m", "gradindex.cli", "self-influence", "store", *form]
@@ -307,6 +312,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(work):
         assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_harm_nothing(work, closed):
     script = f'"$@" -m gradindex.cli self-influence store -k 1 {closed}'
@@ -322,6 +328,7 @@ def test_closed_streams_harm_nothing(work, closed):
     assert call("verify", "store").exit_code == 0
 
 
+@pytest.mark.slow
 def test_an_output_of_another_encoding_escapes_what_it_lacks_and_refuses_csv(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [f"é{i}" for i in range(12)]
@@ -365,6 +372,7 @@ def test_the_demo_leaves_what_it_did_not_write(tmp_path):
         (demo / name).unlink()
 
 
+@pytest.mark.slow
 def test_children_forked_after_a_query_answer_too(tmp_path):
     """OpenMP's threads do not live on in a child, which would wait for them for ever."""
     script = f"""
@@ -410,6 +418,7 @@ sys.exit("the child hangs" if hangs else process.exitcode)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_large_answers_take_no_memory_for_each_hit(monkeypatch):
     """As Python objects all at once, 20,000 hits are about 10 MB, and as a table's cells 7."""
     monkeypatch.setattr("gradindex.output._KEPT", 500)

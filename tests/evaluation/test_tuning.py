@@ -54,6 +54,7 @@ def store(made, tmp_path):
     return made[0], tmp_path / "store"
 
 
+@pytest.mark.slow
 def test_the_promise_is_kept_on_queries_that_the_tuner_did_not_see(store, quick):
     task, folder = store
     found = evaluation.index(folder, recall=0.97, k=10, n_query=200)
@@ -73,6 +74,7 @@ def test_the_promise_is_kept_on_queries_that_the_tuner_did_not_see(store, quick)
     assert "recall@10 at least 0.9" in retriever.search_note
 
 
+@pytest.mark.slow
 def test_an_index_follows_its_store(store, quick):
     task, folder = store
     evaluation.index(folder, recall=0.97, k=10, n_query=200)
@@ -93,6 +95,7 @@ def test_an_index_follows_its_store(store, quick):
     assert toys.share(mine[1], ids) > 0.95
 
 
+@pytest.mark.slow
 def test_an_index_of_other_rows_is_not_used_and_says_so(store, quick):
     task, folder = store
     evaluation.index(folder, recall=0.97, k=10, n_query=100)
@@ -215,6 +218,7 @@ def test_a_larger_k_than_tuned_for_takes_more_proposals(store, quick):
     assert search.effort(25).proposals == 3 * search.effort(10).proposals
 
 
+@pytest.mark.slow
 def test_what_is_measured_later_is_what_queries_do_then(store, quick):
     task, folder = store
     evaluation.index(folder, recall=0.95, k=10, n_query=100)
@@ -264,6 +268,7 @@ def test_real_queries_are_measured_against_exact_scores(store, quick):
         evaluation.index(folder, k=10, retriever=gradindex.load(replace(task, query=None), folder))
 
 
+@pytest.mark.slow
 def test_cosines_are_measured_against_cosines(made, tmp_path, quick):
     task, _ = made
     gradindex.build(task, tmp_path / "store", projection=Projection("none"), unit_norm=True, batch_size=50)
@@ -290,6 +295,7 @@ def test_impossible_promises_are_refused(store, quick):
             evaluation.index(folder, **options)
 
 
+@pytest.mark.slow
 def test_the_command_line_makes_and_measures_an_index(store, quick):
     _, folder = store
     call = lambda *a: CliRunner().invoke(main, [str(x) for x in a])  # noqa: E731  # as short as a command
@@ -313,6 +319,7 @@ def test_the_command_line_makes_and_measures_an_index(store, quick):
     assert call("evaluate", folder).exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_store_of_few_rows_is_measured_with_as_many_as_there_are(tmp_path):
     task = toys.make_task(tmp_path, n_train=60)
     gradindex.build(task, tmp_path / "store", projection=Projection(dim=15), factors="float32")
@@ -336,6 +343,7 @@ def test_truth_comes_in_pieces_of_queries_and_of_rows():
         assert set(best) - {-1} == set(np.argsort(scores[row.argmax()])[:3])
 
 
+@pytest.mark.slow
 def test_more_lists_are_looked_into_where_that_answers_faster(store, monkeypatch):
     """Each proposal costs ten lists here: the fewest proposals win, not the fewest lists."""
     _, folder = store
@@ -351,6 +359,7 @@ def test_more_lists_are_looked_into_where_that_answers_faster(store, monkeypatch
     assert efforts["proposals"] != efforts["lists"]
 
 
+@pytest.mark.slow
 def test_kind_and_numbers_can_be_chosen(store, quick):
     _, folder = store
     shape = evaluation.index(folder, recall=0.9, k=10, n_query=100, kind="ivf", dim=24).index.about["shape"]

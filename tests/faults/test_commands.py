@@ -382,11 +382,13 @@ def tried(number, work, run, line=None):
     return None if problem is None else f"{number}: {problem}\n{line!r}"[:2000] + f"\n{result}"[:2000]
 
 
+@pytest.mark.slow
 def test_absurd_values_are_one_line_and_harm_nothing(faults, work):
     problems = [tried(number, work, in_process) for number in faults("absurd command lines", 60)]
     assert [problem for problem in problems if problem] == []
 
 
+@pytest.mark.slow
 def test_absurd_values_given_to_a_process_of_its_own(faults, work):
     def lines():
         for number in faults("absurd command lines, in processes of their own", 4):

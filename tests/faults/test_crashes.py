@@ -34,6 +34,7 @@ def damage(content, generator, cut):
     return bytes(changed)
 
 
+@pytest.mark.slow
 def test_verify_finds_every_damage_of_a_shard(built, faults):
     _, folder = built
     paths = sorted((folder / "shards").iterdir())
@@ -62,6 +63,7 @@ def flip(path):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_damaged_shards_are_repaired_alone(built):
     task, folder = built
     before = contents(folder)
@@ -113,6 +115,7 @@ def test_a_repair_with_other_data_is_refused(built, tmp_path):
     assert faulty.lasting(folder) == before
 
 
+@pytest.mark.slow
 def test_a_repair_of_a_compacted_shard_that_is_killed_can_be_given_again(built, monkeypatch):
     task, folder = built
     store = gradindex.store.compact(folder)

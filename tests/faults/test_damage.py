@@ -74,6 +74,7 @@ def damaged(content, others, generator):
     return content[:place] + generator.randbytes(min(size, len(content) - place)) + content[place + size :]
 
 
+@pytest.mark.slow
 def test_no_damage_leads_to_a_wrong_answer(states, faults, tmp_path):
     folder = tmp_path / "store"
     shutil.copytree(states["indexed"] / "store", folder)
@@ -158,6 +159,7 @@ def sealed_again(folder, path, value):
         (folder / "manifest.json").write_text(json.dumps(faulty.with_checksum(manifest)))
 
 
+@pytest.mark.slow
 def test_no_forged_file_leads_to_more_than_one_line(states, faults, tmp_path):
     """Valid JSON of another form, its checksums right: manifest, plan, seals, index."""
     template, folder = tmp_path / "template", tmp_path / "store"
@@ -252,6 +254,7 @@ def link_to_a_loop(path, tmp_path):
 KINDS = [pipe, folder_of, socket_at, link_to_nothing, link_to_a_device, link_to_a_loop]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", KINDS)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_what_is_no_file_is_one_line_and_no_hang(states, nursery, faults, tmp_path, make):

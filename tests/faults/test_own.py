@@ -63,6 +63,7 @@ FOREIGN = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_folder_with_anothers_file_is_refused_and_left_as_it_is(task, tmp_path, name):
     place = tmp_path / "mine"
@@ -98,6 +99,7 @@ def test_a_lock_that_is_anothers_file_is_not_written_to(folder):
     assert (folder / "lock").read_text() == "the combination is 1234"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lock", "log.jsonl", "lock-plan"])
 def test_a_link_in_place_of_a_file_that_is_written_to_reaches_nobody(task, folder, tmp_path, name):
     theirs = tmp_path / "theirs"
@@ -173,6 +175,7 @@ def test_shards_of_a_change_that_was_given_up_are_not_taken_for_anothers(task, f
     assert not (folder / "unfinished.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [0, 19, 21])
 def test_a_shard_that_got_fewer_or_more_rows_than_ids_is_never_sealed(folder, rows):
     with upkeep.changing(folder, "add") as store:
@@ -237,6 +240,7 @@ def test_an_index_knows_repaired_rows_again(task, folder):
     assert used(folder) == (True, 0, 0)
 
 
+@pytest.mark.slow
 def test_an_index_of_other_data_is_stale(task, folder, copy_of, tmp_path):
     # Built anew in the same folder.
     faulty.make_index(folder)
@@ -297,6 +301,7 @@ def test_a_build_takes_its_plan_away_when_it_is_given_again(task, tmp_path, monk
     assert not (tmp_path / "store" / "pending.json").exists()
 
 
+@pytest.mark.slow
 def test_queries_meet_changes_and_answer_of_one_state(task, folder, faults):
     """While another removes and compacts: every answer holds the rows of one of the states, and none is an error."""
     gradindex.add(task, folder)
@@ -361,6 +366,7 @@ def test_pieces_of_exact_scores_go_on_over_a_compaction_and_stop_at_a_removal(ta
         list(pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["self-influence", "export", "verify", "info"])
 def test_a_command_goes_on_over_a_compaction(folder, tmp_path, monkeypatch, command):
     gradindex.store.remove(folder, [0, 30])

@@ -84,6 +84,7 @@ NETWORKS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NETWORKS)
 def test_networks_equal_autograd(tmp_path, case):
     make, shape, layers, general = NETWORKS[case]
@@ -138,6 +139,7 @@ def bert(transformers):
     return transformers.BertForSequenceClassification(config), label_loss
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of transformers and what it imports
 @pytest.mark.parametrize("make", [gpt2, bert])
 def test_language_models_with_padding_equal_autograd(tmp_path, make):

@@ -43,6 +43,7 @@ def early(function, x):
         return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("call", "inside", "first"), [(kept, False, True), (kept, True, False), (early, False, False)])
 def test_activation_checkpointing_runs_again_with_the_weights_of_its_checkpoint(tmp_path, call, inside, first):
     routes = check_everything(toys.make_task(tmp_path, Checkpointed(call, inside, first)), tmp_path)
@@ -67,6 +68,7 @@ class CheckpointedLSTM(nn.Module):
         return self.head(kept(lambda x: self.rnn(x)[0], x)[:, -1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "shape"),
     [
@@ -108,6 +110,7 @@ def test_reentrant_checkpointing_is_refused_by_its_name(tmp_path, model, layers,
         gradindex.build(task, tmp_path / "store")
 
 
+@pytest.mark.slow
 def test_what_lies_behind_reentrant_checkpointing_is_traced(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -140,6 +143,7 @@ class Reversible(nn.Module):
         return self.head(_Reversed.apply(self.first(x), self.block))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["*", "block.bias"])
 def test_layers_that_run_again_with_a_backward_pass_of_their_own_are_refused(tmp_path, layers):
     task = toys.make_task(tmp_path, Reversible(), layers=layers)

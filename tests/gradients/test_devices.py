@@ -33,6 +33,7 @@ def half_on_cpu(monkeypatch):
     monkeypatch.setattr("gradindex.gradients.engine.check_precision", lambda *_: None)
 
 
+@pytest.mark.slow
 def test_float16_rows_point_where_float32_rows_do(task, tmp_path, half_on_cpu):
     exact, rough = (
         gradindex.build(task, tmp_path / p, projection=WHOLE, precision=p).rows(np.arange(40))
@@ -50,6 +51,7 @@ def faint(factor):
     return lambda model, batch: toys.cross_entropy(model, batch) * factor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1e-6, 1.0, 300.0, 30_000.0])
 @pytest.mark.parametrize("model", [toys.mlp, lambda: nn.Sequential(nn.Linear(6, 5), nn.PReLU(), nn.Linear(5, 3))])
 def test_losses_are_scaled_so_that_float16_neither_underflows_nor_overflows(tmp_path, half_on_cpu, factor, model):
@@ -61,6 +63,7 @@ def test_losses_are_scaled_so_that_float16_neither_underflows_nor_overflows(tmp_
     assert np.abs(exact - rough).max() < 0.01 * np.abs(exact).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1e-6, 300.0, 30_000.0])
 @pytest.mark.parametrize("count", [2, 20])  # with few queries, the second layer is compared along their gradients
 def test_exact_scores_and_fits_in_float16_are_scaled_as_well(tmp_path, half_on_cpu, factor, count):
@@ -80,6 +83,7 @@ def test_what_overflows_in_float16_at_any_scale_is_named(tmp_path, half_on_cpu):
         gradindex.build(task, tmp_path / "store", precision="float16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 8, 8), (2, 4, 8, 8)])
 def test_channels_last_changes_the_layout_and_not_the_numbers(tmp_path, shape, monkeypatch):
     dims = len(shape) - 1
@@ -116,6 +120,7 @@ class Flattening(nn.Module):
         return self.head(self.inner(x).view(len(x), -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "expected"), [(toys.convolutional, True), (Flattening, False), (toys.mlp, False)])
 def test_channels_come_last_where_the_model_can_have_that(tmp_path, model, expected):
     shape = (6,) if model is toys.mlp else (2, 8, 8)
@@ -127,6 +132,7 @@ def test_channels_come_last_where_the_model_can_have_that(tmp_path, model, expec
     np.testing.assert_allclose(own.rows(np.arange(12)), first.rows(np.arange(12)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "expected"), [([], True), (["--channels-last"], True), (["--channels-first"], False)]
 )
@@ -186,6 +192,7 @@ class Trace:
             self.traced = torch.jit.trace(module, torch.zeros(1, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HIDING)
 def test_modules_that_hide_what_they_do_are_refused_with_a_way_out(tmp_path, case):
     wrap, message = HIDING[case]

@@ -155,6 +155,7 @@ def states():
     return torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tensorsketch", "fitted", "kronecker", "gaussian", "rademacher", "none"])
 def test_no_map_reads_or_moves_a_global_random_state(tmp_path, kind):
     task = toys.make_task(tmp_path)

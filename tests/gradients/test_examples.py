@@ -88,6 +88,7 @@ def self_influence(rows):
     return (torch.tensor(toys.RATES, dtype=torch.float64)[:, None] * rows.square()).sum((1, 2)).numpy()
 
 
+@pytest.mark.slow
 def test_batches_of_one_are_right_whatever_a_batch_would_change(tmp_path):
     task = text_task(tmp_path)
     options = {"projection": Projection("none"), "precision": "float64", "batch_size": 1}
@@ -110,6 +111,7 @@ def test_batches_of_one_are_right_whatever_a_batch_would_change(tmp_path):
     np.testing.assert_allclose(gradindex.GradientStore(store.folder).self_influence().sum(1), self_influence(rows))
 
 
+@pytest.mark.slow
 def test_one_long_example_among_many_is_met_while_building(tmp_path):
     """It lies between those that are looked at before; the batches without it are right, its own is not."""
     lengths = [6] * 200
@@ -147,6 +149,7 @@ def test_an_example_that_is_another_one_later_is_met_while_building(tmp_path):
             gradindex.build(task, tmp_path / "store")
 
 
+@pytest.mark.slow
 def test_queries_that_their_batch_changes_are_asked_one_at_a_time(tmp_path):
     train = texts([6] * 12)
     task = text_task(tmp_path, train=train)
@@ -217,6 +220,7 @@ def test_what_is_random_is_said_to_be(tmp_path, case):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 5, 11])
 @pytest.mark.parametrize("zero_gradient", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -271,6 +275,7 @@ def untouched(model, batch):
     return functional.cross_entropy(model((x - 0.5) / 2), labels.clamp(max=1), reduction="none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("loss", [popping, in_place])
 def test_a_loss_may_take_its_batch_apart_and_change_it(tmp_path, loss, alone):

@@ -88,6 +88,7 @@ def scaled(gradients, factor):
     return torch.cat([factor * gradients[..., :35], gradients[..., 35:]], 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit_norm", [False, True])
 def test_a_toy_geometry_works_from_the_task_to_the_answer(hilbert, tmp_path, unit_norm):
     task = toys.make_task(tmp_path, preconditioner=hilbert)
@@ -121,6 +122,7 @@ def test_stored_factors_answer_where_a_map_of_queries_keeps_outer_products(halve
     np.testing.assert_allclose(exact, truth, atol=1e-5 * np.abs(truth).max())
 
 
+@pytest.mark.slow
 def test_a_map_of_queries_rows_leaves_training_rows_as_they_are(doubled, tmp_path):
     plain = toys.make_task(tmp_path)
     task = replace(plain, preconditioner=doubled)

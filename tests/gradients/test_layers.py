@@ -55,6 +55,7 @@ LAYERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LAYERS)
 def test_layers_equal_autograd(tmp_path, case):
     model, shape, route = LAYERS[case]
@@ -164,6 +165,7 @@ def in_one_list(items):
     return (torch.cat(bags), offsets, weights), torch.tensor([label for _, _, label in items])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[1] * 3 + [4, 0, 1, 2, 1, 0, 1, 1, 1], [3, 2, 0, 1, 5, 4, 2, 2, 3, 3, 2, 3]])
 @pytest.mark.parametrize("case", BAGS)
 def test_bags_by_offsets_equal_autograd(tmp_path, case, lengths):
@@ -189,6 +191,7 @@ EMBEDDINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EMBEDDINGS)
 def test_embeddings_equal_autograd(tmp_path, case):
     model, route = EMBEDDINGS[case]

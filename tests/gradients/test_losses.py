@@ -135,12 +135,14 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_of_this_kind_equal_autograd(tmp_path, kind):
     make, routes = KINDS[kind]
     assert check_against_autograd(make(tmp_path)) == routes
 
 
+@pytest.mark.slow
 def test_a_batch_of_transformers_equals_autograd(tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs transformers, of the extra dev")
     seen = []
@@ -200,6 +202,7 @@ class Experts(nn.Module):
         return self.head(torch.tanh(hidden))
 
 
+@pytest.mark.slow
 def test_experts_that_see_a_part_of_the_batch_take_another_route(tmp_path):
     task = toys.make_task(tmp_path, Experts())
     task.train.tensors[0][:, 0].abs_()

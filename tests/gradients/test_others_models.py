@@ -81,6 +81,7 @@ def weighted(model, batch):
     return batch[2].to(batch[0].dtype) * functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("equal", [[0], [0, 11], range(11)])
 def test_routes_are_chosen_where_gradients_are_not_zero(tmp_path, equal):
     def loss(model, batch):
@@ -93,6 +94,7 @@ def test_routes_are_chosen_where_gradients_are_not_zero(tmp_path, equal):
     check_all(replace(task, train=TensorDataset(x, y)), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_hook", [False, True])
 def test_routes_are_chosen_where_a_clipped_gradient_is_clipped(tmp_path, by_hook):
     task = toys.make_task(tmp_path, Clipping(by_hook), loss=weighted, layers=["cell.*"])
@@ -119,6 +121,7 @@ class Scaled(nn.Module):
         return self.inner(x) * self.log_scale.exp() + self.shift * x[:, :3]
 
 
+@pytest.mark.slow
 def test_parameters_without_an_axis_equal_autograd(tmp_path):
     check_all(toys.make_task(tmp_path, Scaled()), tmp_path)
 
@@ -179,6 +182,7 @@ class Remembering(nn.Linear):
         self.kept = kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kept", "other"), [({"scale": 2.0}, {"scale": 1.0}), (torch.arange(2), torch.zeros(2))])
 def test_extra_state_that_differs_is_refused_and_equal_one_is_no_weight(tmp_path, kept, other):
     task = toys.make_task(tmp_path, nn.Sequential(Remembering(kept), nn.Tanh(), nn.Linear(3, 3)))

@@ -31,6 +31,7 @@ def task(request, tmp_path):
     return replace(task, checkpoints=gradindex.find_checkpoints(tmp_path / "recorded"), preconditioner="adam")
 
 
+@pytest.mark.slow
 def test_scores_are_the_preconditioned_inner_products(task):
     train, queries = (reference.gradients(task, data) for data in (task.train, task.query))
     rates = []
@@ -45,6 +46,7 @@ def test_scores_are_the_preconditioned_inner_products(task):
     assert not np.allclose(found / np.abs(found).max(), plain / np.abs(plain).max(), atol=0.05)
 
 
+@pytest.mark.slow
 def test_rows_and_self_influence_stay_consistent(task, tmp_path):
     store = gradindex.build(task, tmp_path / "store", projection=Projection("none"))
     rows = store.rows(np.arange(12))
@@ -75,6 +77,7 @@ def test_only_adam_is_known(tmp_path):
         toys.make_task(tmp_path, preconditioner="sgd")
 
 
+@pytest.mark.slow
 def test_shares_of_layers_and_groups_have_the_preconditioner_as_well(task, tmp_path):
     gradindex.build(task, tmp_path / "store", precision="float64")
     retriever = gradindex.load(task, tmp_path / "store")

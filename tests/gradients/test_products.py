@@ -26,6 +26,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 20])
 @pytest.mark.parametrize("case", CASES)
 def test_each_way_equals_autograd(tmp_path, case, count):

@@ -60,6 +60,7 @@ def target_and_online(model, x):
     return model.encoder(x) * model.scale - target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "encode", [under_no_grad, under_inference_mode, decorated, detached, switched, target_and_online]
 )
@@ -110,6 +111,7 @@ SHARED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_items", [2, 5])  # as many as the check compares, and as the scores' batches have
 @pytest.mark.parametrize("case", SHARED)
 def test_a_layer_on_examples_and_on_shared_items_equals_autograd(tmp_path, case, n_items):
@@ -152,6 +154,7 @@ COMPUTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
 @pytest.mark.parametrize("case", COMPUTED)
 def test_weights_that_are_computed_equal_autograd_and_come_back(tmp_path, case):
@@ -206,6 +209,7 @@ def complex_task(folder, model, **options):
     return task
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Spectral, ComplexLinear])
 def test_complex_weights_have_the_inner_product_of_their_real_and_imaginary_parts(tmp_path, make):
     task = complex_task(tmp_path, make())

@@ -41,12 +41,14 @@ def rule(request):
     del RULES._implementations["scaling"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [1], indirect=True)
 def test_a_toy_rule_is_used_and_agrees_with_autograd(rule, tmp_path):
     routes = reference.check_everything(toys.make_task(tmp_path, model()), tmp_path)
     assert routes == {"0": "linear", "2": "scaling", "3": "linear"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [1.01], indirect=True)
 def test_a_rule_that_disagrees_with_autograd_is_not_used(rule, tmp_path):
     routes = reference.check_everything(toys.make_task(tmp_path, model()), tmp_path)

@@ -105,6 +105,7 @@ FREEZINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FREEZINGS)
 def test_frozen_parameters_are_left_out_of_checkpoints_saved_by_hand(tmp_path, case):
     model = freeze(network(), *FREEZINGS[case])
@@ -194,6 +195,7 @@ def test_what_the_optimizer_did_not_hold_is_left_out(tmp_path):
 FROZEN_INSIDE = {"no gradient": False, "a gradient that is left over": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left_over", FROZEN_INSIDE.values(), ids=FROZEN_INSIDE)
 def test_frozen_parameters_in_the_optimizer_take_no_steps(tmp_path, left_over):
     model, train = network(), data()
@@ -261,6 +263,7 @@ def unfrozen_by_and_by(folder, **options):
     return gradindex.Task(model, toys.cross_entropy, train, find_checkpoints(folder)), rates
 
 
+@pytest.mark.slow
 def test_a_parameter_has_no_weight_where_it_took_no_step(tmp_path):
     task, rates = unfrozen_by_and_by(tmp_path)
     agree(task, rates)
@@ -281,6 +284,7 @@ def test_checkpoints_with_and_without_records_mix(tmp_path):
     agree(replace(task, checkpoints=[*task.checkpoints, last]), [*rates, {"2.weight": 0.2, "2.bias": 0.2}])
 
 
+@pytest.mark.slow
 def test_a_store_goes_on_where_less_is_trained_and_refuses_where_more_is(tmp_path):
     task, rates = unfrozen_by_and_by(tmp_path / "all")
     two = replace(task, checkpoints=task.checkpoints[:2])

@@ -62,6 +62,7 @@ def test_positions_are_summed_before_the_product_not_after(tmp_path):
     assert routes == {"inner": "linear", "outer": "linear"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [TimeMajor, Flattened])
 def test_a_layer_whose_first_axis_is_not_the_example_leaves_the_hooks(tmp_path, model):
     routes = check_against_autograd(toys.make_task(tmp_path, model(), shape=(2, 6)))  # as many positions as examples
@@ -69,11 +70,13 @@ def test_a_layer_whose_first_axis_is_not_the_example_leaves_the_hooks(tmp_path, 
     assert routes["outer"] == "linear"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "shape"), [(Tied, (6,)), (TwoNames, (6,)), (Towers, (6,)), (Recurrent, (4, 6))])
 def test_shared_parallel_and_unknown_parameters_equal_autograd(tmp_path, model, shape):
     check_against_autograd(toys.make_task(tmp_path, model(), shape=shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [toys.mlp, toys.used_twice])
 def test_self_influence_is_the_squared_norm_with_one_eta_and_cross_terms(tmp_path, make):
     task = toys.make_task(tmp_path, make())
@@ -93,6 +96,7 @@ def test_each_parameter_group_has_its_own_learning_rate(tmp_path):
     check_against_autograd(task, per_parameter)
 
 
+@pytest.mark.slow
 def test_the_bias_belongs_to_its_layer_and_can_be_left_out(tmp_path):
     for layers, prefixes in (
         ("2", ("2.",)),
@@ -108,6 +112,7 @@ def margin(model, batch):
     return -logits.gather(1, batch[1][:, None]).squeeze(1)
 
 
+@pytest.mark.slow
 def test_queries_have_a_loss_of_their_own(tmp_path):
     task = toys.make_task(tmp_path, query_loss=margin)
     check_against_autograd(task)
@@ -195,6 +200,7 @@ def test_random_augmentation_is_refused(tmp_path):
         gradindex.build(task, tmp_path / "store")
 
 
+@pytest.mark.slow
 def test_a_zero_gradient_scores_zero(tmp_path):
     def loss(model, batch):
         return toys.cross_entropy(model, batch) * (batch[0][:, 0] > -100)
@@ -237,6 +243,7 @@ def test_a_model_without_parameters_is_refused(tmp_path):
         gradindex.build(toys.make_task(tmp_path, nn.Sequential(nn.Flatten())), tmp_path / "store")
 
 
+@pytest.mark.slow
 def test_batch_size_and_order_do_not_change_rows(tmp_path):
     task = toys.make_task(tmp_path, toys.convolutional(), shape=(2, 8, 8))
     stores = [gradindex.build(task, tmp_path / f"store{size}", batch_size=size) for size in (1, 5, 12)]

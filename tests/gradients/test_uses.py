@@ -61,6 +61,7 @@ FUNCTION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FUNCTION)
 def test_parameters_are_found_in_the_functions_that_use_them(tmp_path, case):
     use, shape = FUNCTION[case]
@@ -82,6 +83,7 @@ UNKNOWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", UNKNOWN)
 def test_uses_that_are_unknown_leave_to_the_general_route(tmp_path, case):
     use, shape = UNKNOWN[case]
@@ -153,6 +155,7 @@ def sentences(n, low=0):
     return TensorDataset(torch.randint(low, 9, (n, 6)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [TiedWords(), TiedWords(padding=2), TiedWords(width=9)])
 def test_tied_embeddings_are_never_formed_and_equal_autograd(tmp_path, model):
     torch.manual_seed(3)
@@ -161,6 +164,7 @@ def test_tied_embeddings_are_never_formed_and_equal_autograd(tmp_path, model):
     assert routes == {"words.weight": "function^T", "out": "linear"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "tensorsketch", "kronecker", "gaussian"])
 def test_tied_embeddings_make_the_rows_of_their_formed_gradients(tmp_path, kind):
     torch.manual_seed(3)
@@ -212,6 +216,7 @@ class SharedShape(SharedPositions):
         return self.head(torch.tanh(x + self.norm(positions)).flatten(1))
 
 
+@pytest.mark.slow
 def test_a_model_that_needs_the_shared_axis_gets_it_back(tmp_path):
     routes = check_against_autograd(toys.make_task(tmp_path, SharedShape(), shape=SHAPE))
     assert routes["head"] == "linear"

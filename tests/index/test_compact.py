@@ -104,6 +104,7 @@ def test_removed_ids_are_left_out_and_too_few_are_padded_openly():
     assert not padding[: 4000 - padding.sum()].any()
 
 
+@pytest.mark.slow
 def test_two_bits_a_number_find_what_is_spread_over_many_directions():
     generator = np.random.default_rng(5)
     n, dim = 4000, 256

@@ -122,6 +122,7 @@ def test_two_faiss_packages_are_refused(tmp_path, monkeypatch):
         require()
 
 
+@pytest.mark.slow
 def test_packages_that_only_sound_like_faiss_are_no_second_one(tmp_path, monkeypatch):
     installed(tmp_path, "faiss-helpers", "helpers_of_faiss")
     monkeypatch.syspath_prepend(tmp_path)

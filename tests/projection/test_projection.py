@@ -65,6 +65,7 @@ def test_other_maps_of_a_known_gradient_never_change(kind):
     np.testing.assert_allclose(project(known_factors(), kind, dim=6)[0].numpy(), GOLDEN_BLOCKS[kind], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tensorsketch", "kronecker", "gaussian", "rademacher"])
 @pytest.mark.parametrize("positions", [1, 3, 40])
 def test_random_maps_are_unbiased(kind, positions):
@@ -238,6 +239,7 @@ def test_rows_of_fitted_maps_have_room_for_each_layer():
     assert block.count_nonzero() == 2
 
 
+@pytest.mark.slow
 def test_a_fitted_estimate_is_never_too_large(tmp_path):
     task = toys.make_task(tmp_path)
     exact = gradindex.build(task, tmp_path / "exact", projection=Projection("none"))
@@ -290,6 +292,7 @@ def test_impossible_projections_are_refused(options, message):
         Projection(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "dim"),
     [({"row_dim": 100}, 33), ({"row_bytes": 400}, 33), ({"row_bytes": 12}, 1), ({"dim": 7}, 7), ({}, 1024)],

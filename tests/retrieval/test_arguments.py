@@ -40,6 +40,7 @@ POSITIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", POSITIONS)
 def test_whole_numbers_are_positions_whatever_holds_them(retriever, form):
     hits, expected = retriever.proponents(POSITIONS[form](), k=3), retriever.proponents([2, 0], k=3)
@@ -393,6 +394,7 @@ def test_what_must_be_a_function_is_one(tmp_path, name):
         toys.make_task(tmp_path, **{name: "function"}) if name != "loss" else toys.make_task(tmp_path, loss="function")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queries", [torch.tensor([1]), 1, [1]])
 def test_exact_scores_take_what_a_search_takes(retriever, queries):
     expected = gradindex.exact_scores(retriever.task, [retriever.task.query[1]])

@@ -103,6 +103,7 @@ def way(hits):
     return [(stage.name, stage.rows) for stage in hits.stages]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kept", ["factors", "plain"])
 def test_each_kind_is_the_best_of_all_exact_scores_in_its_order(request, kept, kind, truth):
@@ -112,6 +113,7 @@ def test_each_kind_is_the_best_of_all_exact_scores_in_its_order(request, kept, k
     assert way(hits) == [("rows", N), ("stored factors" if kept == "factors" else "model", N)]
 
 
+@pytest.mark.slow
 def test_the_largest_sizes_keep_their_signs_and_come_from_both_ends(factors, truth):
     hits = factors.search(range(M), 30, kind="absolute", candidates=N)
     assert (hits.scores > 0).any() and (hits.scores < 0).any()
@@ -182,6 +184,7 @@ def test_queries_prepared_for_other_rows_are_refused(factors, plain, tmp_path):
         factors.search(factors.prepare(0), 3, aggregate="mean")
 
 
+@pytest.mark.slow
 def test_threads_that_share_a_retriever_get_the_serial_answers(indexed, plain):
     for retriever in (indexed, plain):
         questions = [(q, kind) for q in range(M) for kind in KINDS] * 2
@@ -212,6 +215,7 @@ def run_beside(action, seconds=60):
     return found[0] if found else None
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_while_another_thread_computes_gradients(indexed, plain):
     for retriever, free in ((indexed, {}), (plain, {"rerank": "rows"})):
         asked = retriever.prepare([0, 1])
@@ -266,6 +270,7 @@ def test_the_stages_of_a_search_with_an_index(indexed, estimates, truth, kind):
         assert np.all(np.diff(KINDS[kind](hits.scores), axis=1) <= 0)
 
 
+@pytest.mark.slow
 def test_rows_newer_than_the_index_are_compared_and_counted(tmp_path):
     whole = make(tmp_path / "whole", factors="float32")
     first = replace(
@@ -292,6 +297,7 @@ def test_an_index_proposes_every_row_for_a_k_as_large(indexed, truth):
     assert way(hits) == [("rows", N), ("stored factors", N)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rerank", ["none", "rows", "exact"])
 def test_a_threshold_finds_all_that_reach_it_and_no_others(indexed, estimates, truth, kind, rerank):
@@ -313,6 +319,7 @@ def test_a_threshold_includes_scores_that_equal_it(factors):
     assert again.ids[0].tolist() == hits.ids[0, :12].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", ["factors", "unit"])
 def test_a_groups_threshold_leaves_out_what_is_just_below(request, kept):
     retriever = request.getfixturevalue(kept)
@@ -336,6 +343,7 @@ def store_of_equal_rows(task, folder, monkeypatch):
     return gradindex.build(task, folder, projection=Projection(dim=37), factors="float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rerank", ["exact", "rows"])
 @pytest.mark.parametrize("proposals", [None, 43, 150])
 def test_equal_rows_have_equal_scores_and_come_in_the_order_of_ids(tmp_path, rerank, proposals, monkeypatch):
@@ -379,6 +387,7 @@ def test_a_threshold_that_nothing_reaches_is_given_a_whole_doubling(plain):
     assert way(hits) == [("rows", N), ("model", 80)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rerank", ["rows", "exact"])
 def test_equal_scores_come_in_the_order_of_ids_for_every_kind(tmp_path, rerank):
     task = toys.make_task(tmp_path, n_train=40)
@@ -432,6 +441,7 @@ FILTERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", FILTERS)
 def test_filters_leave_the_best_of_what_they_allow(indexed, estimates, truth, case, kind):
@@ -490,6 +500,7 @@ def test_fewer_rows_than_ten_are_all_answered_by_default(tmp_path):
     assert gradindex.load(task, tmp_path / "store").proponents(0).ids.shape == (1, 7)
 
 
+@pytest.mark.slow
 def test_an_index_that_finds_too_few_leaves_the_query_to_all_rows(tmp_path, estimates):
     retriever = make(tmp_path, factors="float32")
     store = retriever.store
@@ -552,6 +563,7 @@ def test_items_have_no_columns_to_differ_from(factors):
         factors.search([factors.task.query[0]], differs="label")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregate", ["sum", "mean"])
 @pytest.mark.parametrize("kept", ["factors", "plain", "indexed", "unit"])
 def test_a_group_is_one_question_with_the_sum_of_each_querys_scores(request, kept, aggregate, monkeypatch):

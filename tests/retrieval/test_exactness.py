@@ -17,6 +17,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "prefixes"), [("*", ("",)), ("0", ("0.",))], ids=["all layers", "first layer"])
 @pytest.mark.parametrize("case", CASES)
 def test_exact_scores_equal_autograd(tmp_path, case, layers, prefixes):
@@ -28,6 +29,7 @@ def test_exact_scores_equal_autograd(tmp_path, case, layers, prefixes):
     assert np.all(np.abs(found - truth) <= 1e-10 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_whole_rows_give_the_true_order_for_both_signs(tmp_path, case):
     make, options = CASES[case]

@@ -63,6 +63,7 @@ def by_layer(task, layers, queries, ids):
     return np.stack(parts, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("case", MODELS)
 def test_a_split_equals_autograd_layer_by_layer_and_adds_up(tmp_path, case, count):
@@ -81,6 +82,7 @@ def test_a_split_equals_autograd_layer_by_layer_and_adds_up(tmp_path, case, coun
     assert split.checkpoints == tuple(f"{n} w_{n}.pt" for n in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MODELS)
 def test_a_group_on_every_route_has_the_weighted_sum_of_its_queries(tmp_path, case, monkeypatch):
     task = MODELS[case](tmp_path)
@@ -92,6 +94,7 @@ def test_a_group_on_every_route_has_the_weighted_sum_of_its_queries(tmp_path, ca
     np.testing.assert_allclose(split.scores[0], each, atol=1e-9 * np.abs(each).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "route"), [("forward mode", "forward mode"), ("double backward", "double backward"),
                         ("gradients", "gradients")],
@@ -116,6 +119,7 @@ def test_stored_factors_give_the_split_without_the_model(tmp_path, monkeypatch):
     np.testing.assert_allclose(split.scores, truth, atol=1e-5 * np.abs(truth).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factors", [None, "float32"])
 @pytest.mark.parametrize("aggregate", ["sum", "mean"])
 def test_a_split_of_a_group_is_that_of_its_queries_together(tmp_path, factors, aggregate):
@@ -128,6 +132,7 @@ def test_a_split_of_a_group_is_that_of_its_queries_together(tmp_path, factors, a
     assert split.queries == (f"{aggregate} of 4 queries",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factors", [None, "float32"])
 def test_parts_of_cosines_add_up_to_the_cosine(tmp_path, factors):
     task = toys.make_task(tmp_path)
@@ -168,6 +173,7 @@ def test_records_of_a_split_name_every_part(split):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_page_of_a_split_has_a_heat_map_for_each_pair(split, tmp_path):
     split.save_html(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()

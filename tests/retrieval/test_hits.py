@@ -134,6 +134,7 @@ def test_a_notebook_without_the_extra_says_what_to_install(monkeypatch):
         UP.save_html("page.html")
 
 
+@pytest.mark.slow
 def test_a_saved_page_holds_everything_inside(tmp_path):
     down = Hits(**(vars(UP) | {"kind": "opponents"}))
     shown(UP, lambda i: np.full((3, 3), i)).save_html(tmp_path / "page.html", down)
@@ -178,6 +179,7 @@ def test_a_page_escapes_what_it_shows_and_leaves_out_what_is_empty(tmp_path):
     assert re.findall(r"gi-card", text) == []
 
 
+@pytest.mark.slow
 def test_a_heat_map_shows_signs_and_has_room_for_long_names():
     pixels = decode(heat_map(np.array([[1.0, -1.0], [0.0, 0.0]]), ["0 a.pt", "1 b.pt"], ["x" * 70, "y"])).reshape(-1, 3)
     for colour in ((10, 125, 79), (194, 65, 12)):

@@ -65,6 +65,7 @@ def retriever(tmp_path_factory):
     return gradindex.load(task, folder / "store")
 
 
+@pytest.mark.slow
 def test_keywords_and_a_question_give_the_same_answer(retriever):
     options = {"kind": "opponents", "k": 4, "where": {"word": ["w0", "w1"]}}
     by_keywords = retriever.search([0, 3], **options)

@@ -35,6 +35,7 @@ def test_all_candidates_settled_by_exact_scores_are_the_exact_answer(built):
         assert hits.query_columns["label"].tolist() == list("wxyz")
 
 
+@pytest.mark.slow
 def test_candidates_limit_what_exact_scores_can_settle(built):
     task, folder = built
     retriever = gradindex.load(task, folder)
@@ -56,6 +57,7 @@ def test_projected_scores_are_the_rows_inner_products(built):
     np.testing.assert_allclose(hits.scores, np.take_along_axis(rows[[2, 5]] @ rows.T, hits.ids, 1), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kept", "label", "tolerance"), [("float32", "exact", 1e-5), ("float16", "float16-factor", 1e-2)]
 )
@@ -79,6 +81,7 @@ def test_stored_factors_give_exact_scores_without_a_pass_over_training_examples(
     assert retriever.proponents(0, k=3, rerank="none").scored == "projected"
 
 
+@pytest.mark.slow
 def test_factors_need_layers_whose_gradients_are_one_outer_product(tmp_path):
     task = toys.make_task(tmp_path, toys.convolutional(), shape=(2, 8, 8))
     with pytest.raises(TaskError, match=r"The gradient of \d is not one outer product.*Track linear layers without"):
@@ -97,6 +100,7 @@ def test_factors_of_rough_gradients_are_labelled(tmp_path):
     assert gradindex.load(task, tmp_path / "store").proponents(0, k=2).scored == "bfloat16-factor"
 
 
+@pytest.mark.slow
 def test_queries_in_turns_give_the_same_scores(built, monkeypatch):
     task, _ = built
     whole = gradindex.exact_scores(task, list(task.query))
@@ -132,6 +136,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_asked_is_refused(built, case):
     options, message = REFUSED[case]
@@ -187,6 +192,7 @@ MISMATCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MISMATCHES)
 def test_a_task_that_is_not_the_stores_is_refused_with_what_differs(built, case):
     task, folder = built

@@ -33,6 +33,7 @@ def naive(store, factors, query, ids):
     return total
 
 
+@pytest.mark.slow
 def test_each_query_is_compared_with_its_own_candidates_in_their_order(retriever, monkeypatch):
     monkeypatch.setattr(scoring, "_PAIRS", 13)
     store, asked = retriever.store, retriever.prepare(range(M))
@@ -44,6 +45,7 @@ def test_each_query_is_compared_with_its_own_candidates_in_their_order(retriever
         np.testing.assert_allclose(scores, naive(store, asked.factors, query, ids), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_pair_has_one_score_whatever_is_asked(retriever):
     asked = retriever.prepare(range(M))
     first = retriever.search(asked, 20)

@@ -34,6 +34,7 @@ def part_of(retriever, queries, ids):
     return LocalSearcher(store, candidates, retriever._computing, queries, allowed, retriever._geometry)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["proponents", "opponents", "absolute"])
 @pytest.mark.parametrize("options", [{"k": 7}, {"k": 7, "rerank": "rows"}, {"at_least": 0.05}])
 def test_merged_answers_of_parts_are_the_answer_of_the_whole(retriever, kind, options):

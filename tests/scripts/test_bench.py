@@ -126,6 +126,7 @@ except FileNotFoundError as error:
 """
 
 
+@pytest.mark.slow
 def test_without_data_the_quick_forms_have_stand_ins_and_the_full_forms_have_none(tmp_path):
     code = STAND_INS.format(tasks=str(TOP / "scripts" / "tasks"), paper=str(TOP / "scripts" / "paper"))
     nothing, quick = tmp_path / "nothing", tmp_path / "quick"
@@ -216,6 +217,7 @@ def test_all_refuses_a_name_that_no_script_has(everything, capsys):
     assert "--only names goood, but the scripts are tasks/augmented, bench/good, paper/short" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_quick_form_runs_to_its_end(quick_forms):
     done, folder = quick_forms
     assert done.returncode == 0, done.stdout + done.stderr

@@ -48,6 +48,7 @@ def test_it_finds_the_flipped_digits_and_says_what_it_measured(demo_run):
     assert re.search(r"chance +10.0% +20.0% +30.0%", printed)
 
 
+@pytest.mark.slow
 def test_its_agreement_with_exact_scores_is_measured(demo_run):
     out, printed = demo_run
     task = demo.make_task(out)
@@ -82,6 +83,7 @@ def test_without_its_extra_it_says_so_before_any_work(tmp_path, monkeypatch):
     assert "pip install 'gradindex[demo]'" in result.output
 
 
+@pytest.mark.slow
 def test_it_starts_anew_in_its_own_folder_and_touches_no_other(few_digits, tmp_path):
     out = tmp_path / "out"
     assert call("demo", "--out", out).exit_code == 0

@@ -62,6 +62,7 @@ def run(command, folder):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_readme_takes_a_new_user_from_training_to_answers(tmp_path, monkeypatch):
     (tmp_path / "my_training.py").write_text(MY_TRAINING)
     script, commands = LOOP, []
@@ -93,6 +94,7 @@ def test_the_readers_own_model_takes_at_most_20_lines():
     assert 8 < len(lines) <= 20
 
 
+@pytest.mark.slow
 def test_the_demo_command_ends_with_the_path_of_a_report(demo_run):
     lines = [line for _, text in blocks(TOP / "README.md") for line in shell_lines(text) if line.startswith("bash")]
     assert lines == ["bash scripts/demo.sh", "bash scripts/test.sh"]  # the second is what runs this test
@@ -101,6 +103,7 @@ def test_the_demo_command_ends_with_the_path_of_a_report(demo_run):
     assert report.read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.skipif(not (DATA / "mnist.tar.xz").exists(), reason=f"needs {DATA}/mnist.tar.xz (GRADINDEX_DATA)")
 def test_the_commands_on_real_data_run(tmp_path, quick_forms):
@@ -114,6 +117,7 @@ def test_the_commands_on_real_data_run(tmp_path, quick_forms):
     assert [line for line in missed if not line.startswith("flipped labels found at 10%")] == []
 
 
+@pytest.mark.slow
 def test_the_page_on_tasks_runs_from_top_to_bottom(tmp_path):
     (tmp_path / "my_training.py").write_text(MY_TRAINING)
     told = blocks(TOP / "docs" / "tasks.md")
@@ -125,6 +129,7 @@ def test_the_page_on_tasks_runs_from_top_to_bottom(tmp_path):
     assert {"2024-01-31", "2024-02-02"} <= set(printed.split())
 
 
+@pytest.mark.slow
 def test_the_pages_by_task_run_after_readmes_first_steps(tmp_path, monkeypatch):
     (tmp_path / "my_training.py").write_text(MY_TRAINING)
     first = [text for language, text in blocks(TOP / "README.md") if language == "python"][:2]

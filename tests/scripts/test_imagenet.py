@@ -86,6 +86,7 @@ def shards(store):
     return {path.name: path.read_bytes() for path in (store / "shards").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_thousand_classes_with_odd_and_broken_pictures(whole, folder):
     assert whole.ids.tolist() == [i for i in range(SEEN) if i not in (TRUNCATED, EMPTY, TEXT)]
     assert whole.verify() == []
@@ -97,6 +98,7 @@ def test_a_thousand_classes_with_odd_and_broken_pictures(whole, folder):
     assert found == {str(path_of(folder, i).relative_to(folder)) for i in (TRUNCATED, EMPTY, TEXT)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", [GREY, CMYK, PALETTE, ALPHA, 7])
 def test_a_row_is_that_of_the_picture_in_rgb_through_the_last_layer(whole, folder, options, label):
     parsed = task_of.parser(None)
@@ -115,6 +117,7 @@ def test_a_row_is_that_of_the_picture_in_rgb_through_the_last_layer(whole, folde
     np.testing.assert_allclose(whole.self_influence(np.array([label]))[0], expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_broken_picture_stops_a_build_by_name_and_what_is_sound_stays(options, folder, tmp_path, capsys):
     for workers in ("0", "2"):
         rows = [*ROWS[:-1], workers]
@@ -129,6 +132,7 @@ def test_a_broken_picture_stops_a_build_by_name_and_what_is_sound_stays(options,
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_a_picture_that_breaks_on_the_way_stops_the_build_and_nothing_wrong_is_stored(few, tmp_path):
     rows = ["--dim", "9", "--batch-size", "2", "--shard-rows", "2", "--workers", "1", "--out", str(tmp_path / "store")]
     last = path_of(tmp_path / "imagenet", 2, 1)  # id 9, which no check before the build looks at
@@ -142,6 +146,7 @@ def test_a_picture_that_breaks_on_the_way_stops_the_build_and_nothing_wrong_is_s
     assert shards(tmp_path / "store") == shards(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_build_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(whole, options, tmp_path, capsys):
     arguments = [*options, *ROWS, "--out", str(tmp_path / "store"), "--broken", "skip"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -160,6 +165,7 @@ def test_a_build_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(whol
     assert (tmp_path / "store" / "manifest.json").read_bytes() == (whole.folder / "manifest.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_parts_and_a_seal_are_one_build(whole, options, tmp_path, capsys):
     arguments = [*options, *ROWS, "--out", str(tmp_path / "store"), "--broken", "skip"]
     with pytest.raises(GradIndexError, match=r"store.checked.jsonl does not say yet .* with --check in their place"):
@@ -175,6 +181,7 @@ def test_parts_and_a_seal_are_one_build(whole, options, tmp_path, capsys):
     assert (tmp_path / "store" / "manifest.json").read_bytes() == (whole.folder / "manifest.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_and_stops(few, tmp_path, capsys, monkeypatch):
     out = ["--out", str(tmp_path / "store"), "--factors", "float16"]
     build.main([*few, *out, "--dry-run"])
@@ -187,6 +194,7 @@ def test_a_dry_run_tells_and_stops(few, tmp_path, capsys, monkeypatch):
         build.main([*few, *out])
 
 
+@pytest.mark.slow
 def test_asking_about_pictures_of_val_and_about_files(whole, options, folder, tmp_path, capsys):
     page = tmp_path / "page.html"
     query.main([str(whole.folder), *options, "--position", "2", "-k", "3", "--html", str(page)])
@@ -204,6 +212,7 @@ def test_asking_about_pictures_of_val_and_about_files(whole, options, folder, tm
     assert float(with_itself) == pytest.approx(whole.self_influence(np.array([CMYK])).sum(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_file_without_a_class_is_asked_about_as_the_last_checkpoint_sees_it(few, tmp_path, capsys):
     build.main([*few, "--out", str(tmp_path / "store"), "--dim", "50"])
     model = resnet.resnet14(3, made.WIDTH)
@@ -224,6 +233,7 @@ def test_a_file_without_a_class_is_asked_about_as_the_last_checkpoint_sees_it(fe
         query.main([str(tmp_path / "store"), *few[:-2], "--checkpoint", few[-3], "--position", "0"])
 
 
+@pytest.mark.slow
 def test_all_pictures_ranked_by_self_influence(whole, folder, tmp_path, capsys):
     table, page = tmp_path / "all.csv", tmp_path / "page.html"
     places = ["--data", str(folder), *SMALL, "--csv", str(table), "--html", str(page)]
@@ -242,6 +252,7 @@ def test_all_pictures_ranked_by_self_influence(whole, folder, tmp_path, capsys):
     assert table.read_text() == "somebody's own"
 
 
+@pytest.mark.slow
 def test_the_check_goes_on_where_it_was_and_sees_what_was_replaced(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "data")
     files = pictures.list_files(tmp_path / "data", "train", pictures.find_classes(tmp_path / "data"))
@@ -338,6 +349,7 @@ def test_names_come_from_any_text_file_of_synsets(tmp_path):
         pictures.read_names(tmp_path / "names.txt", ["n4"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -389,6 +401,7 @@ def test_checkpoints_with_recorded_rates_and_a_factory_of_ones_own(few, tmp_path
     assert store.manifest.row_type == "int8"
 
 
+@pytest.mark.slow
 def test_the_network_is_torchvisions_by_its_names_and_sizes():
     state = resnet.resnet50().state_dict()
     assert len(state) == 320
@@ -406,6 +419,7 @@ def test_the_network_is_torchvisions_by_its_names_and_sizes():
     assert "layer1.1.downsample.0.weight" not in state
 
 
+@pytest.mark.slow
 def test_the_real_network_at_224_pixels_takes_18_kb_of_factors_at_three_checkpoints(tmp_path, capsys):
     root = made.make_folder(tmp_path / "data", [1, 1] + [0] * 998, val=0)
     options = ["--data", str(root), *made.make_checkpoints(tmp_path, 1000, [0.1], 64, resnet.resnet50)]
@@ -429,12 +443,14 @@ def test_quick_runs_end_to_end(script, quick_forms):
     assert f"{LAST[script]}\n" in said
 
 
+@pytest.mark.slow
 def test_quick_goes_alone():
     command = [sys.executable, SCRIPTS / "build.py", "--quick", "--out", "x"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "Error: --quick goes alone, without other options.\n")
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_and_projects(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(TOP / "scripts" / "bench")
     script = str(TOP / "scripts" / "bench" / "imagenet.py")
@@ -450,6 +466,7 @@ def test_the_benchmark_measures_and_projects(tmp_path, monkeypatch, capsys):
     assert "estimated, not measured: one H100 at 40%" in (tmp_path / "imagenet.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_run(few, tmp_path, monkeypatch, capsys):
     """Those of docs/imagenet.md, on twelve pictures instead of 1.28 million, and a network less deep."""
     monkeypatch.chdir(tmp_path)

@@ -33,6 +33,7 @@ def wheel(made_once):
     return next(made_once("wheel", build).glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_the_templates_and_the_digits(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -41,6 +42,7 @@ def test_the_wheel_holds_every_module_the_templates_and_the_digits(wheel):
     assert names == set(tracked.stdout.split()) | data
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_the_wheel_outside_the_checkout(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
@@ -74,6 +76,7 @@ def test_every_error_is_ours_and_the_builtin_that_callers_expect():
         assert error is errors.GradIndexError or len(error.__mro__) > 4
 
 
+@pytest.mark.slow
 def test_importing_takes_well_under_a_second_more_than_torch_and_no_optional_package(tmp_path):
     optional = ("faiss", "matplotlib", "jinja2", "safetensors", "pyarrow", "PIL", "sklearn", "scipy")
     code = f"""

@@ -104,6 +104,7 @@ def test_mislabelled_examples_have_high_self_influence_and_putting_them_right_he
     assert (results / "mislabelled.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @needs("california_housing.csv")
 def test_housing_explains_prices_and_draws_its_maps(results):
@@ -127,6 +128,7 @@ def test_proponents_of_a_headline_share_its_class(results):
     assert (results / "news.html").read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_news_takes_files_of_dbpedias_layout(tmp_path):
     topics = {"Company": "firm sells goods", "Plant": "green leaf grows", "Film": "actor plays scene"}
     lines = [

@@ -25,6 +25,7 @@ def tasks(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_a_training_that_was_cut_off_ends_as_if_nothing_had_happened(tasks, tmp_path, monkeypatch):
     cifar10, _ = tasks
     torch.manual_seed(0)

@@ -66,6 +66,7 @@ def test_a_build_whose_rows_do_not_fit_their_type_names_the_example(tmp_path):
     assert gradindex.build(task, tmp_path / "store2", row_type="int8").verify() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row_type", ROW_TYPES)
 def test_every_type_answers_nearly_as_float32_does(tmp_path, row_type):
     task = toys.make_task(tmp_path, n_train=200)
@@ -82,6 +83,7 @@ def test_every_type_answers_nearly_as_float32_does(tmp_path, row_type):
     assert mapped.dtype.itemsize == sizes[row_type]
 
 
+@pytest.mark.slow
 def test_row_bytes_are_those_of_the_type(tmp_path):
     task = toys.make_task(tmp_path)
     dims = {"float32": 24, "float16": 48, "bfloat16": 48, "int8": 84}  # int8 has three scales of 4 bytes as well

@@ -130,6 +130,7 @@ def test_stores_of_version_1_are_read(row_type, tolerance):
         np.testing.assert_allclose(formed, expected[store.ids, checkpoint], rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_golden_stores_are_what_would_be_written_now(tmp_path):
     """But for what depends on versions of torch and HDF5: checksums of checkpoint files and places in a file."""
     code = runpy.run_path(str(GOLDEN.parents[1] / "scripts" / "golden_store.py"))

@@ -68,6 +68,7 @@ def snapshot(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_goes_on_and_ends_as_if_nothing_had_happened(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gradindex.Task, "check_reads_repeat", lambda self: None)
     monkeypatch.setattr(gradindex.Task, "data_fingerprint", lambda self: "always the same")
@@ -99,6 +100,7 @@ def test_an_interrupted_build_goes_on_and_ends_as_if_nothing_had_happened(task, 
     assert store.verify() == []
 
 
+@pytest.mark.slow
 def test_a_planned_shard_that_is_not_whole_is_computed_again(task, built, tmp_path):
     gradindex.building.build_part(task, tmp_path / "parts", (1, 1), **OPTIONS)
     folder = tmp_path / "parts" / "shards"
@@ -109,6 +111,7 @@ def test_a_planned_shard_that_is_not_whole_is_computed_again(task, built, tmp_pa
     assert shards(again.folder) == shards(built.folder)
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_damaged_before_the_build_ends_is_computed_again(task, built, tmp_path):
     gradindex.building.build_part(task, tmp_path / "parts", (1, 1), **OPTIONS)
     flip(tmp_path / "parts" / "shards" / "0001-00001.h5")  # the whole file is one block
@@ -143,6 +146,7 @@ OTHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OTHERS)
 def test_another_tasks_build_is_refused_with_what_differs_and_left_alone(built, task, tmp_path, case):
     change, options, message = OTHERS[case]
@@ -193,6 +197,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DAMAGES)
 def test_verify_finds_and_names_damage(built, case):
     harm, messages = DAMAGES[case]
@@ -223,6 +228,7 @@ MANIFESTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MANIFESTS)
 def test_a_damaged_manifest_is_refused(built, case):
     change, message = MANIFESTS[case]
@@ -296,6 +302,7 @@ def test_a_full_disk_leaves_finished_shards_and_no_rubbish(task, tmp_path, monke
     assert gradindex.build(task, tmp_path / "store", **OPTIONS).verify() == []
 
 
+@pytest.mark.slow
 def test_workers_read_the_same_examples(task, built, tmp_path):
     other = gradindex.build(task, tmp_path / "other", **OPTIONS, workers=2)
     np.testing.assert_array_equal(other.rows(np.arange(12)), built.rows(np.arange(12)))
@@ -307,6 +314,7 @@ def test_impossible_sizes_are_refused(task, tmp_path, options):
         gradindex.build(task, tmp_path / "store", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "shards"), [(30, [10, 10, 10]), (100, [25, 25, 25, 25])])
 def test_a_large_store_has_a_limited_number_of_files(n, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "_SHARD_ROWS", 10)

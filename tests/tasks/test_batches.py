@@ -270,6 +270,7 @@ def test_containers_keep_their_types():
     assert batch["objects"][0] is X
 
 
+@pytest.mark.slow
 def test_transformers_batches_keep_their_attributes():
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_outputs import SequenceClassifierOutput
@@ -477,6 +478,7 @@ def loss(model, batch):
     return nn.functional.cross_entropy(model(x, lengths), y, reduction="none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["packed", "lists of lengths"])
 def test_what_cannot_be_cut_into_examples_takes_the_loop(tmp_path, kind):
     torch.manual_seed(7)
@@ -553,6 +555,7 @@ print(*[digest(item).hex() for item in items])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_digests_of_odd_values_are_the_same_in_every_process(capsys):
     exec(PROGRAM, {"__name__": "__main__"})
@@ -612,6 +615,7 @@ def test_digests_of_stores_that_are_there_stay():
     assert digest(item).hex() == "c4f7226e4c015d6b44c23bd931dc3b329781082095e2510510b43ea856be3e1b"
 
 
+@pytest.mark.slow
 def test_a_build_of_objects_equals_one_of_tuples(tmp_path):
     task = toys.make_task(tmp_path)
     plain = gradindex.build(task, tmp_path / "plain")

@@ -345,6 +345,7 @@ def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path, monkeypatch, case)
         assert "truncated" not in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zip", "old", "safetensors"])
 def test_random_damage_is_an_error_of_one_line_or_no_change(tmp_path, model, kind):
     path = tmp_path / ("w_1.safetensors" if kind == "safetensors" else "w_1.pt")

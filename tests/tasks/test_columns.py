@@ -307,6 +307,7 @@ def gaps_as_none(values):
     return [None if value != value else value for value in values]
 
 
+@pytest.mark.slow
 def test_every_kind_of_pandas_series_is_stored_by_place(pd, tmp_path):
     cases = series(pd)
     task = toys.make_task(tmp_path, columns={name: values for name, (values, _) in cases.items()})
@@ -350,6 +351,7 @@ def gaps(tmp_path):
     return task, gradindex.build(task, tmp_path / "store", **OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "expected"),
     [
@@ -381,6 +383,7 @@ def test_a_filter_can_ask_for_dates_and_for_what_is_missing(gaps, where, expecte
     assert sorted(hits.of(0)[0].tolist()) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("condition", "expected"), [("word", [2, 7]), ("number", [2, 5]), ("day", [3])])
 def test_nothing_after_the_sign_asks_for_what_is_missing(gaps, condition, expected):
     task, store = gaps
@@ -494,6 +497,7 @@ def test_a_change_of_a_date_is_seen_and_a_gap_is_none(gaps):
             gradindex.add(replace(task, columns={**task.columns, "day": days}), store.folder)
 
 
+@pytest.mark.slow
 def test_stores_of_dates_merge_and_shards_of_them_are_repaired(gaps, tmp_path):
     task, store = gaps
     build = lambda ids, name: gradindex.build(  # noqa: E731

@@ -360,6 +360,7 @@ def around(kind, model):
     return DataParallel(wrapped) if "parallel" in kind else wrapped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parallel", "compiled", "compiled layer", "compiled and parallel"])
 def test_names_are_those_of_the_model_inside(tmp_path, kind):
     model = toys.mlp()

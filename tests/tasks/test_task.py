@@ -163,6 +163,7 @@ print(digest(({"a": torch.ones(2), "b": [1, "x", None, 2.5, True]}, np.float32(3
 """
 
 
+@pytest.mark.slow
 def test_a_digest_is_the_same_in_another_process(capsys):
     exec(DIGEST, {"__name__": "__main__"})
     here = capsys.readouterr().out

@@ -72,6 +72,7 @@ def case(request, tmp_path):
     return replace(task, checkpoints=[gradindex.Checkpoint(path, learning_rate=RATE, step=1)]), path, then, now
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_changes_during_a_build_changes_no_row_and_no_digest(case, tmp_path, change):
     task, path, then, now = case
@@ -84,6 +85,7 @@ def test_a_file_that_changes_during_a_build_changes_no_row_and_no_digest(case, t
     assert store.manifest.map.checkpoints[0].sha256 == hashlib.sha256(then).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_open_retriever_keeps_its_weights(case, tmp_path, change):
     task, path, _, now = case
