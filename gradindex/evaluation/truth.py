@@ -142,7 +142,7 @@ def real(retriever: Retriever, n_query: int, k: int, seed: int = 0) -> Truth:
     if n == 0:
         raise ArgumentError("The task has no query data. Give Task(query=...), or leave the task out.")
     queries = [int(q) for q in np.random.default_rng(seed).choice(n, min(n_query, n), replace=False)]
-    asked = retriever.ask(queries)
+    asked = retriever.prepare(queries)
     own = np.full(len(asked), -1)
     return truth_from(
         asked.rows, retriever.exact_pieces(asked), own, k, "against exact scores, the task's queries", seed

@@ -71,9 +71,9 @@ def test_a_toy_kind_is_made_saved_loaded_and_searched(store, floats):
     rows = gradindex.GradientStore(folder).rows(np.arange(300))
     found = loaded.search(rows[:20], 10)[1]
     assert toys.share(found, np.argsort(-rows[:20] @ rows.T, axis=1)[:, :10]) > 0.95
-    retriever = gradindex.load(folder, task)
+    retriever = gradindex.load(task, folder)
     assert "floats" in retriever.search_note
-    exact = gradindex.load(folder, task, use_index=False).proponents([0, 1], 5)
+    exact = gradindex.load(task, folder, use_index=False).proponents([0, 1], 5)
     np.testing.assert_array_equal(retriever.proponents([0, 1], 5).ids, exact.ids)
 
 
