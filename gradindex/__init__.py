@@ -1,10 +1,10 @@
 """gradindex: which training examples made my model do this?
 
-A retrieval system for training-data influence by TracIn (Pruthi et al. 2020,
-arXiv:2002.08484). Start with :class:`Task`, :func:`build` and :func:`load`. What else can be done
-with a store is in :mod:`gradindex.store` (remove, compact, merge, seal, export) and
-:mod:`gradindex.growth` (add checkpoints, repair); :mod:`gradindex.evaluation` makes and measures indexes;
-:mod:`gradindex.checkpoint` chooses among many checkpoints (evenly, by_loss_drop).
+A search engine for training-data influence by TracIn (Pruthi et al. 2020, arXiv:2002.08484).
+Start with :class:`Task`, :func:`build` and :func:`load`. To change a store, see
+:mod:`gradindex.store` (remove, compact, merge, seal, export) and :mod:`gradindex.growth` (add
+checkpoints, repair). :mod:`gradindex.evaluation` builds and measures indexes;
+:mod:`gradindex.checkpoint` selects from many checkpoints (evenly, by_loss_drop).
 """
 
 from __future__ import annotations

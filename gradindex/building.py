@@ -79,9 +79,9 @@ def build(
 
     Args:
         task: the model, its checkpoints and its training data.
-        out: an empty or missing folder, or one that the same build began.
-        options: what rows are made and how they are stored.
-        part: (i, n), to make only the i-th of n parts, see :func:`build_part`.
+        out: an empty or missing folder, or one where the same build was started.
+        options: how rows are computed and stored.
+        part: (i, n), to build only the i-th of n parts, see :func:`build_part`.
         **keywords: fields of :class:`~gradindex.BuildOptions`, such as ``row_type="int8"``; they replace those of
             ``options``.
 
@@ -89,7 +89,7 @@ def build(
         The complete store; ``None`` for a part.
 
     Raises:
-        GradIndexError: the task, its data or the folder cannot be used; finished shards stay.
+        GradIndexError: the task, its data or the folder cannot be used; finished shards are kept.
     """
     check_part(part)
     _build(task, Path(out), part, chosen(options, keywords, BuildOptions))
@@ -104,17 +104,17 @@ def build_part(
     options: BuildOptions | None = None,
     **keywords: Unpack[BuildKeywords],
 ) -> None:
-    """Make every n-th shard of a build, beside processes that make the others; then call :func:`seal`.
+    """Build every n-th shard, in parallel with processes that build the others; then call :func:`seal`.
 
     Args:
         task: the same for all parts.
-        out: a folder that all processes see.
+        out: a folder that all processes share.
         part: (i, n), the i-th of n parts, from 1 on.
         options: as for :func:`build`, the same for all parts.
         **keywords: as for :func:`build`, the same for all parts.
 
     Raises:
-        GradIndexError: as for :func:`build`, or another process makes the same part.
+        GradIndexError: as for :func:`build`, or another process is building the same part.
     """
     build(task, out, options=options, part=part, **keywords)
 
@@ -127,13 +127,13 @@ def estimate(
     part: Part | None = None,
     **keywords: Unpack[BuildKeywords],
 ) -> Estimate:
-    """What a build will take: disk, memory and time, the last from a few timed batches; nothing is written.
+    """Estimate what a build will take: disk, memory, and time from a few timed batches; nothing is written.
 
     Args:
         task: as for :func:`build`.
-        out: as for :func:`build`; what is there of the same build counts as done.
+        out: as for :func:`build`; finished shards of the same build count as done.
         options: as for :func:`build`.
-        part: (i, n), time and rows of the i-th of n parts alone.
+        part: (i, n), for time and rows of only the i-th of n parts.
         **keywords: as for :func:`build`.
 
     Raises:
@@ -231,8 +231,8 @@ def _begin_build(
         begun = job.after.batch_size
         if options.batch_size not in (None, begun):
             raise MismatchError(
-                f"{folder} holds a build that was begun with batch_size {begun}, but {options.batch_size} is asked "
-                "for. Go on without batch_size, choose another folder, or delete this one."
+                f"{folder} holds a build that was started with batch_size {begun}, not {options.batch_size}. "
+                "Rerun it without batch_size to resume, choose another folder, or delete this one."
             )
         check_room(folder, job.bytes_missing(columns))
         return job

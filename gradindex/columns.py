@@ -28,8 +28,8 @@ _LONGEST_TEXT = 1 << 16
 _EXACT = 1 << 53
 
 # Families of values; what is missing ("-") goes with each, whole numbers go with fractions, and nothing else mixes.
-_WORDS = {"b": "true or false", "i": "whole numbers", "f": "fractions", "U": "texts", "D": "dates"}
-_NEEDS = "a column must hold numbers, booleans, texts or dates, one for each example."
+_WORDS = {"b": "booleans", "i": "integers", "f": "floats", "U": "strings", "D": "dates"}
+_NEEDS = "a column must hold numbers, booleans, strings or dates, one for each example."
 
 
 class Column:
@@ -119,7 +119,7 @@ class Column:
             elif present:
                 array = np.asarray([value for _, value in present])
                 if array.dtype.kind == "O":
-                    raise TaskError(f"{self._name} holds whole numbers beyond 64 bits. Give them as text.")
+                    raise TaskError(f"{self._name} holds integers beyond 64 bits. Give them as text.")
                 dtypes.add(array.dtype)
                 whole = (
                     [int(value) for _, value in present if kinds[type(value)] == "i"] if "i" in kinds.values() else []
@@ -148,9 +148,9 @@ class Column:
         if joined.kind != "f" and gaps:
             joined = np.dtype(float)
         if joined.kind == "f" and largest > _EXACT:
-            why = "values that are missing" if gaps else "other numbers"
+            why = "missing values" if gaps else "other numbers"
             raise TaskError(
-                f"{self._name} holds the whole number {largest} beside {why}, which no float64 can hold to the digit. "
+                f"{self._name} mixes the integer {largest} with {why}, and float64 cannot represent it exactly. "
                 "Give the numbers as text."
             )
         return joined.newbyteorder("<").str
@@ -174,7 +174,7 @@ class Column:
                 size = len(text) if text.isascii() else len(text.encode())
             except UnicodeEncodeError as error:
                 raise TaskError(
-                    f"{self._name} holds text that is no Unicode ({error.reason}; at place {place}). Replace it."
+                    f"{self._name} holds text that is not Unicode ({error.reason}; at place {place}). Replace it."
                 ) from None
             if size > _LONGEST_TEXT:
                 raise TaskError(
@@ -183,12 +183,12 @@ class Column:
                 )
             if text == MISSING_TEXT:
                 raise TaskError(
-                    f"{self._name} holds the text {text!a} (at place {place}), which stands for a missing one in the "
-                    "store. Give None."
+                    f"{self._name} holds the text {text!a} (at place {place}), which marks a missing value in the "
+                    "store. Use None."
                 )
             if text.endswith("\0"):
                 raise TaskError(
-                    f"{self._name} holds a text that ends in a zero character (at place {place}), which pads texts in "
+                    f"{self._name} holds a text that ends in a NUL character (at place {place}), which pads text in "
                     "the store. Strip it."
                 )
 
@@ -201,9 +201,9 @@ def _by_place(name: str, values: Any) -> Any:
     """
     what = f"{name} is a {type(values).__name__}"
     if isinstance(values, (str, bytes)):
-        raise TaskError(f"{what}, one text, but needs one value for each example. Give a list.")
+        raise TaskError(f"{what}, a single text, but needs one value for each example. Give a list.")
     if isinstance(values, (Set, Mapping)) and not isinstance(values, (KeysView, ItemsView)):
-        raise TaskError(f"{what}, which has no order of places. Give a list, one value for each example.")
+        raise TaskError(f"{what}, which has no order. Give a list with one value for each example.")
     if isinstance(values, (KeysView, ItemsView, ValuesView)):
         values = list(values)
     if isinstance(values, Sequence):
@@ -226,7 +226,7 @@ def _by_place(name: str, values: Any) -> Any:
         return values if values.dtype.kind != "O" else values.tolist()
     if not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
         way = "list(...)" if hasattr(values, "__next__") else "a list"
-        raise TaskError(f"{what} without places, but needs one value for each example. Give {way}.")
+        raise TaskError(f"{what}, which cannot be indexed, but needs one value for each example. Give {way}.")
     return values
 
 
@@ -305,8 +305,7 @@ def positions_of(name: str, given: Any, n: int, data: str) -> NDArray[np.int64]:
     for value in values:
         if not is_whole(value):
             raise ArgumentError(
-                f"{name} holds {_short(value)}, a {type(value).__name__}, but positions are whole numbers from 0 to "
-                f"{n - 1}."
+                f"{name} holds {_short(value)}, a {type(value).__name__}, but positions are integers from 0 to {n - 1}."
             )
         if not 0 <= value < n:
             raise ArgumentError(f"{name} holds {int(value)}, but positions in {data} go from 0 to {n - 1}.")

@@ -141,7 +141,7 @@ def run(out: Path) -> Path:
     with clock("all test digits: the index alone"):
         answers = {"the index alone": retriever.proponents(queries, k=100, rerank="rows")}
     with clock("all test digits: the index, then exact scores"):
-        answers["its best 300, settled by exact scores"] = retriever.proponents(queries, k=100, candidates=300)
+        answers["its best 300, re-ranked by exact score"] = retriever.proponents(queries, k=100, candidates=300)
     with clock("all test digits: exact scores of every pair"):
         truth = exact_scores(task, [task.query[i] for i in queries])  # type: ignore[index]  # it has query data
 

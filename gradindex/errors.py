@@ -22,7 +22,7 @@ class GradIndexError(Exception):
 
 
 class ArgumentError(GradIndexError, ValueError):
-    """A value that the caller gave is outside what is possible."""
+    """An argument is out of range or of the wrong type."""
 
 
 class TaskError(GradIndexError, ValueError):
@@ -65,7 +65,7 @@ class StoreError(GradIndexError, RuntimeError):
 
 
 class StoreChangedError(StoreError):
-    """A store went on while it was open, without the files that were asked for: open it again and ask again."""
+    """A store changed while it was open and no longer has the files that were needed: open it again and retry."""
 
 
 class IndexFileError(GradIndexError, RuntimeError):
@@ -73,11 +73,11 @@ class IndexFileError(GradIndexError, RuntimeError):
 
 
 class RecallError(GradIndexError, RuntimeError):
-    """No index keeps the recall that was asked for."""
+    """No index reaches the requested recall."""
 
 
 class DimensionMismatchError(GradIndexError, ValueError):
-    """Two arrays whose last axes must agree do not."""
+    """Two arrays whose last axes must match do not."""
 
 
 class MismatchError(GradIndexError, ValueError):
@@ -158,10 +158,10 @@ def joined_names(names: Sequence[str]) -> str:
 def left_out(names: Sequence[str]) -> str:
     """How to leave examples out, as a sentence: training examples by ``skip``, others by not asking about them."""
     if not all(name.startswith(_TRAINING) for name in names):
-        return f"Mend {'it' if len(names) == 1 else 'them'}, or ask without {'it' if len(names) == 1 else 'them'}."
+        return f"Fix {'it' if len(names) == 1 else 'them'}, or drop {'it' if len(names) == 1 else 'them'}."
     ids = ", ".join(name.removeprefix(_TRAINING) for name in names[:_SHOWN])
     more = ", ..." if len(names) > _SHOWN else ""
-    return f"Mend {'it' if len(names) == 1 else 'them'}, or leave out with Task(skip=[{ids}{more}])."
+    return f"Fix {'it' if len(names) == 1 else 'them'}, or skip with Task(skip=[{ids}{more}])."
 
 
 def as_whole(name: str, value: Any) -> int:
@@ -176,7 +176,7 @@ def as_whole(name: str, value: Any) -> int:
         return operator.index(value)
     except (TypeError, ValueError):
         shown = " ".join(repr(value).split())[:80]
-        raise ArgumentError(f"{name} is {shown}, a {type(value).__name__}, but must be a whole number.") from None
+        raise ArgumentError(f"{name} is {shown}, a {type(value).__name__}, but must be an integer.") from None
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str], more: str = "") -> None:

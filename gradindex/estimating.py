@@ -75,7 +75,7 @@ class Estimate:
         lines = (
             f"rows    {self.rows:,} of {self.dim:,} numbers{done}",
             f"disk    {_size(self.disk_bytes)} in all ({_size(self.row_bytes)} a row{factors}), "
-            f"{_size(self.disk_left_bytes)} to be written; {_size(self.free_bytes)} free"
+            f"{_size(self.disk_left_bytes)} still to write; {_size(self.free_bytes)} free"
             + ("" if self.fits else ": NOT ENOUGH"),
             f"memory  {_size(self.weight_bytes)} for weights, {_size(self.pass_bytes)} for a batch of "
             f"{self.batch_size}, beside Python and PyTorch",

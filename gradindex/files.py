@@ -51,7 +51,7 @@ def regular(path: Path) -> io.FileIO:
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(number).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         return io.FileIO(number, "rb")
     except BaseException:
         os.close(number)
@@ -72,7 +72,7 @@ def own_file(path: Path, flags: int) -> int:
         raise
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return number
 
 
@@ -135,7 +135,7 @@ def storing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StoreError(f"{path} cannot be written: {reason}. What was finished is kept.") from None
+        raise StoreError(f"{path} cannot be written: {reason}. Finished work is kept.") from None
 
 
 def flush(path: Path) -> None:

@@ -96,7 +96,7 @@ def fill(
     job.tidy(part)
     done, total = job.rows_done(part)
     if done:
-        note(f"{job.folder}: going on, {done:,} of {total:,} rows are there")
+        note(f"{job.folder}: resuming, {done:,} of {total:,} rows are done")
     with (
         threads(job.after.threads),
         reading_processes(),

@@ -41,9 +41,9 @@ def add(
     options: ComputeOptions | None = None,
     **keywords: Unpack[ComputeKeywords],
 ) -> GradientStore:
-    """Add the training examples that a task has beyond those of its store; call it again to go on.
+    """Add a task's new training examples to its store; call it again to resume after an interruption.
 
-    Their ids are their positions in ``task.train``, which begins with the examples that are there already.
+    Their ids are their positions in ``task.train``, which must start with the examples that the store already has.
 
     Args:
         task: the one that the store was built from, with more training data.
@@ -52,7 +52,7 @@ def add(
         **keywords: fields of :class:`~gradindex.options.ComputeOptions`, such as ``device="cuda"``.
 
     Returns:
-        The store, as it was if there is nothing to add.
+        The store; unchanged if there is nothing to add.
 
     Raises:
         MismatchError: the task is not the store's; says what differs.
@@ -84,9 +84,9 @@ def add_checkpoint(
     options: ComputeOptions | None = None,
     **keywords: Unpack[ComputeKeywords],
 ) -> GradientStore:
-    """Add the checkpoints that a task has beyond those of its store, at the end; the others are not computed again.
+    """Append a task's new checkpoints to its store; gradients of the others are not recomputed.
 
-    Rows of removed training examples are left out. Call it again to go on after an interruption.
+    Rows of removed training examples are dropped. Call it again to resume after an interruption.
 
     Args:
         task: the one that the store was built from, with checkpoints appended.
@@ -119,7 +119,7 @@ def add_checkpoint(
             described = describe(engine, projection, manifest.map.unit_norm)
             if described.layers != manifest.map.layers:
                 raise MismatchError(
-                    f"The new checkpoints of {store.folder} need other routes for the layers. Build a new store."
+                    f"The new checkpoints of {store.folder} need different routes for the layers. Build a new store."
                 )
             longer = replace(manifest.map, checkpoints=manifest.map.checkpoints + described.checkpoints)
             if projection.fitted and Job.pending(store.folder) is None:
@@ -170,7 +170,7 @@ def repair(
             _check_columns(intact, task)
             if basis is not None:
                 _refit(store, engine, basis)
-                said.append(f"{basis} They were fitted again.")
+                said.append(f"{basis} They were refitted.")
             maker = row_maker(engine, manifest, store.bases())
             for number, problem in damaged:
                 columns = partial(task.column_arrays, "train")
@@ -181,7 +181,7 @@ def repair(
                 ):
                     for _, rows in batches(maker, task, ids, manifest, options.workers, []):
                         writer.append(rows)
-                said.append(f"{problem}: computed again")
+                said.append(f"{problem}: recomputed")
     return said
 
 
@@ -192,7 +192,7 @@ def _refit(store: GradientStore, engine: Engine, problem: str) -> None:
     with threads(manifest.threads):
         fitted = fit_bases(engine, projection, manifest.batch_size, n)
     if digest_of_bases(fitted) != manifest.map.bases:
-        raise StoreError(f"{problem} Fitting them again gives others, on this machine or with this version of torch.")
+        raise StoreError(f"{problem} Refitting gives different bases on this machine or with this version of torch.")
     with storing(store.folder):
         write_bases(store.folder, fitted)
 

@@ -39,7 +39,7 @@ def check_task(store: GradientStore, engine: Engine) -> None:
     elif not differing:
         changed = task.differing(store.samples())
         if changed:
-            differing.append(f"data (training example {changed[0]}, for one)")
+            differing.append(f"data (such as training example {changed[0]})")
     if differing:
         raise MismatchError(
             f"The task does not match {store.folder}: {'; '.join(differing)} differ. "
@@ -58,8 +58,8 @@ def hint_at_frozen(stored: RowMap, engine: Engine) -> str:
         return ""
     also = next(name for name in names if name in frozen)
     return (
-        f" The store also tracks {len(frozen)} parameters that were not trained ({also}, for one), as layers='*' does, "
-        "once the default."
+        f" The store also tracks {len(frozen)} parameters that were not trained (such as {also}), as layers='*' does, "
+        "formerly the default."
     )
 
 
@@ -89,7 +89,7 @@ def check_losses(
     ).all(1)
     if not agree.all():
         raise MismatchError(
-            f"The task does not match {folder}: the losses of training examples (of {stored[int(agree.argmin())][0]}, "
-            "for one; so the model's code, the loss or the example) differ. "
+            f"The task does not match {folder}: the losses of training examples (such as "
+            f"{stored[int(agree.argmin())][0]}; so the model's code, the loss or the example) differ. "
             "Use the task that the store was built from, or build a new store."
         )

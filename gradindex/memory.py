@@ -49,7 +49,7 @@ def in_halves(
             wanted = re.search(r"[Tt]ried to allocate ([\d.]+) ?(\w+)", str(error))
             amount = _readable(wanted[1], wanted[2]) if wanted else "it"
             raise OutOfMemoryError(
-                f"{examples.names[0]} alone needs more memory than there is: {at()} asked for {amount}. "
+                f"{examples.names[0]} alone needs more memory than is available: {at()} requested {amount}. "
                 "Track fewer layers, shorten the example, or use a machine with more memory."
             ) from None
     half = len(examples) // 2
@@ -72,7 +72,7 @@ def parse_bytes(text: str) -> int:
     except (ValueError, OverflowError):
         value = 0
     if value < 1:
-        raise ArgumentError(f"{text!r} is no amount of memory. Write for example 500M or 2G.")
+        raise ArgumentError(f"{text!r} is not an amount of memory. Write for example 500M or 2G.")
     return value
 
 

@@ -86,14 +86,13 @@ class BuildKeywords(ComputeKeywords, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
-    """Where and how gradients are computed, which changes no row but in its last bits.
+    """Where and how gradients are computed; rows change at most in their last bits.
 
     Args:
-        device: where to compute, such as ``"cuda"``, by default where the model is.
-        channels_last: whether pictures are laid out with the channels last in memory, which changes the speed of
-            convolutions and no result but rounding; by default where the model has two-dimensional convolutions and
-            runs with it.
-        workers: processes that read examples beside the computation.
+        device: the device to compute on, such as ``"cuda"``; by default the model's.
+        channels_last: whether images use the channels-last memory layout, which changes the speed of convolutions
+            and nothing else but rounding; by default if the model has two-dimensional convolutions and supports it.
+        workers: processes that load examples in the background.
 
     Raises:
         ArgumentError: ``workers`` is out of range.
@@ -115,31 +114,32 @@ class ComputeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions(ComputeOptions):
-    """What rows are made and how they are stored.
+    """How rows are computed and stored.
 
     Args:
         device: see :class:`ComputeOptions`, as for ``channels_last`` and ``workers``.
         projection: the map from gradients to rows; by default a TensorSketch of 1,024 numbers per checkpoint.
         precision: of the gradients.
-        row_type: how rows are stored: ``"float32"``, ``"float16"`` (a number too large is an error), ``"bfloat16"``,
+        row_type: number format of stored rows: ``"float32"``, ``"float16"`` (overflow is an error), ``"bfloat16"``,
             or ``"int8"`` with a scale for each row and checkpoint.
-        factors: also store what each layer's gradient is the outer product of, in ``"float32"`` or ``"float16"``, so
-            that exact scores need no pass over training examples; for linear layers without positions alone.
+        factors: also store the two factors whose outer product is each layer's gradient, in ``"float32"`` or
+            ``"float16"``, so that exact scores need no backward pass over training examples; only for linear layers
+            without positions.
         self_influence: ``"exact"``, or ``"projected"``: the squared norm of the row, which costs nothing and is an
             estimate (with a fitted projection: too low).
-        unit_norm: divide each row by its norm: answers are ranked by the cosine of the gradients, which takes away
-            the advantage of heavy examples.
-        batch_size: examples per pass, halved where memory runs out; by default as many, up to 256, as ``memory``
-            holds. Fixed for a store once it is begun.
-        memory: bytes that a pass may take beside the weights, by default a quarter of the machine's free memory, or
-            half of what a CUDA device has free.
-        shard_rows: rows per file, rounded up to whole batches; by default 8,192, or more where that would make over
-            64 files, for each one that a query's candidates lie in takes time.
-        bases_from: another store with the same map but for its bases, whose bases a fitted projection takes, so that
+        unit_norm: divide each row by its norm: answers are ranked by the cosine of the gradients, so that examples
+            with large gradients lose their advantage.
+        batch_size: examples per pass, halved if memory runs out; by default as many, up to 256, as ``memory``
+            holds. Fixed for a store once its build has started.
+        memory: bytes that a pass may take besides the weights; by default a quarter of the machine's free memory, or
+            half of the free memory of a CUDA device.
+        shard_rows: rows per file, rounded up to whole batches; by default 8,192, or more if that would make over 64
+            files, because a query takes time for each file that holds candidates.
+        bases_from: another store with the same map except for its bases; a fitted projection reuses its bases, so that
             the two can be merged.
 
     Raises:
-        ArgumentError: one of them is out of range, or they do not go together.
+        ArgumentError: one of them is out of range, or they conflict.
     """
 
     projection: Projection | None = None  # several options on the command line

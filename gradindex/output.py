@@ -132,7 +132,7 @@ def to_json(value: Any) -> str:
 def _date(value: Any) -> str:
     if isinstance(value, datetime.date):
         return date_text(value)
-    raise TypeError(f"{type(value).__name__} is nothing that JSON has")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def _finite(value: Any) -> Any:
@@ -163,7 +163,7 @@ def check_file(path: Path, ours: bytes | None = None) -> None:
         StoreError: something is there: a device, a pipe, a folder, a link, or another file.
     """
     if path.is_symlink():
-        raise StoreError(f"{path} is a link. Give the file that it leads to, or choose another name.")
+        raise StoreError(f"{path} is a link. Give the file that it points to, or choose another name.")
     if not path.exists():
         return
     if not path.is_file():

@@ -38,20 +38,20 @@ class Recorder:
     parameter that the optimizer holds, its learning rate at its latest step, the sum of its rates
     and the number of its steps since the previous ``save``. The rates are read when the optimizer
     steps, so any scheduler (or none) is followed; steps that a gradient scaler skips do not count,
-    and neither do those of parameters that have no gradient (frozen, or not used).
+    and neither do steps of parameters without a gradient (frozen or unused).
 
     Source: Pruthi et al. 2020 (arXiv:2002.08484), section 3.3: eta_i is the step size
     between checkpoints i-1 and i.
 
     Args:
         model: the model in training, also inside DistributedDataParallel or ``torch.compile``: names
-            are saved without what these put in front.
+            are saved without the prefixes that these add.
         optimizer: its optimizer, also wrapped (as accelerate does), or a list of several: a step is
             counted when one of them steps that has stepped since the latest step was counted, so that
             two that step in turn count as one. Every parameter must belong to ``model``.
-        directory: where checkpoints go; made if missing.
+        directory: where to write checkpoints; created if missing.
         second_moments: also save Adam's bias-corrected second moments.
-        first_step: the number of steps already taken, when a training goes on.
+        first_step: the number of steps already taken, when a training run is resumed.
         overwrite: delete an earlier training's ``step_*.pt`` in ``directory`` instead of
             refusing to mix two trainings.
 
@@ -87,7 +87,7 @@ class Recorder:
         if earlier and not overwrite:
             raise ArgumentError(
                 f"{self._directory} already holds {len(earlier)} checkpoints of another training. "
-                "If this training goes on from there, pass first_step=; else choose another folder, or pass "
+                "If this run resumes that training, pass first_step=; otherwise choose another folder, or pass "
                 "overwrite=True to delete them."
             )
         for path in earlier:
@@ -144,7 +144,7 @@ class Recorder:
         """
         if loss is not None and not math.isfinite(loss):
             raise ArgumentError(
-                f"loss is {loss} at step {self.step}, but must be finite. Leave it out, or see why training diverged."
+                f"loss is {loss} at step {self.step}, but must be finite. Omit it, or check why training diverged."
             )
         self._check_that_all_are_the_models(CheckpointError)
         if not self._group_steps:
@@ -272,8 +272,8 @@ def _listened_to(given: Any, own: set[int]) -> list[torch.optim.Optimizer]:
         inside = _inside(one, own, ())
         if not inside:
             raise ArgumentError(
-                f"optimizer is a {type(one).__name__} without steps to listen to, but must be a torch.optim.Optimizer, "
-                "a wrapper around one, or a list of them."
+                f"optimizer is a {type(one).__name__} whose steps cannot be observed, but must be a "
+                "torch.optim.Optimizer, a wrapper around one, or a list of them."
             )
         found.update({id(optimizer): optimizer for optimizer in inside})
     if not found:

@@ -81,7 +81,7 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -
         with new_file(path, _MARK) as temporary:
             temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error.strerror}. Choose another place.") from None
+        raise StoreError(f"{path} cannot be written: {error.strerror}. Choose another path.") from None
 
 
 def check_page(path: Path) -> None:
@@ -229,4 +229,6 @@ def _needed() -> Iterator[None]:
         yield
     except ImportError as error:
         package = str(error.name or "a package").partition(".")[0]
-        raise DependencyError(f"Pages need {package} ({error}). Install it: pip install 'gradindex[demo]'.") from None
+        raise DependencyError(
+            f"HTML pages need {package} ({error}). Install it: pip install 'gradindex[demo]'."
+        ) from None

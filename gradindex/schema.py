@@ -47,7 +47,7 @@ def whole(least: int = 0, most: int = LARGEST) -> Check:
 
     def check(value: Any) -> None:
         if type(value) is not int or not least <= value <= most:
-            raise not_as(value, f"a whole number from {least} to {most}")
+            raise not_as(value, f"an integer from {least} to {most}")
 
     return check
 
@@ -73,7 +73,7 @@ def text(pattern: str | None = None, what: str = "a text") -> Check:
             try:
                 value.encode()
             except UnicodeEncodeError:
-                raise not_as(value, "a text of whole characters") from None
+                raise not_as(value, "valid Unicode text") from None
 
     return check
 

@@ -41,7 +41,7 @@ class Task:
     """A trained model and everything that its gradients depend on.
 
     Args:
-        model: the model; its present weights are never changed.
+        model: the model; its current weights are never changed.
         loss: ``loss(model, batch) -> (batch,)``, the training loss of each example
             (``reduction="none"``), before any mean or weight decay.
         train: the training examples, a map-style data set without random augmentation;
@@ -49,26 +49,27 @@ class Task:
         checkpoints: from training, see :func:`find_checkpoints`; one alone needs no list.
         query: the examples to ask about, usually a test set; by default none, and queries
             come from ``train``.
-        query_loss: the function of a query whose change is explained; by default ``loss``.
+        query_loss: the function of a query whose change scores explain; by default ``loss``.
         layers: which parameters are tracked: names or patterns of modules (all parameters at
             or below) or of parameters, frozen or not. ``"*"`` is every parameter. By default
-            those that were trained: that took steps according to :class:`Recorder`, and in checkpoints
-            of others those that have ``requires_grad`` in ``model``.
+            those that were trained: the ones that :class:`Recorder` saw the optimizer step, and for other
+            checkpoints the ones with ``requires_grad`` in ``model``.
         preconditioner: ``"adam"`` weighs each parameter by D = 1 / (sqrt(v) + 1e-8), with v the second
             moments that ``Recorder(second_moments=True)`` saved: D^(1/2) on both sides (remark 3.4
             of Pruthi et al. 2020). By default none, as for plain gradient descent.
         columns: by name, one value for each training example (numbers, booleans, texts or dates), such as
-            ``{"label": labels}``; stored with the rows and shown with the answers. Values are taken by their place,
-            whatever holds them; :mod:`gradindex.columns` says how dates and missing values are kept.
+            ``{"label": labels}``; stored with the rows and shown with the answers. Values are matched to examples by
+            position, whatever container holds them; :mod:`gradindex.columns` says how dates and missing values are
+            stored.
         query_columns: the same for ``query``.
-        show: ``show(item)`` returns what a person should see of an item: a picture (an array
+        show: ``show(item)`` returns how to display an item: a picture (an array
             (h, w) or (h, w, 3), or PIL), a text, or a mapping (a table row).
-        collate: makes a batch of a list of items; by default torch's ``default_collate``.
-        read_query: ``read_query(path)`` returns a sequence of items; lets the command line
-            take queries from a file.
+        collate: turns a list of items into a batch; by default torch's ``default_collate``.
+        read_query: ``read_query(path)`` returns a sequence of items; with it, the command line
+            can read queries from a file.
         name: what to call the task in reports.
         skip: positions of training examples that are never read and get no row, such as broken files, or a
-            mask with a boolean for each; the ids of the others stay.
+            mask with a boolean for each; the other examples keep their ids.
     """
 
     model: nn.Module
@@ -98,13 +99,15 @@ class Task:
             if not callable(given) and (given is not None or name in ("loss", "collate")):
                 raise TaskError(f"{name} is a {type(given).__name__}, but must be a function.")
         if not isinstance(self.name, str):
-            raise TaskError(f"name is {self.name!r}, a {type(self.name).__name__}, but must be a text.")
+            raise TaskError(f"name is {self.name!r}, a {type(self.name).__name__}, but must be a string.")
         try:
             patterns = all(isinstance(pattern, str) for pattern in self.layer_patterns or ())
         except TypeError:
             patterns = False
         if not patterns:
-            raise TaskError(f"layers is a {type(self.layers).__name__}, but must be a name or pattern, or several.")
+            raise TaskError(
+                f"layers is a {type(self.layers).__name__}, but must be a name or pattern, or a list of them."
+            )
         if self.preconditioner is not None:
             names = dict.fromkeys((*PRECONDITIONERS, *GEOMETRIES))
             if self.preconditioner not in names:
@@ -115,12 +118,12 @@ class Task:
                 raise TaskError(f"{name} has no shape yet (a lazy module). Run the model on one batch first.")
             if parameter.is_meta:
                 raise TaskError(
-                    f"{name} is on the meta device and holds no numbers. Make the model elsewhere, or give it memory "
-                    "with model.to_empty(device='cpu'): its weights come from the checkpoints."
+                    f"{name} is on the meta device and holds no data. Create the model on a real device, or call "
+                    "model.to_empty(device='cpu'): the weights come from the checkpoints."
                 )
         object.__setattr__(self, "checkpoints", _listed_checkpoints(self.checkpoints))
         if len(self.train_ids) == 0:
-            raise TaskError("skip leaves no training example. Leave at least one.")
+            raise TaskError("skip covers all training examples. Keep at least one.")
         self._by_place  # noqa: B018 - made here, where an error is the caller's to see
 
     def __repr__(self) -> str:
@@ -263,7 +266,8 @@ class Task:
             length = len(self.train)  # type: ignore[arg-type]  # as above
         if length != self.n_train:
             raise TaskError(
-                f"train had {self.n_train} examples when the task was made, but has {length} now. Make the task again."
+                f"train had {self.n_train} examples when the task was created, but has {length} now. "
+                "Create the task again."
             )
         positions = spread(self.train_ids if ids is None else ids, _READ_TWICE)
         with preserved_random_state():
@@ -273,8 +277,8 @@ class Task:
         if differing:
             raise TaskError(
                 f"Training example {differing[0]} differs between two reads ({len(differing)} of {len(positions)} "
-                "tried do), so the data set is augmented at random and its ids mean nothing. "
-                "Give Task the same data without random transforms."
+                "sampled ones do), so the data set is randomly augmented, but an id must always mean the same "
+                "example. Give Task the same data without random transforms."
             )
 
 
@@ -349,15 +353,15 @@ def _check_data_set(role: str, data: object) -> None:
             f"Give its data set: {role}=loader.dataset."
         )
     if isinstance(data, torch.Tensor):
-        raise TaskError(f"{role} is a Tensor, but items are needed as the loss gets them. Use TensorDataset(x, y).")
+        raise TaskError(f"{role} is a Tensor, but must hold items as the loss receives them. Use TensorDataset(x, y).")
     if isinstance(data, (str, bytes, Mapping)) or hasattr(data, "iloc"):
         raise TaskError(
-            f"{role} is a {type(data).__name__}, which does not hand out examples by position. Give a list of items or "
-            "a data set: of a frame, frame.to_dict('records'); of a mapping of parts, the part."
+            f"{role} is a {type(data).__name__}, which cannot be indexed by position. Give a list of items or a data "
+            "set: for a data frame, frame.to_dict('records'); for a mapping of splits, one of the splits."
         )
     if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TaskError(
-            f"{role} is a {type(data).__name__} without positions, but examples are looked up by id. "
+            f"{role} is a {type(data).__name__}, which cannot be indexed, but examples are looked up by id. "
             "Give a map-style data set with __len__ and __getitem__."
         )
     with user_code(f"len({role})"):
@@ -375,9 +379,11 @@ def _columns(role: str, values: Any, data: str, n: int) -> dict[str, Column]:
     made = {}
     for name in values:
         if not isinstance(name, str):
-            raise TaskError(f"{role} has a column {name!r}, but a name must be a text. Rename it.")
+            raise TaskError(f"{role} has a column {name!r}, but a name must be a string. Rename it.")
         if not name or "/" in name or name == ".":
-            raise TaskError(f"{role} has a column {name!r}, but a name must not be empty or hold a slash. Rename it.")
+            raise TaskError(
+                f"{role} has a column {name!r}, but a name must not be empty or contain a slash. Rename it."
+            )
         if "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
             raise TaskError(f"{role} has a column {name!a}, but a name must be Unicode without NUL. Rename it.")
         made[name] = Column(f"{role}[{name!r}]", values[name], n, data)

@@ -64,8 +64,8 @@ class Loaded:
         known = {name: rate for name, rate in rates.items() if rate != 0}
         if self.checkpoint._rates(self.record, list(known)) != known:
             raise CheckpointError(
-                f"{self.checkpoint.path} has other learning rates than when its record was read, so it changed "
-                "meanwhile. Try again when it is written."
+                f"{self.checkpoint.path} has different learning rates than when its record was read, so it was "
+                "changed in between. Try again once it is fully written."
             )
 
     def second_moments(self) -> dict[str, Tensor]:
@@ -92,19 +92,19 @@ class Checkpoint:
         path: ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` (read with ``weights_only=True``) or
             ``.safetensors``.
         learning_rate: eta, one for all parameters or by parameter name; names may be
-            patterns such as ``"head.*"``, or modules, and the closest one counts. Text such as ``"1e-3"``
-            and tensors are numbers, too. ``None`` reads what ``Recorder`` saved.
+            patterns such as ``"head.*"``, or modules, and the most specific one wins. Text such as ``"1e-3"``
+            and tensors also count as numbers. ``None`` reads what ``Recorder`` saved.
         weighting: which recorded number is eta: ``"learning_rate"`` at the checkpoint (the
             paper), ``"integrated"``, its sum over the steps since the previous checkpoint, or
             ``"uniform"``, 1 for every checkpoint. Ignored where ``learning_rate`` is given.
         step: optimizer steps taken; orders the checkpoints. Read from the file when recorded.
-        key: where the weights lie inside the file, such as ``"ema.model"``; by default the
+        key: where the weights are inside the file, such as ``"ema.model"``; by default the
             usual places are tried.
-        prefix: what stands before the model's names in the file, such as ``"encoder."``; names without
-            it are passed over. By default it is looked for. Wrappers (``module.``, ``_orig_mod.``) do not count.
+        prefix: the prefix of the model's names in the file, such as ``"encoder."``; names without it are
+            ignored. By default it is detected. Wrappers (``module.``, ``_orig_mod.``) do not count.
 
     Raises:
-        ArgumentError: the learning rate or weighting is impossible.
+        ArgumentError: the learning rate or weighting is invalid.
     """
 
     path: str | os.PathLike[str]
@@ -119,8 +119,8 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | os.PathLike):
             raise ArgumentError(
-                f"path is a {type(self.path).__name__}, but must be the path of a file. Save weights that are in "
-                "memory first: torch.save(model.state_dict(), 'step_1.pt')."
+                f"path is a {type(self.path).__name__}, but must be the path of a file. To use weights in "
+                "memory, save them first: torch.save(model.state_dict(), 'step_1.pt')."
             )
         if self.weighting not in WEIGHTINGS:
             raise ArgumentError(
@@ -138,9 +138,7 @@ class Checkpoint:
         path = Path(self.path)
         content = read(path)
         if self._numbers is not None and dict(numbers_of(path, content)) != dict(self._numbers):
-            raise CheckpointError(
-                f"{path} has another step than when it was found. Call find_checkpoints again for the present files."
-            )
+            raise CheckpointError(f"{path} has a different step than when it was found. Call find_checkpoints again.")
         found = fitted(path, found_weights(path, content.value, self.key), model, self.prefix)
         return Loaded(self, found.tensors, _record(content), content.sha256, found.filled, found.passed_over)
 
@@ -240,9 +238,9 @@ def differing_names(read: Sequence[Loaded]) -> list[str]:
     for (filled, passed_over), items in alike.items():
         parts = []
         if filled:
-            parts.append(f"lacks {_names(filled)}, taken from the tied parameter or from the model's buffer")
+            parts.append(f"lacks {_names(filled)}, filled in from the tied parameter or from the model's buffer")
         if passed_over:
-            parts.append(f"has {_names(passed_over)} besides the model's, passed over")
+            parts.append(f"has {_names(passed_over)} that the model lacks, ignored")
         said.append(f"{items[0].checkpoint.path}{and_others(len(items) - 1)} {'; and '.join(parts)}.")
     return said
 
@@ -269,7 +267,7 @@ def _moments(
     if "second_moments" not in (record or {}):
         raise CheckpointError(
             f"{checkpoint.path} has no recorded second moments. Train with "
-            "gradindex.Recorder(..., second_moments=True), or leave preconditioner out of the task."
+            "gradindex.Recorder(..., second_moments=True), or drop preconditioner from the task."
         )
     found: dict[str, Tensor] = dict((record or {})["second_moments"])
     if names is None:

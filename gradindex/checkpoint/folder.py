@@ -35,8 +35,8 @@ def find_checkpoints(
     """Find checkpoint files, in the order of their steps.
 
     The step is what ``Recorder`` saved or a trainer wrote into the file, else the number in the file's name that is
-    labelled step, else epoch, else its only whole number (or its folder's, as in ``checkpoint-100``); never a part of
-    a decimal, a version or a date. All files must have the same kind.
+    labelled step, else epoch, else its only integer (or its folder's, as in ``checkpoint-100``); never part of a
+    decimal, a version or a date. All files must be numbered in the same way.
 
     Args:
         pattern: a glob such as ``"runs/mnist/*.pt"``, or a folder.
@@ -52,7 +52,7 @@ def find_checkpoints(
 
     Raises:
         CheckpointError: nothing matches, a file has no step, or two have the same.
-        ArgumentError: there is not a rate for each checkpoint.
+        ArgumentError: a checkpoint has no rate.
     """
     folder = Path(pattern)
     if folder.is_dir():
@@ -63,7 +63,7 @@ def find_checkpoints(
         nested = sorted({path.name for path in folder.glob("*/*") if _is_checkpoint(path)}) if folder.is_dir() else []
         if nested:
             raise CheckpointError(
-                f"{folder} holds folders, but no checkpoint itself. Give the files in them: "
+                f"{folder} holds folders, but no checkpoint files. Give the files in them: "
                 f"find_checkpoints({str(folder / '*' / nested[0])!r})."
             )
         raise CheckpointError(
@@ -93,7 +93,7 @@ def _check_copy(kept: Path, other: Path, step: int) -> None:
     same = kept.samefile(other) or filecmp.cmp(kept, other, shallow=False)
     if not (same or digest(read(kept).value) == digest(read(other).value)):  # saved twice: a file holds its own name
         raise CheckpointError(
-            f"{kept} and {other} are both of step {step}, so which one counts is unknown. Give a pattern that matches "
-            "one of them, or list the checkpoints yourself: [Checkpoint(path, learning_rate=..., step=...), ...]."
+            f"{kept} and {other} both have step {step}, so it is unclear which one counts. Give a pattern that matches "
+            "only one, or list the checkpoints yourself: [Checkpoint(path, learning_rate=..., step=...), ...]."
         )
-    note(f"{other} is the same as {kept} and is left out.")
+    note(f"{other} is a copy of {kept} and is skipped.")

@@ -33,7 +33,7 @@ def recall_at_k(truth: NDArray[Any], ids: NDArray[np.int64], k: int) -> NDArray[
     check_k(k, truth.shape[1])
     ordered = np.sort(ids, axis=1)
     if (ordered[:, 1:] == ordered[:, :-1]).any():
-        raise ArgumentError("A query's ids hold an id twice, which would count twice. Remove repeated ids.")
+        raise ArgumentError("A query's ids hold an id twice, which would count twice. Remove duplicates.")
     kth = np.partition(truth, -k, axis=1)[:, -k]
     found = (np.take_along_axis(truth, ids, 1) >= kth[:, None]).sum(1)
     return np.asarray(np.minimum(found, k) / k, dtype=np.float64)

@@ -86,8 +86,8 @@ def truth_from(
     order = np.random.default_rng(seed).permutation(np.flatnonzero(clear))  # halves must not be alike
     if len(order) < _LEAST_QUERIES:
         raise ArgumentError(
-            f"There are {len(order)} queries of {len(rows)} whose top-{k} is clear, but at least {_LEAST_QUERIES} are "
-            "needed. Give more, or another k where many scores are equal."
+            f"Only {len(order)} of {len(rows)} queries have a top-{k} without ties, but at least {_LEAST_QUERIES} are "
+            "needed. Give more queries, or another k if many scores are equal."
         )
     return Truth(rows[order], {sign: ids[order] for sign, ids in top.items()}, own[order], k, against)
 
@@ -113,8 +113,8 @@ def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0) -> Truth
     ids = store.ids
     if not 1 <= k < len(ids):
         raise ArgumentError(
-            f"k is {k}, but must be from 1 to {len(ids) - 1}: one less than the training examples, for each is a query "
-            "whose top-k is of the others. Or give queries of the task's own."
+            f"k is {k}, but must be from 1 to {len(ids) - 1}, because each training example is a query and its top-k "
+            "is among the others. Choose another k, or give a task with queries of its own."
         )
     chosen = np.sort(np.random.default_rng(seed).choice(ids, min(n_query, len(ids)), replace=False))
     described = store.manifest.map
@@ -140,7 +140,7 @@ def real(retriever: Retriever, n_query: int, k: int, seed: int = 0) -> Truth:
     """
     n = retriever.task.n_query
     if n == 0:
-        raise ArgumentError("The task has no query data. Give Task(query=...), or leave the task out.")
+        raise ArgumentError("The task has no query data. Give Task(query=...), or drop the task.")
     queries = [int(q) for q in np.random.default_rng(seed).choice(n, min(n_query, n), replace=False)]
     asked = retriever.prepare(queries)
     own = np.full(len(asked), -1)

@@ -88,7 +88,7 @@ def index(
     try:
         torch.device(device or "cpu")
     except RuntimeError:
-        raise ArgumentError(f"device is {device!r}, but must be one that PyTorch knows, such as cuda.") from None
+        raise ArgumentError(f"device is {device!r}, but must be a device that PyTorch knows, such as cuda.") from None
     with changing(folder) as store:
         check_k(k, store.n_train)
         if store.n_train < _SMALL and kind is None and dim is None:
@@ -117,9 +117,9 @@ def index(
                 return Candidates(store, device=device)
             reached.append(measured.at_least)
         raise RecallError(
-            f"No index of {store.folder} is sure to hold {recall:.4g} of the true top-{k}, {truth.against}: the best "
-            f"reaches at least {max(reached or [best]):.4f}. Ask for less, give more queries, or search all rows, as "
-            "before."
+            f"No index of {store.folder} reaches recall {recall:.4g} of the true top-{k} {truth.against}: the best "
+            f"reaches at least {max(reached or [best]):.4f}. Lower the recall, give more queries, or keep scanning all "
+            "rows."
         )
 
 
@@ -273,10 +273,10 @@ def _shapes(store: GradientStore, kind: IndexKind | None, dim: int | None) -> li
         needed = shapes[0].bytes_for(store.n_train)
         # The numbers that fit, as bytes_for counts; a little less, for people like round numbers.
         most = int(shapes[0].dim * budget / needed * 0.9) // 8 * 8
-        smaller = f"Take fewer numbers: --dim {most}." if most > 0 else "Use a machine with more memory."
+        smaller = f"Use fewer numbers: --dim {most}." if most > 0 else "Use a machine with more memory."
         raise OutOfMemoryError(
             f"An index of {store.n_train:,} rows with {shapes[0].dim} numbers each takes {needed / 2**30:.3g} GiB to "
-            f"make, but {budget / 2**30:.3g} GiB, half of the free memory, may be used. {smaller}"
+            f"build, but at most {budget / 2**30:.3g} GiB, half of the free memory, may be used. {smaller}"
         )
     return fitting
 

@@ -226,13 +226,13 @@ class CompactIndex:
             except (RuntimeError, AttributeError) as error:
                 raise IndexFileError(f"{path} cannot be read by FAISS ({str(error)[:100]})") from None
             if stored != (faiss.METRIC_INNER_PRODUCT, about["dim"], about["rows"], True):
-                raise IndexFileError(f"{path} is not the index that its manifest tells of")
+                raise IndexFileError(f"{path} is not the index that its manifest describes")
         except IndexFileError as error:
             if seen != signature(folder / MANIFEST):  # another has taken its place, or it was taken away
                 return cls.load(folder, gpus)
             raise IndexFileError(
-                f"{error}. Make the index again: gradindex index {folder.parent}; or search all rows: the same with "
-                "--drop."
+                f"{error}. Rebuild the index: gradindex index {folder.parent}, or remove it to scan all rows: the same "
+                "with --drop."
             ) from None
         return cls(index, about, gpus)
 
@@ -302,7 +302,7 @@ def checked(folder: Path) -> dict[str, Any]:
         _shape_of(about)
         path = folder / about["file"]["name"]
         if path.stat().st_size != about["file"]["bytes"] or sha256(path) != about["file"]["sha256"]:
-            raise ValueError("it has another size or checksum than when it was written")
+            raise ValueError("its size or checksum has changed since it was written")
     except FileNotFoundError:
         raise IndexFileError(f"{path} is missing") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -201,9 +201,9 @@ def _listed(task: Task, queries: Any) -> Sequence[Any]:
     """
     what = f"queries is a {type(queries).__name__}"
     if queries is None or isinstance(queries, (bool, float, np.floating, np.bool_)):
-        raise ArgumentError(f"queries is {queries!r}, but must be positions, which are whole numbers, or items.")
+        raise ArgumentError(f"queries is {queries!r}, but must be positions, which are integers, or items.")
     if isinstance(queries, (DataLoader, IterableDataset)):
-        raise ArgumentError(f"{what}, which hands out batches or has no length. Give its data set, or items in a list.")
+        raise ArgumentError(f"{what}, which yields batches or has no length. Give its data set, or a list of items.")
     if isinstance(queries, Set) and not isinstance(queries, (KeysView, ItemsView)):
         raise ArgumentError(f"{what}, which has no order. Give a list.")
     if isinstance(queries, Mapping):
@@ -215,13 +215,13 @@ def _listed(task: Task, queries: Any) -> Sequence[Any]:
         return [queries]
     if isinstance(queries, (str, bytes)):
         if not isinstance(example, (type(queries), type(None))):
-            raise ArgumentError(f"{what}, but examples of the task are {_kind(example)}. Give items such as these.")
+            raise ArgumentError(f"{what}, but examples of the task are {_kind(example)}. Give items like these.")
         return [queries]
     if isinstance(queries, (Tensor, np.ndarray)):
         return _of_array(queries, example)
     if hasattr(queries, "__array__") and hasattr(queries, "__len__"):  # a Series: by place, whatever its labels
         if np.ndim(queries) != 1:
-            raise ArgumentError(f"{what} with {np.ndim(queries)} axes. Give positions, or items in a list.")
+            raise ArgumentError(f"{what} with {np.ndim(queries)} axes. Give positions, or a list of items.")
         return values_of(queries)
     if (
         not isinstance(queries, (Sequence, Iterator))
@@ -239,8 +239,8 @@ def _listed(task: Task, queries: Any) -> Sequence[Any]:
         return [queries]
     if not several and any(is_whole(q) or isinstance(q, (float, np.floating)) for q in items):
         raise ArgumentError(
-            f"queries mix positions, which are whole numbers, with other things ({_kind(items)}), and are no example "
-            f"such as the task's ({_kind(example)}). Give positions alone, or items in a list: [(x, y)]."
+            f"queries mix positions, which are integers, with other values ({_kind(items)}), and do not look like an "
+            f"example of the task ({_kind(example)}). Give only positions, or a list of items: [(x, y)]."
         )
     return items
 
@@ -256,8 +256,8 @@ def _of_array(queries: Any, example: Any) -> Sequence[Any]:
             return list(queries)
     raise ArgumentError(
         f"queries is a {type(queries).__name__} of shape {tuple(queries.shape)} and type {queries.dtype}, but "
-        f"positions are whole numbers in one axis, and examples of the task are {_kind(example)}. Give items such as "
-        "these in a list."
+        f"positions are integers along one axis, and examples of the task are {_kind(example)}. Give a list of items "
+        "like these."
     )
 
 

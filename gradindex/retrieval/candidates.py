@@ -98,13 +98,13 @@ class Candidates:
     def how(self) -> str:
         """How rows are searched, for people."""
         if self.stale:
-            return "exact over all rows; stale: the index is of other rows, `gradindex index` makes it anew"
+            return "exact over all rows; the index is stale (built from other rows), `gradindex index` rebuilds it"
         if self.index is None:
             return "exact over all rows"
         recall = self.index.about["recall"]
-        new = f"; {runs.count(self._new):,} newer rows are compared in full" if len(self._new) else ""
+        new = f"; {runs.count(self._new):,} newer rows are scanned in full" if len(self._new) else ""
         gone = len(self._gone.ids)
-        new += f"; {gone:,} removed rows are passed over, which a new index need not" if gone else ""
+        new += f"; {gone:,} removed rows are skipped, `gradindex index` drops them" if gone else ""
         return (
             f"index {self.index.shape}, recall@{recall['k']} at least "
             f"{min(recall['proponents_at_least'], recall['opponents_at_least']):.4f} ({recall['against']}){new}"
@@ -218,10 +218,10 @@ def _check_said(store: GradientStore, about: Mapping[str, Any]) -> None:
     """Refuse an index that does not say what a store must know of it."""
     missing = sorted(_SAID - about.keys())
     if missing or runs.count(about["ids"]) != about["rows"]:
-        wrong = f"does not tell its {', '.join(missing)}" if missing else "tells of other ids than it has rows"
+        wrong = f"lacks {', '.join(missing)}" if missing else "lists different ids than it has rows"
         raise IndexFileError(
-            f"{store.folder / INDEX_FOLDER / MANIFEST} {wrong}. Make the index again: gradindex index {store.folder}; "
-            "or search all rows: the same with --drop."
+            f"{store.folder / INDEX_FOLDER / MANIFEST} {wrong}. Rebuild the index: gradindex index {store.folder}, "
+            "or remove it to scan all rows: the same with --drop."
         )
 
 

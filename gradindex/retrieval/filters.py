@@ -21,8 +21,8 @@ from .question import Question
 
 # Values of a column that are looked at together.
 _AT_ONCE = 1 << 16
-_WORDS = {"U": "text", "b": "true or false", "i": "a whole number", "u": "a whole number", "f": "a number"}
-_WORDS["M"] = "a date, such as 2024-01-31 or 2024-01-31T08:30:00"
+_WORDS = {"U": "text", "b": "true or false", "i": "integers", "u": "integers", "f": "numbers"}
+_WORDS["M"] = "dates, such as 2024-01-31 or 2024-01-31T08:30:00"
 
 # By column a value or several, any of which will do.
 Where = Mapping[str, Any]
@@ -149,7 +149,7 @@ def read_ids(path: Path) -> NDArray[np.int64]:
         OverflowError,
     ) as error:  # ArgumentError is a ValueError and says what is wrong
         raise ArgumentError(
-            f"{path} holds no ids ({str(error)[:100]}). Write one whole number a line, or save an array as .npy."
+            f"{path} holds no ids ({str(error)[:100]}). Write one integer per line, or save an array as .npy."
         ) from None
 
 
@@ -235,7 +235,7 @@ def _date(name: str, value: Any) -> np.datetime64:
 def _not_of_type(name: str, kind: str, value: Any) -> ArgumentError:
     asked = " ".join(repr(value).split())[:80]
     return ArgumentError(
-        f"The column {name} holds {_WORDS[kind]}, but where asks for {asked}, which is a {type(value).__name__}. "
+        f"The column {name} holds {_WORDS[kind]}, but where has {asked}, a {type(value).__name__}. "
         "Give a value, or a list of values, of the column's type."
     )
 
@@ -248,21 +248,21 @@ def _values_to_differ_from(
     if name not in query_columns:
         raise ArgumentError(
             f"The queries have no column {name!r} to differ from. They have: {', '.join(query_columns) or 'none'}. "
-            "Give Task(query_columns=...) and ask by position; items given by hand have no columns."
+            "Give Task(query_columns=...) and query by position; items passed directly have no columns."
         )
     values = query_columns[name]
     if values.dtype.kind != kind and {values.dtype.kind, kind} & {"U", "M"}:
         raise ArgumentError(
             f"The column {name} holds {_WORDS[kind]} for training examples and {_WORDS[values.dtype.kind]} for "
-            "queries, so all would differ. Give both the same type."
+            "queries, so every value would differ. Give both the same type."
         )
     if kind == "f":
         values = values.astype(stored)  # by which equal means equal
     if n_query == 1 and len(values) > 1:
         if len(np.unique(values)) > 1:
             raise ArgumentError(
-                f"The queries of this group have several values in {name}, so there is no one value to differ from. "
-                "Ask about those with the same value, or about each query alone."
+                f"The queries of this group have several values in {name}, so there is no single value to differ from. "
+                "Group queries that share a value, or ask about each query alone."
             )
         values = values[:1]
     return values

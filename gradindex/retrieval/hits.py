@@ -52,27 +52,27 @@ class Stage:
 
 @dataclass(frozen=True)
 class Hits:
-    """The best training examples of each query; prints as a table, in a notebook with pictures.
+    """The best training examples of each query; prints as a table, and with pictures in a notebook.
 
-    Queries can have different numbers of hits, where a filter or a threshold leaves fewer than k. ``ids`` and
-    ``scores`` are as wide as the longest answer, w; shorter ones end with ids of -1 and scores of NaN, which appear in
-    no table, record or page. :meth:`of` gives one query's hits without these.
+    Queries can have different numbers of hits, because a filter or a threshold may leave fewer than k. ``ids`` and
+    ``scores`` are as wide as the longest answer, w; shorter ones are padded with ids of -1 and scores of NaN, which
+    never appear in tables, records or pages. :meth:`of` gives one query's hits without padding.
 
     Args:
         ids: (n_query, w) int64.
         scores: (n_query, w), signed; positive = proponent.
-        kind: ``"proponents"``, ``"opponents"`` or ``"absolute"``: by score descending, ascending, or by its size
-            descending; of equal ones the lowest id first.
+        kind: ``"proponents"``, ``"opponents"`` or ``"absolute"``: by score descending, ascending, or by magnitude
+            descending; ties by ascending id.
         scored: where the scores come from: ``"exact"`` gradients, ``"projected"`` rows, the ``"index-estimated"`` ones,
             or ``"float16-factor"`` and ``"bfloat16-factor"``.
         measure: what the scores are, ``"TracInCP scores"`` or cosines of the gradients behind them.
         queries: what to call each query.
-        stages: what the answer went through, in order.
-        columns: by name (n_query, w), of the training examples; 0, NaT or empty behind a short answer. In tables,
-            records and pages a column that is called as one of an answer's own keys, such as ``id``, is
+        stages: the stages of the search, in order.
+        columns: by name (n_query, w), of the training examples; padded with 0, NaT or empty text. In tables, records
+            and pages, a column with the name of one of an answer's own keys, such as ``id``, is called
             ``columns.id``. Dates are ``datetime64[us]``, in records ``datetime.datetime``.
         query_columns: by name (n_query,), of the queries.
-        show_train: what a person should see of a training id, where the task says so.
+        show_train: how to display a training id, if the task says so.
         show_query: the same for the position of a query in this answer.
     """
 
@@ -103,7 +103,7 @@ class Hits:
         return list(self.each_record())
 
     def each_record(self) -> Iterator[dict[str, Any]]:
-        """The same one after another, for answers that would fill the memory."""
+        """The same one by one, for answers too large for memory."""
         for row, query in enumerate(self.queries):
             for record in self._ranked(row):
                 yield {"query": query, "kind": self.kind, **record}
@@ -120,7 +120,7 @@ class Hits:
                 yield {"rank": rank, "id": i, "score": score, **dict(zip(names.values(), values, strict=True))}
 
     def first(self, queries: int, k: int) -> Hits:
-        """The same answer cut to its first queries and its k first hits."""
+        """The same answer, cut to its first queries and the first k hits of each."""
         return replace(
             self,
             ids=self.ids[:queries, :k],
@@ -146,7 +146,7 @@ class Hits:
 
     @property
     def note(self) -> str:
-        """One line: how the scores were computed, what their sign means, and what the answer went through."""
+        """One line: how the scores were computed, what their sign means, and the stages of the search."""
         return note([self])
 
     def __repr__(self) -> str:
@@ -168,11 +168,11 @@ class Hits:
         return f"<pre>{escape(str(self))}</pre>"
 
     def save_html(self, path: str | os.PathLike[str], *others: Hits) -> None:
-        """Write a self-contained page with what ``Task.show`` gives of queries and hits.
+        """Write a self-contained HTML page that shows queries and hits as ``Task.show`` displays them.
 
         Args:
             path: the file.
-            others: answers to the same queries, such as the opponents, shown beside these.
+            others: answers to the same queries, such as the opponents, shown next to these.
 
         Raises:
             DependencyError: the extra ``demo`` is not installed.

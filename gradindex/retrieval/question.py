@@ -38,33 +38,33 @@ class SearchKeywords(QuestionKeywords, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked about queries.
+    """What to ask about queries: which training examples, how many, and how they are scored.
 
-    With ``at_least`` the answer is exhaustive over all rows (``rerank="rows"`` and ``"none"``) or, where the store
-    has factors, over all exact scores. Exact scores through the model are a heuristic: candidates are doubled until a
-    whole doubling adds no hit. With a filter or ``at_least`` no index is used, but for that heuristic, because its
-    recall was measured without.
+    With ``at_least`` the answer is exhaustive over all rows (``rerank="rows"`` and ``"none"``) or, with stored
+    factors, over all exact scores. With exact scores through the model it is a heuristic: candidates are doubled until
+    a doubling adds no hit. A filter or ``at_least`` bypasses the index, except for that heuristic, because the
+    index's recall was measured without them.
 
     Args:
-        kind: ``"proponents"``, the highest scores; ``"opponents"``, the lowest; ``"absolute"``, the largest sizes,
-            whose scores keep their sign.
-        k: how many hits at most, from 1 to n_train; by default 10 (or all, if there are fewer), with ``at_least`` all.
-        at_least: only scores of at least this for proponents, of at most its negative for opponents, of at least this
-            size for ``"absolute"``.
+        kind: ``"proponents"``, the highest scores; ``"opponents"``, the lowest; ``"absolute"``, the largest
+            magnitudes, whose scores keep their sign.
+        k: most hits per query, from 1 to n_train; by default 10 (or all, if there are fewer), with ``at_least`` all.
+        at_least: for proponents only scores >= this, for opponents only scores <= its negative, for ``"absolute"``
+            only magnitudes >= this.
         rerank: the last stage: ``"exact"``; ``"rows"`` for the inner products with the full rows; ``"none"`` for the
-            index's own estimates (all rows are compared where no index is used, as with ``"rows"``).
-        candidates: how many rows are re-scored exactly, by default 10 k, or what the index was tuned to; with
-            ``at_least``, how many to begin with.
-        ids: only these training ids answer.
-        where: only training examples whose columns have these values: ``{"label": "cat"}``, or a list of values for
-            any of them; several columns must all hold.
-        differs: only training examples whose value in this column is not the query's own.
+            index's estimates (without an index all rows are scanned, as with ``"rows"``).
+        candidates: how many rows to re-rank by exact score, by default 10 k, or as the index was tuned; with
+            ``at_least``, how many to start with.
+        ids: only these training ids.
+        where: only training examples whose columns have these values: ``{"label": "cat"}``, or a list to match any of
+            its values; several columns must all match.
+        differs: only training examples whose value in this column differs from the query's.
         source: where positions are looked up, in ``task.query`` or among training ids; the query loss is explained
             either way.
-        aggregate: ``"sum"`` or ``"mean"`` makes one question of all queries, see :meth:`Retriever.prepare`.
+        aggregate: ``"sum"`` or ``"mean"`` combines all queries into one, see :meth:`Retriever.prepare`.
 
     Raises:
-        ArgumentError: one of them is out of range or of the wrong type, or they do not go together.
+        ArgumentError: one of them is out of range or of the wrong type, or they conflict.
     """
 
     kind: AnswerKind = option("proponents", "proponents: highest scores; opponents: lowest; absolute: largest.")
@@ -107,7 +107,7 @@ class Question:
             if math.isnan(self.at_least):
                 raise ArgumentError("at_least is NaN, but must be a number.")
         if self.candidates is not None and self.rerank != "exact":
-            raise ArgumentError(f"candidates go to exact scores, but rerank is {self.rerank!r}. Leave one of them out.")
+            raise ArgumentError(f"candidates needs rerank='exact', but rerank is {self.rerank!r}. Drop one of them.")
         if self.source not in SOURCES:
             raise ArgumentError(f"source is {self.source!r}, but must be 'query' or 'train'.")
         if self.aggregate is not None and self.aggregate not in AGGREGATES:
@@ -125,7 +125,7 @@ class Question:
         known = [each.name for each in fields(cls)]
         unknown = [str(name) for name in value if name not in known]
         if unknown:
-            raise ArgumentError(f"A question has no {unknown[0]!r}. It may have: {', '.join(known)}.")
+            raise ArgumentError(f"A question has no field {unknown[0]!r}. It has: {', '.join(known)}.")
         return cls(**value)
 
     def to_dict(self) -> dict[str, Any]:

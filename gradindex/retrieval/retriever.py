@@ -40,19 +40,19 @@ if TYPE_CHECKING:
 
 
 class Retriever:
-    """An open store and its task, ready for queries. Make one with :func:`load`.
+    """An open store and its task, ready for queries. Create one with :func:`load`.
 
-    Threads can share one. The model is locked only while gradients are computed: those of queries, and those of
-    training examples where the store has no factors. Everything else runs side by side.
+    Threads can share one. The model is locked only while gradients are computed: those of queries and, without stored
+    factors, those of training examples. Everything else runs concurrently.
 
     Args:
         task: the task that the store was built from.
         store: a complete store.
-        device: where to compute and to search, by default where the model is and on the CPU.
-        use_index: whether an index is used, where there is one.
+        device: where to compute and search; by default gradients on the model's device and search on the CPU.
+        use_index: whether to use the index, if there is one.
 
     Raises:
-        MismatchError: the task is not the store's; says what differs.
+        MismatchError: the task does not match the store; says what differs.
         StoreError: the store is damaged.
     """
 
@@ -83,10 +83,10 @@ class Retriever:
 
     @property
     def store(self) -> GradientStore:
-        """The store as it is now: what was added answers, what was removed does not.
+        """The current store: with rows that were added since, without rows that were removed.
 
         Raises:
-            StoreError: its rows are other ones now, or it is gone.
+            StoreError: it now has different rows, or it is gone.
         """
         return asked_again(self._now)[0]
 
@@ -96,38 +96,38 @@ class Retriever:
         if not candidates.current:
             now = GradientStore(store.folder)
             if now.manifest.fingerprint != store.manifest.fingerprint:
-                raise StoreError(f"{store.folder} has other rows than when it was opened. Load it again.")
+                raise StoreError(f"{store.folder} has different rows than when it was opened. Load it again.")
             self._opened = store, candidates = now, Candidates(now, **self._search_options)
         return store, candidates
 
     @property
     def unseen(self) -> int:
-        """How many of the task's training examples came after the store, which answers without them."""
+        """How many of the task's training examples the store lacks, so that answers leave them out."""
         return self.task.n_train - self.store.manifest.next_id
 
     @property
     def search_note(self) -> str:
-        """How rows are searched: with which index and recall, or all of them."""
+        """How rows are searched: with which index and recall, or by scanning all of them."""
         return asked_again(self._now)[1].how
 
     def prepare(
         self, queries: int | Sequence[Any], source: Source = "query", aggregate: Aggregate | None = None
     ) -> Queries:
-        """Compute the gradients of queries once, for several questions about them.
+        """Compute the gradients of queries once, to ask several questions about them.
 
         Args:
-            queries: positions in ``task.query`` (or ids, with ``source="train"``), or items of your own. Whole
-                numbers are positions, in a list, a range, an array, a tensor or a Series (by place), also in a tuple;
-                so is a mask with a boolean for each example. One item needs no list where it looks like an example
-                of the task, as a tuple ``(x, y)`` does.
+            queries: positions in ``task.query`` (or ids, with ``source="train"``), or items of your own. Integers
+                are positions, in a list, range, tuple, array, tensor or Series (its labels are ignored); so is a
+                mask with a boolean for each example. A single item needs no list if it looks like an example of the
+                task, as a tuple ``(x, y)`` does.
             source: where positions are looked up; the query loss is explained either way.
-            aggregate: ``"sum"`` or ``"mean"`` makes one question of all queries: which training examples help or hurt
-                them together. Its scores are the sum or mean of those of each query (of the cosines, where the
-                store's rows have unit norm). One row and one gradient are in memory, however many queries there are.
+            aggregate: ``"sum"`` or ``"mean"`` combines all queries into one: which training examples help or hurt
+                them together. Its scores are the sum or mean of those of each query (of the cosines, if the store's
+                rows have unit norm). Only one row and one gradient are in memory, however many queries there are.
 
         Returns:
-            What every method below takes in place of positions or items. Where the store has no factors, it keeps the
-            queries' whole gradients once they were needed, if they take less than 2 GiB.
+            What every method below takes in place of positions or items. Without stored factors, it keeps the
+            queries' whole gradients after their first use, if they take less than 2 GiB.
 
         Raises:
             ArgumentError: a position or an option is out of range.
@@ -152,11 +152,13 @@ class Retriever:
         if not isinstance(queries, Queries):
             return self.prepare(queries, source, aggregate)
         if source != "query" or aggregate is not None:
-            raise ArgumentError("source and aggregate belong to prepare(): these queries are prepared already.")
+            raise ArgumentError(
+                "source and aggregate belong to prepare(), but these queries are already prepared. Drop them."
+            )
         lacks = store.has_factors and queries.factors is None
         if queries.vectors.fingerprint != store.manifest.fingerprint or lacks:
             raise ArgumentError(
-                f"These queries were prepared for other rows than those of {store.folder}. Prepare them again."
+                f"These queries were prepared for different rows than those of {store.folder}. Prepare them again."
             )
         return queries
 
@@ -184,14 +186,14 @@ class Retriever:
     ) -> Hits:
         """The best training examples for each query.
 
-        In three stages, which the answer counts: the index, where there is one, proposes candidates (for opponents
-        with the negated query, for the largest sizes with both); their full rows are compared; exact TracInCP
-        re-ranks the best. A stage that decides nothing is left out: rows, where the index proposes no more than
-        what exact scores re-rank.
+        In three stages, which the answer counts: the index, if there is one, proposes candidates (for opponents with
+        the negated query, for the largest magnitudes with both); their full rows are scored; exact TracInCP re-ranks
+        the best. A stage that decides nothing is skipped: rows, if the index proposes no more candidates than exact
+        scores re-rank.
 
         Args:
             queries: positions in ``task.query`` (or ids, with ``source="train"``), items, or what :meth:`prepare` made.
-            k: how many hits at most, from 1 to n_train; by default 10 (or all, if there are fewer).
+            k: most hits per query, from 1 to n_train; by default 10 (or all, if there are fewer).
             **options: fields of :class:`~gradindex.Question`, such as ``kind="absolute"`` or
                 ``where={"label": "cat"}``.
 
@@ -204,11 +206,11 @@ class Retriever:
         return self.answer(queries, Question(k=k, **options))
 
     def answer(self, queries: int | Sequence[Any] | Queries, question: Question) -> Hits:
-        """The same for a question that was put together before, or came as JSON (:meth:`Question.from_dict`).
+        """The same for a :class:`~gradindex.Question` object, such as one read from JSON (:meth:`Question.from_dict`).
 
         Args:
             queries: as in :meth:`search`.
-            question: what is asked about them.
+            question: what to ask about them.
         """
         (hits,) = self._answers(queries, question, (question.kind,))
         return hits
@@ -245,7 +247,7 @@ class Retriever:
 
             TracInCP(z, z') = sum_c sum_l eta_c <grad_l l(w_c; z), grad_l l(w_c; z')>
 
-        From stored factors where the store has them, else through the model.
+        From stored factors if the store has them, else through the model.
 
         Args:
             queries: as in :meth:`search`.

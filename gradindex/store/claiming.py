@@ -86,8 +86,8 @@ def _check_folders(folder: Path) -> None:
             if is_there(path) and not stat.S_ISDIR(path.lstat().st_mode):
                 kind = "a link" if path.is_symlink() else "no folder"
                 raise StoreError(
-                    f"{path} is {kind}, but a store changes only what lies in its own folder. "
-                    f"Put the folder itself in its place."
+                    f"{path} is {kind}, but a store only changes files in its own folder. "
+                    f"Replace it with the folder that it points to."
                 )
 
 
@@ -120,7 +120,7 @@ def _check_free(folder: Path) -> None:
         )
     if foreign:
         raise StoreError(
-            f"{folder} holds {sorted(foreign)[0]}, which is not of what has begun there. "
+            f"{folder} holds {sorted(foreign)[0]}, which does not belong to the build there. "
             "Move it away, or choose another folder."
         )
 

@@ -154,7 +154,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     try:
         check_manifest(written)  # what could not be read is never written
     except ValueError as error:
-        raise StoreError(f"{folder} cannot become what this change makes of it: {error}. It stays as it was.") from None
+        raise StoreError(f"{folder} cannot be changed in this way: {error}. It stays as it was.") from None
     with storing(folder / MANIFEST):
         write_checked(folder / MANIFEST, written)
 
@@ -210,7 +210,7 @@ def read_unfinished(folder: Path) -> Superseded | None:
         check_unfinished(value)
     except (OSError, ValueError) as error:
         raise StoreError(
-            f"{path} is damaged ({error}). Delete it; shards of a change that was given up then stay."
+            f"{path} is damaged ({error}). Delete it; shards of an abandoned change then stay on disk."
         ) from None
     return Superseded(value["shards"], value["bases"])
 
@@ -220,7 +220,7 @@ def _read(path: Path, check: Callable[[Any], None]) -> dict[str, Any]:
         content = read_text(path)
         version = _version(content)
         if version == 0:
-            raise StoreError(f"{path.parent} has format version 0, of a trial version. Build it again.")
+            raise StoreError(f"{path.parent} has format version 0, of a pre-release. Build it again.")
         if version > VERSION:
             raise StoreError(
                 f"{path.parent} has format version {version}, but this gradindex reads up to {VERSION}. "
@@ -243,7 +243,7 @@ def _read(path: Path, check: Callable[[Any], None]) -> dict[str, Any]:
 def _damaged(path: Path, error: Exception) -> StoreError:
     way_out = "Restore it from a copy, or delete the folder and build again."
     if path.name == PENDING and (path.parent / MANIFEST).exists():
-        way_out = "Delete it to give up the change that it plans, and give the command again."
+        way_out = "Delete it to abandon the change that it plans, and rerun the command."
     return StoreError(f"{path} is damaged ({error}). {way_out}")
 
 
@@ -251,7 +251,7 @@ def _version(content: bytes) -> int:
     """Found before the checksum is looked at, whose rule may change with it; no number but in its place is taken."""
     found = re.match(rb'\s*{\s*"format": "([^"]*)",\s*"version": (\d{1,9}),', content)
     if found is None:
-        raise ValueError("it does not begin as a manifest does")
+        raise ValueError("it does not start like a manifest")
     if found[1].decode(errors="replace") != FORMAT:
         raise ValueError("another format")
     return int(found[2])

@@ -52,7 +52,7 @@ def followed(store: GradientStore, ids: NDArray[np.int64]) -> GradientStore:
     now = GradientStore(store.folder)
     same = now.manifest.fingerprint == store.manifest.fingerprint and runs.contain(now.id_runs, ids).all()
     if not same or _origins(now, ids) != _origins(store, ids):
-        raise StoreChangedError(f"{store.folder} has other rows than when this answer began. Ask again.")
+        raise StoreChangedError(f"{store.folder} has different rows than when this answer was started. Ask again.")
     return now
 
 

@@ -129,7 +129,7 @@ class Job:
         Raises:
             MismatchError: says what differs.
         """
-        way_out = f"Finish it with the same command as before, or delete {self.folder / PENDING} to give it up."
+        way_out = f"Rerun the same command to finish it, or delete {self.folder / PENDING} to abandon it."
         # Bases fitted by two processes can differ in their last digits; those of the plan hold.
         differing = self.after.differences(after)
         lengths = self.after.next_id, after.next_id

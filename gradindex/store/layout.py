@@ -144,5 +144,5 @@ def check_room(folder: Path, wanted: int) -> None:
     if wanted > free:
         raise StoreError(
             f"{folder} still needs about {wanted / 1e9:,.3g} GB, but its disk has {free / 1e9:,.3g} GB free. "
-            "Free some, choose another disk, or store less: fewer dimensions, a smaller row_type, no factors."
+            "Free some space, choose another disk, or store less: fewer dimensions, a smaller row_type, no factors."
         )

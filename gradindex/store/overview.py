@@ -91,21 +91,23 @@ def _overview(path: Path) -> Overview:
     health = []
     if job is not None:
         done = len(job.plan) - len(job.missing())
-        health.append(f"an unfinished `{job.kind}`: {done} of {len(job.plan)} shards are made; give the command again")
+        health.append(
+            f"an unfinished `{job.kind}`: {done} of {len(job.plan)} shards are done; rerun the command to resume"
+        )
     if removed:
-        health.append(f"{removed:,} removed rows still take room; `gradindex compact` frees it")
+        health.append(f"{removed:,} removed rows still take space; `gradindex compact` frees it")
     files = [Path(SHARDS) / f"{entry.name}{suffix}" for entry in entries for suffix in (".h5", ".json")]
     digest = store.manifest.map.bases
     files += [] if digest is None else [Path(name) for name in sorted(base_files(digest))]
     missing = [file for file in files if not _is_file(path / file)]
     if missing:
         check_unchanged(path, store.manifest)
-        health.append(f"{len(missing)} files are missing, the first is {missing[0]}; `build --repair` makes them")
+        health.append(f"{len(missing)} files are missing, the first is {missing[0]}; `build --repair` recomputes them")
     unnamed = left_over(path)
     if unnamed:
         health.append(
-            f"{len(unnamed)} shards belong to no rows, the first is {SHARDS}/{unnamed[0]}: of a change that was given "
-            "up, or of a newer manifest in whose place this one was put back; else they can be deleted"
+            f"{len(unnamed)} shards belong to no rows, the first is {SHARDS}/{unnamed[0]}: they are left from an "
+            "abandoned change and can be deleted, unless this manifest was restored over a newer one that names them"
         )
     return Overview(
         manifest=store.manifest,
@@ -131,7 +133,7 @@ def _unfinished(path: Path, job: Job) -> Overview:
         bytes=_size(path),
         seconds=seconds_spent(path, names),
         state=f"unfinished, {len(names)} shards done",
-        health=[f"{done:,} of {total:,} rows are made; give the same `gradindex build` again to go on"],
+        health=[f"{done:,} of {total:,} rows are done; rerun the same `gradindex build` to resume"],
         data=job.data,
     )
 

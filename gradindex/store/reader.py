@@ -33,17 +33,17 @@ _PIECE_BYTES = 16 << 20
 
 
 class GradientStore:
-    """A complete store, open for reading. Opening reads the manifest alone.
+    """A complete store, open for reading. Opening reads only the manifest.
 
     Rows belong to *ids*, int64 keys (by default the positions in the training set) that never change and are
-    never used again. Every block of a file is compared with its checksum before it is first handed out. A store is
-    as it was when it was opened, also for the threads that share it; :attr:`current` tells whether it still is.
+    never reused. Every block of a file is checked against its checksum before its first use. A store stays as it was
+    when it was opened, also for threads that share it; :attr:`current` says whether it is up to date.
 
     Args:
         folder: what ``gradindex build`` wrote.
 
     Raises:
-        StoreError: no store, not complete, damaged, or of another version.
+        StoreError: not a store, incomplete, damaged, or of another version.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -52,7 +52,7 @@ class GradientStore:
             done, shards = progress_of(self.folder)
             raise StoreError(
                 f"{self.folder} is a build that has not finished ({done} of {shards} shards). "
-                "Run the same `gradindex build` again to go on, or `gradindex seal` once every part is done."
+                "Rerun the same `gradindex build` to resume, or `gradindex seal` once every part is done."
             )
         self._seen = signature(self.folder / MANIFEST)
         self.manifest = read_manifest(self.folder)
@@ -334,11 +334,11 @@ class GradientStore:
         """Read every file and compare every block with its checksum.
 
         Returns:
-            One sentence for each problem; empty when the store is sound.
+            One sentence for each problem; empty if the store is undamaged.
 
         Raises:
             StoreError: the manifest is damaged.
-            StoreChangedError: the store went on meanwhile; verify it again.
+            StoreChangedError: the store changed in the meantime; verify it again.
         """
         store = GradientStore(self.folder)
         problems = [problem for _, problem in store.damaged()]

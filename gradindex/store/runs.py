@@ -29,12 +29,12 @@ def as_ids(ids: Any) -> NDArray[np.int64]:
         if array.dtype.kind == "O" and all(isinstance(i, (int, np.integer)) for i in array.ravel()):
             array = array.astype(np.int64)
     except (ValueError, TypeError, OverflowError):
-        raise ArgumentError("ids are no array, but must be whole numbers below 2^63, in a list or an array.") from None
+        raise ArgumentError("ids are not an array, but must be integers below 2^63, in a list or an array.") from None
     if array.size == 0:
         return np.zeros(array.shape, dtype=np.int64)
     if array.dtype.kind not in "iu" or (array.dtype == np.uint64 and int(array.max()) >= 1 << 63):
         raise ArgumentError(
-            f"ids are of type {array.dtype}, but must be whole numbers below 2^63. Of a mask, take np.flatnonzero."
+            f"ids are of type {array.dtype}, but must be integers below 2^63. For a mask, use np.flatnonzero."
         )
     return array.astype(np.int64)
 

@@ -43,8 +43,8 @@ class ShardWriter:
         place, kind = self._place, self._after.factors
         if place + len(batch) > len(self._ids):
             raise StoreError(
-                f"A shard of {len(self._ids)} training examples has got {place + len(batch)}, so it is not kept: "
-                "the data set hands out more examples than its length says."
+                f"A shard of {len(self._ids)} training examples has got {place + len(batch)}, so it is dropped: "
+                "the data set yields more examples than its length says."
             )
         name = lambda row: f"Training example {self._ids[place + row]}"  # noqa: E731  # short, used twice
         arrays = encode(batch.rows, self._after.row_type, batch.self_influence.shape[1], name)

@@ -46,7 +46,7 @@ def read_seal(folder: Path, entry: ShardEntry, expected: Expected | None = None)
     try:
         seal = read_checked(path)
         if seal["sha256"] != entry.seal:
-            raise StoreError(f"{path} is not the one that the manifest names")
+            raise StoreError(f"{path} is not the file that the manifest names")
         check_seal(seal)
         if expected is not None:
             expected.check(entry, seal)
@@ -121,14 +121,14 @@ def opened(folder: Path, entry: ShardEntry, action: Callable[[Path, ShardEntry],
         if error.errno in _TOO_MANY_OPEN:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             raise TooManyOpenError(
-                f"{path} cannot be opened: this process has all the files open that it may ({limit}). "
+                f"{path} cannot be opened: this process is at its limit of open files ({limit}). "
                 "Close some, or raise the limit with `ulimit -n`."
             ) from None
         missing = error.errno == errno.ENOENT
         problem = f"{error.filename or path} {'is missing' if missing else f'cannot be opened: {error.strerror}'}"
     raise StoreError(
-        f"{problem}. Run `gradindex verify {folder}` to see all damage, and `gradindex build --repair` to compute "
-        "damaged shards again."
+        f"{problem}. Run `gradindex verify {folder}` to see all damage, and `gradindex build --repair` to recompute "
+        "damaged shards."
     )
 
 

@@ -169,8 +169,8 @@ def changing(folder: str | os.PathLike[str], kind: str = "") -> Iterator[Gradien
         job = Job.pending(store.folder)
         if job is not None and job.kind != kind:
             raise StoreError(
-                f"{store.folder} has an unfinished `{job.kind}`. Finish it with the same command as before, or delete "
-                f"{store.folder / PENDING} to give it up."
+                f"{store.folder} has an unfinished `{job.kind}`. Rerun the same command to finish it, or delete "
+                f"{store.folder / PENDING} to abandon it."
             )
         if job is None:
             clean(store.folder)
@@ -216,7 +216,7 @@ def rewritten(
         ids = runs.to_ids(store.shard_runs(number))
     except StoreError as error:
         raise StoreError(
-            f"{error} But its ids went with its seal, so it cannot: restore it from a copy, or build again."
+            f"{error} But its ids were lost with its seal, so repair is impossible: restore a copy, or build again."
         ) from None
     try:
         samples = [(int(i), text) for i, text in read_seal(store.folder, entry)["samples"]]
@@ -296,13 +296,13 @@ def _check_mergeable(store: GradientStore, other: GradientStore) -> None:
         differing = ["map"]
     if differing and set(differing) <= {"bases", "fitted_to"}:
         raise MismatchError(
-            f"{other.folder} cannot be merged into {store.folder}: each was fitted to its own data, so their bases "
-            f"differ. Build the other again with the bases of the first: gradindex build --bases-from {store.folder}."
+            f"{other.folder} cannot be merged into {store.folder}: each projection was fitted to its own data, so "
+            f"their bases differ. Rebuild {other.folder} with: gradindex build --bases-from {store.folder}."
         )
     if differing:
         raise MismatchError(
             f"{other.folder} cannot be merged into {store.folder}: {'; '.join(differing)} differ. "
-            "Build it again with the task and options of the other."
+            "Rebuild it with the task and options of the other."
         )
 
 
@@ -339,8 +339,8 @@ def _source(job: Job, sources: Mapping[str, GradientStore], name: str, shard: st
     found = None if name not in sources else sources[name].shard(shard)
     if found is None:
         raise StoreError(
-            f"{job.folder} has an unfinished `{job.kind}` of shard {shard} of {name}, which is not there. Restore it, "
-            f"or delete {job.folder / PENDING} to give the change up."
+            f"{job.folder} has an unfinished `{job.kind}` of shard {shard} of {name}, which is missing. Restore it, "
+            f"or delete {job.folder / PENDING} to abandon the change."
         )
     return found
 
@@ -352,8 +352,8 @@ def _copy_shard(job: Job, planned: PlannedShard, parts: Sequence[tuple[Shard, in
     chosen = [(shard, np.intersect1d(wanted, shard.ids + shift), shift) for shard, shift in parts]
     if not sum(len(ids) for _, ids, _ in chosen) == count == len(wanted):
         raise StoreError(
-            f"{job.folder} has an unfinished `{job.kind}` of rows that its sources do not have. "
-            f"Delete {job.folder / PENDING} to give it up."
+            f"{job.folder} has an unfinished `{job.kind}` of rows that its sources lack. "
+            f"Delete {job.folder / PENDING} to abandon it."
         )
     places = [(shard, shard.positions(ids - shift)) for shard, ids, shift in chosen]
     samples = [

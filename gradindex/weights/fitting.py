@@ -72,7 +72,7 @@ def found_weights(path: Path, content: Any, key: str | None) -> dict[str, Any]:
         )
     if {"state", "param_groups"} <= content.keys():
         raise CheckpointError(
-            f"{path} holds the state of an optimizer, but weights are needed. Give the file of the model's weights."
+            f"{path} holds the state of an optimizer, but weights are needed. Give the file with the model's weights."
         )
     weights = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
     # What a module keeps by get_extra_state is of any type.
@@ -80,7 +80,7 @@ def found_weights(path: Path, content: Any, key: str | None) -> dict[str, Any]:
     if not any(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(
             f"{path} holds no weights under the usual keys; it holds: {', '.join(map(str, content))[:200]}. "
-            "Say where they are with key=."
+            "Give their key with key=."
         )
     return weights
 
@@ -100,8 +100,8 @@ def fitted(path: Path, weights: Mapping[str, Any], model: nn.Module, prefix: str
     for name, kept in extra.items():
         if name in weights and digest(weights[name]) != digest(kept):
             raise CheckpointError(
-                f"{path} has another {name} than the model, which is no weight and is not loaded. Give the model that "
-                "state first, with load_state_dict, or list checkpoints of one state."
+                f"{path} has a different {name} than the model; it is not a weight, so it is not loaded. Load that "
+                "state into the model first, with load_state_dict, or list only checkpoints that share one state."
             )
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(_EXTRA)}
     expected = {name: tensor for name, tensor in own_state.items() if isinstance(tensor, Tensor)}
@@ -198,7 +198,7 @@ def _under_prefix(
     if len(candidates) > 1 and not {"", _USUAL_PREFIX} & set(candidates):
         raise CheckpointError(
             f"{path} has the model's weights {len(candidates)} times, under {' and '.join(map(repr, candidates))}. "
-            f"Say which: Checkpoint(..., prefix={candidates[0]!r})."
+            f"Choose one: Checkpoint(..., prefix={candidates[0]!r})."
         )
     # Where nothing fits, the nearest, for the error to name what differs.
     candidates = candidates or [_nearest(plain.keys(), wanted)]
@@ -212,7 +212,7 @@ def _under_prefix(
     chosen = {_plain(name)[len(start) :] if start else name: tensor for name, tensor in weights.items() if has(name)}
     if len(chosen) != sum(map(has, weights)):
         raise CheckpointError(
-            f"{path} has names that differ by the parts of wrappers alone ({_some(list(weights))}). Say which: prefix=."
+            f"{path} has names that differ only in wrapper prefixes ({_some(list(weights))}). Choose one with prefix=."
         )
     return chosen, [name for name in weights if not has(name)]
 
@@ -223,8 +223,8 @@ def _without(path: Path, weights: Mapping[str, Tensor], prefix: str) -> tuple[di
         if chosen:
             return chosen, [name for name in weights if not name.startswith(start)]
     raise CheckpointError(
-        f"{path} has no name that begins with prefix {prefix!r}; there are {_some(list(weights))}. "
-        "Give another prefix, or none, and it is looked for."
+        f"{path} has no name that starts with prefix {prefix!r}; its names are {_some(list(weights))}. "
+        "Give another prefix, or none to have it detected."
     )
 
 
@@ -256,8 +256,8 @@ def _is_beside(name: str, tensor: Tensor, model: nn.Module) -> bool:
 def _misfit(path: Path, problems: list[str], weights: Mapping[str, Tensor]) -> str:
     if path.name.startswith("adapter_model") or all("lora_" in name for name in weights):
         return (
-            f"{path} holds an adapter alone ({len(weights)} tensors), but all weights of the model are needed. "
-            "Load it into the model and save the whole: torch.save(model.state_dict(), 'step_N.pt')."
+            f"{path} holds only an adapter ({len(weights)} tensors), but all weights of the model are needed. "
+            "Load it into the model and save everything: torch.save(model.state_dict(), 'step_N.pt')."
         )
     more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
     return (
@@ -280,7 +280,7 @@ def _checked(path: Path, name: str, tensor: Tensor, own: Tensor, parameter: str 
         raise refused(f"the layout {_type(tensor, layout=True)}", "Save tensor.to_dense().")
     if tensor.is_meta:
         raise CheckpointError(
-            f"{path} has no numbers in {name}, saved on the meta device. Save it when the weights are loaded."
+            f"{path} has no data in {name}, which was saved on the meta device. Save it after loading the weights."
         )
     if tensor.is_complex() != own.is_complex():
         raise refused(_type(tensor), "Check that the task builds the model this checkpoint was saved from.")
@@ -297,7 +297,7 @@ def _checked(path: Path, name: str, tensor: Tensor, own: Tensor, parameter: str 
         if count:
             raise CheckpointError(
                 f"{path} has {count:,} NaN or infinite numbers in {name}, so it has no gradients. "
-                "Leave this checkpoint out, or see why training diverged."
+                "Drop this checkpoint, or check why training diverged."
             )
     if tensor.layout == torch.strided and tensor.untyped_storage().nbytes() > tensor.nbytes:
         return tensor.clone()

@@ -54,8 +54,8 @@ def as_rates(given: Any, steps: Sequence[int], paths: Sequence[str | os.PathLike
         missing = [step for step in steps if step not in by_step]
         if missing:
             raise ArgumentError(
-                f"learning_rate has steps {_some(sorted(by_step))}, but {paths[steps.index(missing[0])]} is of step "
-                f"{missing[0]}. Give the rate of each checkpoint's step."
+                f"learning_rate has steps {_some(sorted(by_step))}, but {paths[steps.index(missing[0])]} has step "
+                f"{missing[0]}. Give a rate for the step of each checkpoint."
             )
         return [by_step[step] for step in steps]
     values = _listed(given)
@@ -85,14 +85,14 @@ def rate_for(path: str | os.PathLike[str], rates: Mapping[str, float], name: str
     if not matches:
         raise CheckpointError(
             f"{path} has learning rates for {len(rates)} parameters, but none for {name}. "
-            f"Leave it out with layers=, or: {way_out}"
+            f"Exclude it with layers=, or: {way_out}"
         )
     closest = max(map(_closeness, matches))
     found = {pattern: rate for pattern, rate in matches.items() if _closeness(pattern) == closest}
     if len(set(found.values())) > 1:
         raise CheckpointError(
             f"{path} has learning rates {' and '.join(f'{rate:g} ({pattern})' for pattern, rate in found.items())} for "
-            f"{name}. Give one by its name."
+            f"{name}. Give its rate by its full name."
         )
     return float(next(iter(found.values())))
 
@@ -109,8 +109,8 @@ def negligible(paths: Sequence[str | os.PathLike[str]], rates: Sequence[Mapping[
     """
     largest = [max(each.values(), default=0.0) for each in rates]
     way_out = (
-        "Give learning_rate= what it was over the steps before (a list, {step: rate}), choose weighting='integrated' "
-        "where Recorder saved them, or 'uniform'"
+        "Give the rates of the steps before with learning_rate= (a list or {step: rate}), choose "
+        "weighting='integrated' for checkpoints that Recorder saved, or 'uniform'"
     )
     if not any(largest):
         raise CheckpointError(
@@ -118,7 +118,7 @@ def negligible(paths: Sequence[str | os.PathLike[str]], rates: Sequence[Mapping[
         )
     return [
         f"{path} has learning rate {rate:.3g}, below 1/1000 of the largest, {max(largest):.3g}, so it hardly "
-        f"counts. {way_out}, or leave it out."
+        f"counts. {way_out}, or drop it."
         for path, rate in zip(paths, largest, strict=True)
         if rate < 1e-3 * max(largest)
     ]
@@ -153,7 +153,7 @@ def _number(where: str | os.PathLike[str], given: Any) -> float:
     values = _listed(given)
     if values is not None:
         if len(values) != 1:
-            raise ArgumentError(f"{where} has {len(values)} learning rates, but is one checkpoint. {_FORMS}")
+            raise ArgumentError(f"{where} has {len(values)} learning rates, but is a single checkpoint. {_FORMS}")
         given = values[0]
     try:
         if isinstance(given, bool) or callable(given):

@@ -139,17 +139,17 @@ def _opened(path: Path) -> Iterator[tuple[int, int]]:
 def _refuse(path: Path, kind: int) -> None:
     if kind == stat.S_IFDIR:
         raise CheckpointError(
-            f"{path} is a folder, but a checkpoint is a file. Give the file of weights in it, or of several folders: "
+            f"{path} is a folder, but a checkpoint is a file. Give the weights file in it, or for several folders: "
             f"find_checkpoints({str(path.parent / '*' / 'model.safetensors')!r})."
         )
     raise CheckpointError(
-        f"{path} is a {_KINDS.get(kind, 'special file')}, but a checkpoint is a regular file. Copy it to one."
+        f"{path} is a {_KINDS.get(kind, 'special file')}, but a checkpoint must be a regular file. Copy it to one."
     )
 
 
 def _changed(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"{path} changed while it was read, so its weights would be mixed. Try again when it is written."
+        f"{path} changed while it was read, so its weights would be mixed. Try again once it is fully written."
     )
 
 
@@ -180,10 +180,10 @@ def _kind(path: Path, number: int, size: int) -> str:
     elif head[:4] == b"\x89HDF":
         known = "an HDF5 file. Load the weights into the model and save model.state_dict() with torch.save"
     elif len(head) > 19 and all(byte in b"\t\n\r\f\b" or byte >= 32 for byte in head) and _is_text(head):
-        known = "a text file, no checkpoint. Give a file that torch.save or safetensors wrote"
+        known = "a text file, not a checkpoint. Give a file that torch.save or safetensors wrote"
     if known is not None:
         raise CheckpointError(f"{path} is {known}.")
-    reason = "it does not begin as a file of torch.save or safetensors does" if size else "it is empty"
+    reason = "it does not start like a file written by torch.save or safetensors" if size else "it is empty"
     raise CheckpointError(_damaged(path, reason))
 
 
@@ -312,12 +312,12 @@ def _objects(path: Path, text: str) -> str | None:
     way_out = ""
     if found is not None and not blocked:
         way_out = (
-            " Or, if you trust the file and know that type, allow it before: "
+            " Or, if you trust the file and know that type, allow it first: "
             f"torch.serialization.add_safe_globals([{found[1]}])."
         )
     return (
         f"{path} holds Python objects besides tensors and plain values{name}, which gradindex never executes. "
-        f"{_SAVE_WEIGHTS}, without such objects beside it.{way_out}"
+        f"{_SAVE_WEIGHTS}, without such objects.{way_out}"
     )
 
 
@@ -337,4 +337,4 @@ def _safetensors(path: Path, number: int, size: int, data: bool) -> tuple[dict[s
     except EOFError:
         raise _changed(path) from None
     except RuntimeError as error:  # torch has no memory for them
-        raise CheckpointError(f"{path} does not fit the memory: {_reason(error)}. Free some.") from None
+        raise CheckpointError(f"{path} does not fit in memory: {_reason(error)}. Free some memory.") from None

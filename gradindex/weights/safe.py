@@ -93,12 +93,12 @@ def _places(header: Any, size: int) -> tuple[dict[str, str], list[tuple[str, tor
     for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = about["data_offsets"]
         if about["dtype"] not in _DTYPES:
-            raise ValueError(f"{name} is of the type {about['dtype']}, which is not known here")
+            raise ValueError(f"{name} has the unknown type {about['dtype']}")
         dtype, shape = _DTYPES[about["dtype"]], about["shape"]
         if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-            raise ValueError(f"the shape or place of {name} is none")
+            raise ValueError(f"the shape or offsets of {name} are invalid")
         if start != end or stop - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"the place of {name} does not fit its shape")
+            raise ValueError(f"the offsets of {name} do not fit its shape")
         places.append((name, dtype, shape, stop - start))
         end = stop
     if end != size:
@@ -109,5 +109,5 @@ def _places(header: Any, size: int) -> tuple[dict[str, str], list[tuple[str, tor
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return found

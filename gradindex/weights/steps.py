@@ -66,8 +66,8 @@ def common_steps(paths: Sequence[Path], numbers: Sequence[Mapping[str, int]]) ->
     for path, found in zip(paths, numbers, strict=True):
         if not found:
             raise CheckpointError(
-                f"{path} has no step in its name that is plain, and none inside, so its place among the checkpoints is "
-                f"unknown. {way_out}"
+                f"{path} has no step in its name that is unambiguous, and none inside, so its place among the "
+                f"checkpoints is unknown. {way_out}"
             )
     label = next((label for label in ("step", "epoch", "number") if all(label in found for found in numbers)), None)
     if label is None:
@@ -75,7 +75,7 @@ def common_steps(paths: Sequence[Path], numbers: Sequence[Mapping[str, int]]) ->
         (one, first), (other, second) = next(pair for pair in pairs if not pair[0][1].keys() & pair[1][1].keys())
         kinds = [" and ".join(f"{label} {n}" for label, n in found.items()) for found in (first, second)]
         raise CheckpointError(
-            f"{one} has its place by {kinds[0]}, but {other} by {kinds[1]}, so their order is unknown. {way_out}"
+            f"{one} is ordered by {kinds[0]}, but {other} by {kinds[1]}, so their order is unknown. {way_out}"
         )
     return [found[label] for found in numbers]
 

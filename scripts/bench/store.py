@@ -222,7 +222,7 @@ def full_disk(bench: Bench, times: int) -> None:
                 if number == 0:
                     whole = contents(folder / "store")
                     continue
-                said = "cannot be written: No space left on device. What was finished is kept." in first.stdout
+                said = "cannot be written: No space left on device. Finished work is kept." in first.stdout
                 subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
                 again = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
                 same = again.returncode == 0 and contents(folder / "store") == whole

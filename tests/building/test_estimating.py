@@ -167,7 +167,7 @@ def test_a_build_goes_on_only_with_the_same_examples_left_out(task, tmp_path):
 
 @pytest.mark.parametrize(
     ("skip", "message"),
-    [([300], "skip holds 300, but positions in train go from 0 to 299"), (range(300), "leaves no training example")],
+    [([300], "skip holds 300, but positions in train go from 0 to 299"), (range(300), "covers all training examples")],
 )
 def test_what_cannot_be_skipped_is_refused(task, skip, message):
     with pytest.raises(TaskError, match=message):

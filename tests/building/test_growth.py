@@ -251,14 +251,14 @@ def test_an_interrupted_addition_leaves_the_store_as_it_was_and_goes_on(task, tm
         lambda: gradindex.store.compact(store.folder),
         lambda: gradindex.growth.add_checkpoint(task, store.folder),
     ):
-        with pytest.raises(StoreError, match="has an unfinished `add`. Finish it with the same command as before"):
+        with pytest.raises(StoreError, match="has an unfinished `add`. Rerun the same command to finish it"):
             change()
     with pytest.raises(MismatchError, match=r"unfinished `add` of other data: data length \(30 then, 28 now\) differ"):
         gradindex.add(first(task, 28), store.folder)
     broken(False)
     capsys.readouterr()
     gradindex.add(task, store.folder)
-    assert capsys.readouterr().err == f"{store.folder}: going on, 8 of 18 rows are there\n"
+    assert capsys.readouterr().err == f"{store.folder}: resuming, 8 of 18 rows are done\n"
     kept = {p.name: p.read_bytes() for p in (store.folder / "shards").iterdir()}
     assert kept == {p.name: p.read_bytes() for p in (whole.folder / "shards").iterdir()}
 
@@ -376,7 +376,7 @@ except StoreError as error: print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "has all the files open that it may (12). Close some, or raise the limit with `ulimit -n`" in done.stdout
+    assert "is at its limit of open files (12). Close some, or raise the limit with `ulimit -n`" in done.stdout
 
 
 def test_runs_are_sets_of_ids():

@@ -83,7 +83,9 @@ def test_many_queries_go_in_parts_that_are_halved(task, monkeypatch):
 def test_a_query_that_does_not_fit_alone_is_named(tmp_path):
     task = toys.make_task(tmp_path, nn.Sequential(nn.Linear(6, 3), Conditional()))
     task.query.tensors[0][2] = 1000.0
-    with pytest.raises(OutOfMemoryError, match=r"Query 2 of 4 alone needs more memory .* of 1 \(Conditional\) asked"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"Query 2 of 4 alone needs more memory .* of 1 \(Conditional\) requested"
+    ):
         gradindex.exact_scores(task, list(task.query))
 
 
@@ -117,8 +119,8 @@ def test_an_example_that_does_not_fit_alone_names_the_module_and_the_bytes(tmp_p
     task = toys.make_task(tmp_path, nn.Sequential(nn.Linear(6, 3), nn.Tanh()))
     task.model[1] = nn.Sequential(nn.Tanh(), Conditional())
     message = (
-        r"Training example 3 alone needs more memory than there is: the forward pass of 1\.1 \(Conditional\) "
-        r"asked for 4.19e\+06 GiB\."
+        r"Training example 3 alone needs more memory than is available: the forward pass of 1\.1 \(Conditional\) "
+        r"requested 4.19e\+06 GiB\."
     )
     x, _ = task.train.tensors
     x[3] = 1000.0
@@ -200,11 +202,11 @@ def test_amounts_of_memory(text, expected):
 
 @pytest.mark.parametrize("text", ["", "many", "2X", "0", "-1G", "1.2.3G"])
 def test_no_amounts_of_memory(text):
-    with pytest.raises(ArgumentError, match=re.escape(f"{text!r} is no amount of memory")):
+    with pytest.raises(ArgumentError, match=re.escape(f"{text!r} is not an amount of memory")):
         parse_bytes(text)
 
 
 def test_the_command_line_says_what_is_no_amount(tmp_path):
     done = CliRunner().invoke(main, ["build", "mine.py:task", "--out", str(tmp_path / "x"), "--memory", "much"])
     assert done.exit_code == 1
-    assert done.stderr == "Error: 'much' is no amount of memory. Write for example 500M or 2G.\n"
+    assert done.stderr == "Error: 'much' is not an amount of memory. Write for example 500M or 2G.\n"

@@ -399,7 +399,7 @@ def test_an_unfinished_build_says_how_to_go_on(work, monkeypatch):
     assert "unfinished, 0 shards done" in call("info", "store").stdout
     asked = call("query", "store", "--task", "mine.py:stops", "-q", "0")
     assert asked.exit_code == 1
-    assert "has not finished (0 of 1 shards). Run the same `gradindex build` again" in asked.stderr
+    assert "has not finished (0 of 1 shards). Rerun the same `gradindex build` to resume" in asked.stderr
     assert call("build", "mine.py:stops", "--out", "store").exit_code == 0
     assert call("query", "store", "--task", "mine.py:stops", "-q", "0", "-k", "1").exit_code == 0
 
@@ -409,7 +409,7 @@ def test_parts_are_built_side_by_side_and_sealed(work):
         result = call("build", "mine.py:task", "--out", "store", "--part", part, "--shard-rows", 4, "--batch-size", 2)
         assert result.stdout == f"store: part {part} is done; once all parts are, run: gradindex seal store\n"
     assert "unfinished, 3 shards done" in call("info", "store").stdout
-    assert "12 of 12 rows are made" in call("info", "store").stdout
+    assert "12 of 12 rows are done" in call("info", "store").stdout
     assert call("seal", "store").stdout == "store: 12 rows of 3,072 numbers, from 3 checkpoints\n"
     assert call("verify", "store").exit_code == 0
 
@@ -421,7 +421,7 @@ def test_a_store_grows_shrinks_and_is_compacted(work):
     assert call("add", "store", "--task", "mine.py:grown").stdout == "store: 0 rows added, 15 in all\n"
     assert call("remove", "store", "--id", 3, "--id", 14).stdout == "store: 13 rows left\n"
     assert call("remove", "store", "--ids-from", "-", input="4 5\n6\n").stdout == "store: 10 rows left\n"
-    assert "5 removed rows still take room; `gradindex compact` frees it" in call("info", "store").stdout
+    assert "5 removed rows still take space; `gradindex compact` frees it" in call("info", "store").stdout
     assert re.fullmatch(r"store: 10 rows in [\d.]+ KiB, [\d.]+ KiB less than before\n", call("compact", "store").stdout)
     hits = json.loads(call("query", "store", "--task", "mine.py:grown", "-q", 0, "-k", 10, "--json").stdout)
     assert {hit["id"] for hit in hits["records"]} == {0, 1, 2, 7, 8, 9, 10, 11, 12, 13}
@@ -457,7 +457,7 @@ def test_damage_is_repaired_alone(built):
     content[40_000] ^= 1
     shard.write_bytes(content)
     result = call("build", "mine.py:task", "--out", "store", "--repair")
-    assert result.stdout.endswith("shards/0001-00000.h5 is damaged in 1 of 10 blocks (ids 2 to 3): computed again\n")
+    assert result.stdout.endswith("shards/0001-00000.h5 is damaged in 1 of 10 blocks (ids 2 to 3): recomputed\n")
     (made,) = (built / "store" / "shards").glob("*.h5")
     assert made.read_bytes() == before[shard]
 

@@ -84,7 +84,7 @@ def test_an_index_follows_its_store(store, quick):
     gradindex.store.compact(folder)
     assert not np.isin(best[:3], retriever.proponents(0, k=10).ids).any()
     gradindex.add(task, folder)
-    assert "300 newer rows are compared in full" in retriever.search_note
+    assert "300 newer rows are scanned in full" in retriever.search_note
     everything = Candidates(GradientStore(folder), use_index=False)
     rows = retriever.query_rows(range(40))
     _, ids = everything.search(rows, 10)
@@ -103,7 +103,7 @@ def test_an_index_of_other_rows_is_not_used_and_says_so(store, quick):
     longer = replace(task, checkpoints=[*task.checkpoints, extra])
     gradindex.growth.add_checkpoint(replace(longer, train=Subset(task.train, range(600))), folder)
     retriever = gradindex.load(longer, folder)
-    assert "the index is of other rows, `gradindex index` makes it anew" in retriever.search_note
+    assert "the index is stale (built from other rows), `gradindex index` rebuilds it" in retriever.search_note
     assert retriever.proponents(0, k=600).ids.shape == (1, 600)
     evaluation.index(folder, recall=0.97, k=10, n_query=100)
     assert "recall@10" in gradindex.load(longer, folder).search_note
@@ -117,7 +117,7 @@ def test_a_promise_that_cannot_be_kept_is_an_error_and_leaves_what_was_there(sto
     monkeypatch.setattr(tuning, "_PROPOSALS", (1,))
     with pytest.raises(
         RecallError,
-        match=r"No index of .* is sure to hold 0.999 of the true top-10, .*: the best reaches at least 0\.\d+",
+        match=r"No index of .* reaches recall 0.999 of the true top-10 .*: the best reaches at least 0\.\d+",
     ):
         evaluation.index(folder, recall=0.999, k=10, n_query=100)
     assert {path: path.read_bytes() for path in (folder / "index").iterdir()} == before
@@ -166,7 +166,7 @@ def test_queries_whose_top_is_not_clear_are_left_out():
     assert truth.rows.argmax(1).tolist() != list(range(5, 30))  # in no order, so that halves are not alike
     scores[:] = 1
     with pytest.raises(
-        ArgumentError, match="There are 0 queries of 30 whose top-3 is clear, but at least 20 are needed"
+        ArgumentError, match="Only 0 of 30 queries have a top-3 without ties, but at least 20 are needed"
     ):
         truth_of.truth_from(rows, [(slice(0, 30), np.arange(50), scores)], np.full(30, -1), 3, "", 0)
 
@@ -287,9 +287,9 @@ def test_impossible_promises_are_refused(store, quick):
         ({"recall": 1.0}, "recall is 1.0, but must be between 0 and 1"),
         ({"k": 0}, "k is 0"),
         ({"k": 601}, "k is 601"),
-        ({"k": 600}, "k is 600, but must be from 1 to 599: one less than the training examples"),
-        ({"device": "foo"}, "device is 'foo', but must be one that PyTorch knows"),
-        ({"n_query": 19, "k": 10}, "There are 19 queries of 19 whose top-10 is clear, but at least 20 are needed"),
+        ({"k": 600}, "k is 600, but must be from 1 to 599, because each training example is a query"),
+        ({"device": "foo"}, "device is 'foo', but must be a device that PyTorch knows"),
+        ({"n_query": 19, "k": 10}, "Only 19 of 19 queries have a top-10 without ties, but at least 20 are needed"),
     ):
         with pytest.raises(ArgumentError, match=message):
             evaluation.index(folder, **options)
@@ -314,7 +314,7 @@ def test_the_command_line_makes_and_measures_an_index(store, quick):
     assert "rebuild the index: gradindex index" in call("verify", folder).stderr
     assert call("evaluate", folder, "--queries", 19).exit_code == 2
     broken = call("evaluate", folder)
-    assert (broken.exit_code, "Make the index again: gradindex index" in broken.stderr) == (1, True)
+    assert (broken.exit_code, "Rebuild the index: gradindex index" in broken.stderr) == (1, True)
     assert call("index", folder, "--drop").stdout == f"{folder}: exact over all rows\n"
     assert call("evaluate", folder).exit_code == 0
 
@@ -377,7 +377,7 @@ def test_an_index_that_the_memory_cannot_hold_is_not_begun(store, quick, monkeyp
     n = 600
     monkeypatch.setattr(tuning, "available_bytes", lambda device: n * 2 * (32 + 8) // 2 + 1000)
     with pytest.raises(
-        OutOfMemoryError, match=r"600 rows with 48 numbers .* GiB to make, .* fewer numbers: --dim (24|32)\."
+        OutOfMemoryError, match=r"600 rows with 48 numbers .* GiB to build, .* fewer numbers: --dim (24|32)\."
     ):
         evaluation.index(folder, recall=0.9, k=10, n_query=100, dim=48)
     built = []

@@ -72,7 +72,7 @@ def test_damaged_shards_are_repaired_alone(built):
     untouched = (folder / "shards" / "0001-00000.h5").stat().st_mtime_ns
     (said,) = gradindex.growth.repair(task, folder)
     assert "0001-00001.h5 is damaged" in said
-    assert said.endswith(": computed again")
+    assert said.endswith(": recomputed")
     assert contents(folder) == before
     assert (folder / "shards" / "0001-00000.h5").stat().st_mtime_ns == untouched
     for suffix in (".h5", ".json"):
@@ -83,7 +83,7 @@ def test_damaged_shards_are_repaired_alone(built):
     bases = {path.name: path.read_bytes() for path in folder.glob("bases-*")}
     for path in folder.glob("bases-*"):
         path.write_bytes(path.read_bytes()[:-3])
-    assert "They were fitted again" in gradindex.growth.repair(task, folder)[0]
+    assert "They were refitted" in gradindex.growth.repair(task, folder)[0]
     assert {path.name: path.read_bytes() for path in folder.glob("bases-*")} == bases
     assert len(list((folder / "shards").iterdir())) == 4
 
@@ -95,7 +95,7 @@ def test_bases_are_fitted_again_as_they_were_before_the_store_grew(tmp_path):
     gradindex.add(task, tmp_path / "store")
     (path,) = (tmp_path / "store").glob("bases-*.h5")
     path.unlink()
-    assert "They were fitted again" in gradindex.growth.repair(task, tmp_path / "store")[0]
+    assert "They were refitted" in gradindex.growth.repair(task, tmp_path / "store")[0]
 
 
 def test_a_repair_with_other_data_is_refused(built, tmp_path):
@@ -125,7 +125,7 @@ def test_a_repair_of_a_compacted_shard_that_is_killed_can_be_given_again(built, 
         patch.setattr(upkeep, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             gradindex.growth.repair(task, folder)
-    assert "computed again" in gradindex.growth.repair(task, folder)[0]
+    assert "recomputed" in gradindex.growth.repair(task, folder)[0]
     store = gradindex.GradientStore(folder)
     assert store.verify() == []
     np.testing.assert_allclose(store.rows(store.ids), rows, rtol=1e-5, atol=1e-6)
@@ -135,7 +135,7 @@ def test_ids_that_went_with_their_seal_cannot_be_repaired(built):
     task, folder = built
     gradindex.store.compact(folder)
     sorted((folder / "shards").glob("*.json"))[0].write_text("{}")
-    with pytest.raises(StoreError, match="its ids went with its seal"):
+    with pytest.raises(StoreError, match="its ids were lost with its seal"):
         gradindex.growth.repair(task, folder)
 
 
@@ -210,7 +210,7 @@ def test_what_the_system_refuses_is_said_with_the_path(tmp_path, monkeypatch, ca
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(files, "flush", refuse)
-    with pytest.raises(StoreError, match=f"pending.json cannot be written: {words}. What was finished is kept"):
+    with pytest.raises(StoreError, match=f"pending.json cannot be written: {words}. Finished work is kept"):
         gradindex.build(task, tmp_path / "store")
 
 

@@ -102,7 +102,7 @@ def test_a_limit_on_the_size_of_files_loses_nothing(nursery, states, ends, fault
         code, said = nursery.run(command, folder / "store", limit=limit)
         assert code in (0, 1), (command, limit, said)
         if code == 1:
-            assert said.endswith("cannot be written: File too large. What was finished is kept.")
+            assert said.endswith("cannot be written: File too large. Finished work is kept.")
         assert answers(folder / "store") in (before, after)
         assert [path for path in folder.rglob("*") if ".tmp-" in path.name] == []
         assert nursery.run(command, folder / "store")[0] == 0

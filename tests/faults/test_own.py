@@ -130,9 +130,7 @@ def test_a_link_in_place_of_a_folder_reaches_nobody(task, folder, tmp_path, name
         lambda: gradindex.add(task, folder),
         lambda: drop(folder),
     ):
-        with pytest.raises(
-            StoreError, match=rf"{name} is a link, but a store changes only what lies in its own folder"
-        ):
+        with pytest.raises(StoreError, match=rf"{name} is a link, but a store only changes files in its own folder"):
             change()
     assert faulty.lasting(theirs) == before
     assert GradientStore(folder).verify() == []  # it can be read
@@ -236,7 +234,7 @@ def test_an_index_knows_repaired_rows_again(task, folder):
     faulty.make_index(folder)
     path = sorted((folder / "shards").glob("*.h5"))[0]
     path.write_bytes(path.read_bytes()[:-9])
-    assert "computed again" in gradindex.growth.repair(first(task, 40), folder)[0]
+    assert "recomputed" in gradindex.growth.repair(first(task, 40), folder)[0]
     assert used(folder) == (True, 0, 0)
 
 
@@ -362,7 +360,7 @@ def test_pieces_of_exact_scores_go_on_over_a_compaction_and_stop_at_a_removal(ta
     pieces, found = begun()
     gradindex.store.remove(tmp_path / "store", [55])
     gradindex.store.compact(tmp_path / "store")
-    with pytest.raises(StoreChangedError, match="has other rows than when this answer began. Ask again"):
+    with pytest.raises(StoreChangedError, match="has different rows than when this answer was started. Ask again"):
         list(pieces)
 
 

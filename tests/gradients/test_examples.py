@@ -121,7 +121,7 @@ def test_one_long_example_among_many_is_met_while_building(tmp_path):
         gradindex.build(task, tmp_path / "store", batch_size=40, shard_rows=40)
     made = sorted(path.name for path in (tmp_path / "store" / "shards").glob("*.h5"))
     assert made == ["0001-00000.h5", "0001-00001.h5"]
-    with pytest.raises(MismatchError, match="begun with batch_size 40, but 1 is asked for"):
+    with pytest.raises(MismatchError, match="started with batch_size 40, not 1"):
         gradindex.build(task, tmp_path / "store", batch_size=1)
     assert gradindex.build(task, tmp_path / "alone", batch_size=1).n_train == 200
 
@@ -238,7 +238,7 @@ def test_a_loss_that_is_not_finite_is_named_wherever_it_stands(tmp_path, place, 
         gradindex.build(task, tmp_path / "store")
     skipping = replace(task, skip=[place])
     assert gradindex.build(skipping, tmp_path / "store").n_train == 11
-    with pytest.raises(NonFiniteGradientError, match="Mend it, or ask without it"):
+    with pytest.raises(NonFiniteGradientError, match="Fix it, or drop it"):
         gradindex.load(skipping, tmp_path / "store").proponents(place, k=2, source="train")
 
 
@@ -248,7 +248,7 @@ def test_a_query_that_is_not_finite_hinders_no_other_question(tmp_path):
     gradindex.build(task, tmp_path / "store", projection=Projection(dim=8))
     retriever = gradindex.load(task, tmp_path / "store")
     assert retriever.proponents([1, 2], k=3).ids.shape == (2, 3)
-    with pytest.raises(NonFiniteGradientError, match="query 0 has a NaN or infinite loss .*ask without it"):
+    with pytest.raises(NonFiniteGradientError, match="query 0 has a NaN or infinite loss .*drop it"):
         retriever.proponents([1, 0], k=3)
 
 

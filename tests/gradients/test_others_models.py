@@ -339,5 +339,5 @@ def test_a_checkpoint_that_is_saved_twice_under_two_names_is_one(tmp_path):
     assert [checkpoint.step for checkpoint in find_checkpoints(tmp_path, learning_rate=0.1)] == [40]
     other = {name: tensor + 1 for name, tensor in weights.items()}
     torch.save({"state_dict": other, "global_step": 40}, tmp_path / "last.ckpt")
-    with pytest.raises(CheckpointError, match="are both of step 40"):
+    with pytest.raises(CheckpointError, match="both have step 40"):
         find_checkpoints(tmp_path, learning_rate=0.1)

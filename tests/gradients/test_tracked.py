@@ -414,9 +414,7 @@ def test_info_says_what_was_left_out_and_why(tmp_path):
 def test_a_store_that_counted_frozen_parameters_says_so_when_it_does_not_match(tmp_path):
     task = saved_by_hand(tmp_path, freeze(network(), "0.", "2."), {"4.weight", "4.bias"})
     gradindex.build(replace(task, layers="*"), tmp_path / "store")
-    hint = (
-        r"also tracks 4 parameters that were not trained \(0.weight, for one\), as layers='\*' does, once the default"
-    )
+    hint = r"also tracks 4 parameters that were not trained \(such as 0.weight\), as layers='\*' does, formerly"
     for action in (lambda: gradindex.load(task, tmp_path / "store"), lambda: gradindex.build(task, tmp_path / "store")):
         with pytest.raises(MismatchError, match=hint):
             action()

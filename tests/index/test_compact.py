@@ -188,8 +188,11 @@ def change(path, old, new):
 
 
 DAMAGES = {
-    "one bit": (lambda p: p.write_bytes(p.read_bytes()[:-9] + b"x" + p.read_bytes()[-8:]), "another size or checksum"),
-    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-4]), "another size or checksum"),
+    "one bit": (
+        lambda p: p.write_bytes(p.read_bytes()[:-9] + b"x" + p.read_bytes()[-8:]),
+        "its size or checksum has changed",
+    ),
+    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-4]), "its size or checksum has changed"),
     "gone": (lambda p: p.unlink(), r"\.faiss is missing"),
     "manifest damaged": (lambda p: change(p.with_name("manifest.json"), '"dim": 16', '"dim": 17'), "do not match"),
     "manifest cut": (lambda p: p.with_name("manifest.json").write_text("{"), "manifest.json is damaged"),
@@ -202,7 +205,7 @@ def test_damage_is_found_before_faiss_reads_the_file(saved, monkeypatch, case):
     harm, message = DAMAGES[case]
     harm(next(folder.glob("*.faiss")))
     monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("was read"))
-    with pytest.raises(IndexFileError, match=f"{message}.*Make the index again: gradindex index"):
+    with pytest.raises(IndexFileError, match=f"{message}.*Rebuild the index: gradindex index"):
         CompactIndex.load(folder)
 
 

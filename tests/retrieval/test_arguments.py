@@ -139,7 +139,7 @@ def test_a_tensor_alone_is_an_item_where_examples_are_tensors(tmp_path):
     batch = torch.stack([vector(7), vector(8)])
     assert retriever.proponents(batch, k=2).queries == ("item 0", "item 1")
     np.testing.assert_array_equal(retriever.proponents(batch.numpy(), k=2).ids, retriever.proponents(batch, k=2).ids)
-    with pytest.raises(ArgumentError, match=r"shape \(2, 2, 6\).*whole numbers in one axis.*are a Tensor"):
+    with pytest.raises(ArgumentError, match=r"shape \(2, 2, 6\).*integers along one axis.*are a Tensor"):
         retriever.proponents(torch.zeros(2, 2, 6))
 
 
@@ -168,7 +168,7 @@ QUERIES = {
     "none": (None, "queries is None"),
     "a flag": (True, "queries is True, but must be positions"),
     "a fraction": (1.0, "queries is 1.0, but must be positions"),
-    "fractions": ([0.0, 1.0], "queries mix positions, which are whole numbers, with other things"),
+    "fractions": ([0.0, 1.0], "queries mix positions, which are integers, with other values"),
     "a tensor of fractions": (
         torch.tensor([0.0, 1.0]),
         r"of shape \(2,\).*examples of the task are a tuple of \(Tensor,",
@@ -219,11 +219,11 @@ def test_a_number_of_hits_in_any_type(retriever, k):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 3.0}, "k is 3.0, a float, but must be a whole number"),
+        ({"k": 3.0}, "k is 3.0, a float, but must be an integer"),
         ({"k": "3"}, "k is '3', a str"),
         ({"k": True}, "k is True, a bool"),
         ({"k": [3]}, r"k is \[3\], a list"),
-        ({"k": torch.tensor([1.5])}, "a Tensor, but must be a whole number"),
+        ({"k": torch.tensor([1.5])}, "a Tensor, but must be an integer"),
         ({"k": 0}, "k is 0, but must be between 1 and"),
         ({"k": -1}, "k is -1"),
         ({"k": 100}, "k is 100, but must be between 1 and the number of training examples, 12"),
@@ -236,10 +236,10 @@ def test_a_number_of_hits_in_any_type(retriever, k):
         ({"differs": ["n"]}, "The store has no column"),
         ({"ids": [1.5]}, "ids are of type float64"),
         ({"ids": [True] * 12}, "ids are of type bool.*np.flatnonzero"),
-        ({"ids": [[1, 2], [3]]}, "ids are no array"),
+        ({"ids": [[1, 2], [3]]}, "ids are not an array"),
         ({"ids": ["a"]}, "ids are of type"),
         ({"ids": np.array([2**63], dtype=np.uint64)}, r"below 2\^63"),
-        ({"ids": [2**70]}, "ids are no array"),
+        ({"ids": [2**70]}, "ids are not an array"),
         ({"ids": [99]}, "99"),
     ],
 )
@@ -288,11 +288,11 @@ def test_what_is_skipped_in_any_container(tmp_path, form):
     ("skip", "message"),
     [
         ([True, False], "skip is a mask of 2 values, but train has 12 examples"),
-        ([1.5], "skip holds 1.5, a float, but positions are whole numbers from 0 to 11"),
+        ([1.5], "skip holds 1.5, a float, but positions are integers from 0 to 11"),
         (torch.tensor([1.0]), "skip holds"),
         ("ab", "skip holds 'ab', a str"),
         ([-1], "skip holds -1, but positions in train go from 0 to 11"),
-        ([True] * 12, "skip leaves no training example"),
+        ([True] * 12, "skip covers all training examples"),
     ],
 )
 def test_what_cannot_be_skipped_is_refused(tmp_path, skip, message):
@@ -361,14 +361,14 @@ def test_lengths_that_lie_or_change_are_refused(tmp_path):
     with pytest.raises(GradIndexError, match="Reading training example 12 failed: IndexError.*a length of 13"):
         gradindex.build(replace(task, train=Length(list(task.train), [13])), tmp_path / "store", **OPTIONS)
     changes = replace(task, train=Length(task.train, [12, 12, 11]))
-    with pytest.raises(TaskError, match="train had 12 examples when the task was made, but has 11 now"):
+    with pytest.raises(TaskError, match="train had 12 examples when the task was created, but has 11 now"):
         gradindex.build(changes, tmp_path / "other", **OPTIONS)
     with pytest.raises(UserCodeError, match=r"len\(train\) failed: TypeError"):
         replace(task, train=Length(task.train, [1.5]))
 
 
 DATA = {
-    "a mapping of parts": ({"x": torch.zeros(12, 6), "y": torch.zeros(12)}, "train is a dict, which does not hand out"),
+    "a mapping of parts": ({"x": torch.zeros(12, 6), "y": torch.zeros(12)}, "train is a dict, which cannot be indexed"),
     "a text": ("some text", "train is a str"),
 }
 
@@ -384,7 +384,7 @@ def test_frames_and_series_are_no_data_sets(tmp_path):
     pd = pytest.importorskip("pandas")
     frame = pd.DataFrame({"x": range(12)}, index=range(11, -1, -1))
     for data in (frame, frame["x"]):
-        with pytest.raises(TaskError, match=r"which does not hand out examples by position.*to_dict\('records'\)"):
+        with pytest.raises(TaskError, match=r"which cannot be indexed by position.*to_dict\('records'\)"):
             toys.make_task(tmp_path, train=data)
 
 

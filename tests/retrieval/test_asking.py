@@ -176,9 +176,9 @@ def test_prepared_queries_serve_another_retriever_of_the_same_store(plain):
 
 def test_queries_prepared_for_other_rows_are_refused(factors, plain, tmp_path):
     other = make(tmp_path, projection=Projection(dim=12))
-    with pytest.raises(ArgumentError, match="prepared for other rows than those of .*Prepare them again"):
+    with pytest.raises(ArgumentError, match="prepared for different rows than those of .*Prepare them again"):
         factors.search(other.prepare(0), 3)
-    with pytest.raises(ArgumentError, match="prepared for other rows"):
+    with pytest.raises(ArgumentError, match="prepared for different rows"):
         factors.search(plain.prepare(0), 3)  # the same rows, but without factors
     with pytest.raises(ArgumentError, match=r"source and aggregate belong to prepare\(\)"):
         factors.search(factors.prepare(0), 3, aggregate="mean")
@@ -528,16 +528,16 @@ REFUSED = {
     "fewer candidates than k": ({"k": 20, "candidates": 15}, "candidates is 15, but must be at least k, 20"),
     "candidates for rows": (
         {"rerank": "rows", "candidates": 30},
-        "candidates go to exact scores, but rerank is 'rows'",
+        "candidates needs rerank='exact', but rerank is 'rows'",
     ),
     "both as a kind": ({"kind": "both"}, r"For both, call both\(\)"),
     "no such column": ({"where": {"colour": "red"}}, r"no column 'colour'. It has: label, number, rate, flipped"),
-    "text for a number": ({"where": {"number": "3"}}, "column number holds a whole number, but where asks for '3'"),
-    "number for a text": ({"where": {"label": 3}}, "column label holds text, but where asks for 3, which is a int"),
-    "bool for a number": ({"where": {"number": True}}, "holds a whole number, but where asks for True"),
-    "number for a bool": ({"where": {"flipped": 1}}, "column flipped holds true or false, but where asks for 1"),
-    "one of several": ({"where": {"label": ["cat", 1.5]}}, "asks for 1.5, which is a float"),
-    "float for an int": ({"where": {"number": 2.0}}, "asks for 2.0, which is a float"),
+    "text for a number": ({"where": {"number": "3"}}, "column number holds integers, but where has '3'"),
+    "number for a text": ({"where": {"label": 3}}, "column label holds text, but where has 3, a int"),
+    "bool for a number": ({"where": {"number": True}}, "holds integers, but where has True"),
+    "number for a bool": ({"where": {"flipped": 1}}, "column flipped holds true or false, but where has 1"),
+    "one of several": ({"where": {"label": ["cat", 1.5]}}, "where has 1.5, a float"),
+    "float for an int": ({"where": {"number": 2.0}}, "where has 2.0, a float"),
     "id": ({"ids": [3, N]}, f"There is no training id {N}"),
     "mask": ({"ids": np.ones(N, dtype=bool)}, "ids are of type bool"),
     "differs in no column": ({"differs": "colour"}, "no column 'colour'"),
@@ -559,7 +559,7 @@ def test_what_cannot_be_asked_is_refused(factors, case):
 
 
 def test_items_have_no_columns_to_differ_from(factors):
-    with pytest.raises(ArgumentError, match="items given by hand have no columns"):
+    with pytest.raises(ArgumentError, match="items passed directly have no columns"):
         factors.search([factors.task.query[0]], differs="label")
 
 

@@ -186,6 +186,6 @@ def test_what_cannot_be_split_is_refused(tmp_path):
     gradindex.build(task, tmp_path / "store")
     retriever = gradindex.load(task, tmp_path / "store")
     for ids, message in (([12], "There is no training id 12"), ([], "at least one training id"),
-                         ([[1]], r"shape \(1, 1\)"), ([0.5], "must be whole numbers")):  # fmt: skip
+                         ([[1]], r"shape \(1, 1\)"), ([0.5], "must be integers")):  # fmt: skip
         with pytest.raises(ArgumentError, match=message):
             retriever.explain(0, ids)

@@ -142,7 +142,7 @@ def test_a_saved_page_holds_everything_inside(tmp_path):
     assert page.remote == []
     assert len(page.pictures) == 6
     assert [page.text.count(kind) for kind in ("proponents", "opponents")] == [2, 2]
-    with pytest.raises(StoreError, match=r"cannot be written.*another place"):
+    with pytest.raises(StoreError, match=r"cannot be written.*another path"):
         UP.save_html(tmp_path / "no folder" / "page.html")
 
 

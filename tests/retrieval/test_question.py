@@ -41,13 +41,13 @@ def test_what_json_lacks_is_written_as_the_store_takes_it():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"at_leats": 1}, "A question has no 'at_leats'. It may have: kind, k, at_least"),
+        ({"at_leats": 1}, "A question has no field 'at_leats'. It has: kind, k, at_least"),
         ([("k", 3)], "A question is a list, but must be a mapping"),
-        ({"k": "three"}, "k is 'three', a str, but must be a whole number"),
-        ({"k": True}, "k is True, a bool, but must be a whole number"),
+        ({"k": "three"}, "k is 'three', a str, but must be an integer"),
+        ({"k": True}, "k is True, a bool, but must be an integer"),
         ({"kind": "both"}, r"kind is 'both', but must be one of: proponents, opponents, absolute. For both, call both"),
         ({"rerank": "exact", "at_least": "nan"}, "at_least is NaN"),
-        ({"rerank": "rows", "candidates": 5}, "candidates go to exact scores"),
+        ({"rerank": "rows", "candidates": 5}, "candidates needs rerank='exact'"),
         ({"source": "test"}, "source is 'test', but must be 'query' or 'train'"),
         ({"aggregate": "max"}, "aggregate is 'max', but must be 'sum', 'mean' or None"),
     ],

@@ -132,7 +132,10 @@ REFUSED = {
     "source": ({"source": "test"}, "source is 'test'"),
     "rerank": ({"rerank": "some"}, "rerank is 'some'"),
     "fewer candidates than k": ({"candidates": 2}, "candidates is 2, but must be at least k, 3"),
-    "candidates without re-scoring": ({"candidates": 5, "rerank": "none"}, "exact scores, but rerank is 'none'"),
+    "candidates without re-scoring": (
+        {"candidates": 5, "rerank": "none"},
+        "needs rerank='exact', but rerank is 'none'",
+    ),
 }
 
 
@@ -185,7 +188,7 @@ MISMATCHES = {
     ),
     "data": (
         lambda task, _: replace(task, train=list(task.train)[::-1]),
-        r"data \(training example \d+, for one\) differ",
+        r"data \(such as training example \d+\) differ",
     ),
     "activation": (other_activation, "losses of training examples"),
     "loss": (lambda task, _: replace(task, loss=lambda m, b: 2 * toys.cross_entropy(m, b)), "loss"),

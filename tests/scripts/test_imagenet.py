@@ -159,7 +159,7 @@ def test_a_build_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(whol
     assert not (tmp_path / "store" / "manifest.json").exists()
     build.main(arguments)
     said = capsys.readouterr()
-    assert re.search(r"going on, [1-9]\d* of 497 rows are there", said.err)
+    assert re.search(r"resuming, [1-9]\d* of 497 rows are done", said.err)
     assert "rows    497 of 192 numbers, " in said.out
     assert shards(tmp_path / "store") == shards(whole.folder)
     assert (tmp_path / "store" / "manifest.json").read_bytes() == (whole.folder / "manifest.json").read_bytes()

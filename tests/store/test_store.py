@@ -91,7 +91,7 @@ def test_an_interrupted_build_goes_on_and_ends_as_if_nothing_had_happened(task, 
     checking = len(data.reads)
     data.reads = []
     store = gradindex.build(replace(task, train=data), tmp_path / "store", **OPTIONS)
-    assert capsys.readouterr().err == f"{tmp_path / 'store'}: going on, 8 of 12 rows are there\n"
+    assert capsys.readouterr().err == f"{tmp_path / 'store'}: resuming, 8 of 12 rows are done\n"
     # After the check one of each shard that is there, for its loss; then the missing shard alone, with spot checks.
     after = data.reads[checking:]
     assert after[:4] == [0, 4, 8, 9]
@@ -141,7 +141,7 @@ OTHERS = {
     "seed": (lambda task, _: task, {"projection": Projection(dim=8, seed=1)}, "projection differ"),
     "precision": (lambda task, _: task, {"precision": "float64"}, "precision differ"),
     "length": (lambda t, _: replace(t, train=list(t.train)[:5], columns={}), {}, r"data length \(12 stored, 5 now\)"),
-    "data": (lambda task, _: replace(task, train=list(task.train)[::-1]), {}, r"data \(training example \d+, for one"),
+    "data": (lambda task, _: replace(task, train=list(task.train)[::-1]), {}, r"data \(such as training example \d+"),
     "columns": (lambda task, _: replace(task, columns={}), {}, "columns differ"),
 }  # fmt: skip
 
@@ -192,7 +192,7 @@ DAMAGES = {
     ),
     "another seal": (
         lambda path: path.with_suffix(".json").write_bytes(path.with_name("0001-00000.json").read_bytes()),
-        [r"00001\.json is not the one that the manifest names \(ids 4 to 7\)"],
+        [r"00001\.json is not the file that the manifest names \(ids 4 to 7\)"],
     ),
 }
 
@@ -223,7 +223,10 @@ MANIFESTS = {
         "format version 7, but this gradindex",
     ),
     "another learning rate": (lambda text: text.replace("0.02", "0.03"), "do not match its checksum"),
-    "a trial version": (lambda text: text.replace('"version": 1', '"version": 0'), "format version 0, of a trial"),
+    "a trial version": (
+        lambda text: text.replace('"version": 1', '"version": 0'),
+        "format version 0, of a pre-release",
+    ),
     "no shards": (lambda text: text.replace('"shards"', '"shard"'), "is damaged"),
 }
 
@@ -293,7 +296,7 @@ def test_a_full_disk_leaves_finished_shards_and_no_rubbish(task, tmp_path, monke
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(
-        StoreError, match=r"00002\.h5 cannot be written: No space left on device. What was finished is kept"
+        StoreError, match=r"00002\.h5 cannot be written: No space left on device. Finished work is kept"
     ):
         gradindex.build(task, tmp_path / "store", **OPTIONS)
     monkeypatch.undo()

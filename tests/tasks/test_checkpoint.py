@@ -139,9 +139,7 @@ def test_rates_are_given_in_every_form(tmp_path):
 
     assert rates(0.5) == {"0.weight": 0.5, "0.bias": 0.5, "2.weight": 0.5}
     assert rates({"0.*": 0.25, "2.weight": 0, "0.bias": 2.0}) == {"0.weight": 0.25, "0.bias": 2.0, "2.weight": 0.0}
-    with pytest.raises(
-        CheckpointError, match="has learning rates for 1 parameters, but none for 2.weight. Leave it out"
-    ):
+    with pytest.raises(CheckpointError, match="has learning rates for 1 parameters, but none for 2.weight. Exclude it"):
         rates({"0.*": 0.25})
 
 

@@ -109,7 +109,7 @@ def test_of_a_student_and_a_teacher_one_must_be_chosen(tmp_path, model):
     teacher = toys.mlp()
     content = named(model, lambda n: f"student.{n}") | named(teacher, lambda n: f"teacher.{n}")
     with pytest.raises(
-        CheckpointError, match=r"weights 2 times, under 'student\.' and 'teacher\.'\. Say which.*prefix="
+        CheckpointError, match=r"weights 2 times, under 'student\.' and 'teacher\.'\. Choose one.*prefix="
     ):
         saved(tmp_path, content).load(toys.mlp())
     assert same(saved(tmp_path, content, prefix="teacher.").load(toys.mlp()), teacher)
@@ -122,7 +122,7 @@ def test_of_weights_and_their_average_the_weights_are_taken(tmp_path, model):
 
 def test_a_prefix_that_nothing_has_is_an_error(tmp_path, model):
     with pytest.raises(
-        CheckpointError, match=r"no name that begins with prefix 'encoder'; there are 0\.weight, 0\.bias"
+        CheckpointError, match=r"no name that starts with prefix 'encoder'; its names are 0\.weight, 0\.bias"
     ):
         saved(tmp_path, model.state_dict(), prefix="encoder").load(model)
 
@@ -219,7 +219,7 @@ def test_scores_of_a_tied_model_equal_autograd_and_what_was_filled_is_told(tmp_p
     said = [line for line in capsys.readouterr().err.splitlines() if "tied" in line]
     assert len(said) == 1
     assert re.search(
-        r"tied_0\.safetensors \(like 2 others\) lacks decode\.weight, taken from .*has criterion\.w bes", said[0]
+        r"tied_0\.safetensors \(like 2 others\) lacks decode\.weight, filled in from .*has criterion\.w that", said[0]
     )
     for item in store.manifest.map.checkpoints:
         assert (item.filled, item.passed_over) == (("decode.weight",), ("criterion.w",))
@@ -290,18 +290,18 @@ class Evil:
 
 WEIGHTS = {"0.weight": torch.ones(5, 6)}
 NO_CHECKPOINTS = {
-    "a folder": ("w.pt", lambda path: path.mkdir(), "is a folder, but a checkpoint is a file. Give the file"),
-    "a pipe": ("w.pt", pipe, "is a pipe, but a checkpoint is a regular file"),
+    "a folder": ("w.pt", lambda path: path.mkdir(), "is a folder, but a checkpoint is a file. Give the weights file"),
+    "a pipe": ("w.pt", pipe, "is a pipe, but a checkpoint must be a regular file"),
     "a safetensors pipe": ("w.safetensors", pipe, "is a pipe"),
     "empty": ("w.pt", lambda path: path.touch(), r"truncated or damaged \(it is empty\)"),
     "empty safetensors": ("w.safetensors", lambda path: path.touch(), "truncated or damaged"),
-    "text": ("w.pt", lambda path: path.write_text("<html>404 not found</html>"), "is a text file, no checkpoint"),
+    "text": ("w.pt", lambda path: path.write_text("<html>404 not found</html>"), "is a text file, not a checkpoint"),
     "Git LFS": ("w.pt", lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid"), "git lfs pull"),
     "a zip": ("w.pt", archive(notes_txt="mine"), r"is a zip file that torch.save did not write"),
     "TorchScript": ("w.pt", script, "is a TorchScript archive, whose code gradindex never executes"),
     "a tar": ("w.tar", tar, "is an archive"),
     "HDF5": ("w.pt", lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 99), "is an HDF5 file"),
-    "an array": ("w.pt", lambda path: path.write_bytes(b"\x93NUMPY\1\0" + b"\0" * 99), "does not begin as a file of"),
+    "an array": ("w.pt", lambda path: path.write_bytes(b"\x93NUMPY\1\0" + b"\0" * 99), "does not start like a file"),
     "a pickle": ("w.pt", lambda p: p.write_bytes(pickle.dumps(WEIGHTS)), "a pickle that torch.save did not write"),
     "an evil pickle": ("w.pt", lambda p: p.write_bytes(pickle.dumps(Evil())), "gradindex never executes one"),
     "an evil old file": ("w.pt", legacy(Evil()), r"Python objects besides tensors .*(posix|nt)\.system.* never exec"),
@@ -312,11 +312,11 @@ NO_CHECKPOINTS = {
         lambda p: torch.save(torch.optim.Adam(toys.mlp().parameters()).state_dict(), p),
         "state of an optimizer",
     ),
-    "a lying header": ("w.safetensors", forged({"w": entry(shape=(40,))}), "the place of w does not fit its shape"),
+    "a lying header": ("w.safetensors", forged({"w": entry(shape=(40,))}), "the offsets of w do not fit its shape"),
     "huge claims": ("w.safetensors", forged({"w": entry(shape=(2**62, 4), offsets=(0, 2**66))}), "has 16"),
-    "negative": ("w.safetensors", forged({"w": entry(shape=(-4,), offsets=(0, -16))}), "shape or place of w is none"),
-    "overlaps": ("w.safetensors", forged({"v": entry(), "w": entry()}), "does not fit its shape"),
-    "no such type": ("w.safetensors", forged({"w": entry(dtype="F4")}), "is of the type F4, which is not known here"),
+    "negative": ("w.safetensors", forged({"w": entry(shape=(-4,), offsets=(0, -16))}), "offsets of w are invalid"),
+    "overlaps": ("w.safetensors", forged({"v": entry(), "w": entry()}), "do not fit its shape"),
+    "no such type": ("w.safetensors", forged({"w": entry(dtype="F4")}), "has the unknown type F4"),
     "no header": ("w.safetensors", lambda p: p.write_bytes(b"\xff" * 64), "header is longer than the file"),
     "deep JSON": ("w.safetensors", lambda p: p.write_bytes(struct.pack("<Q", 9**5) + b"[" * 9**5), "damaged"),
     "a list": ("w.safetensors", forged([1, 2]), "damaged"),
@@ -325,7 +325,7 @@ NO_CHECKPOINTS = {
     "an adapter": (
         "adapter_model.bin",
         legacy({"base_model.model.q.lora_A.weight": torch.ones(2, 3)}),
-        r"holds an adapter alone \(1 tensors\), but all weights of the model are needed",
+        r"holds only an adapter \(1 tensors\), but all weights of the model are needed",
     ),
 }  # fmt: skip
 
@@ -456,7 +456,7 @@ BAD_WEIGHTS = {
         r"has quantised numbers in 2\.weight",
     ),
     "complex": (changed(lambda w: w.to(torch.complex64)), r"has complex64 in 2\.weight, but the model has float32"),
-    "meta": (changed(lambda w: w.to("meta")), r"has no numbers in 2\.weight, saved on the meta device"),
+    "meta": (changed(lambda w: w.to("meta")), r"has no data in 2\.weight, which was saved on the meta device"),
     "no elements": (changed(lambda w: w[:0]), r"2\.weight has shape \(0, 5\), the model \(3, 5\)"),
 }  # fmt: skip
 

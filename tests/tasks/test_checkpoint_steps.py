@@ -140,9 +140,11 @@ def test_two_different_files_of_one_step_are_refused_and_a_copy_is_left_out(tmp_
     (tmp_path / "newest.ckpt").symlink_to(tmp_path / "last.ckpt")
     assert found(tmp_path) == [("epoch=1-step=5.ckpt", 5), ("epoch=2-step=9.ckpt", 9)]
     said = capsys.readouterr().err.splitlines()
-    assert [line.rpartition("/")[2] for line in said] == ["epoch=2-step=9.ckpt and is left out."] * 2
+    assert [line.rpartition("/")[2] for line in said] == ["epoch=2-step=9.ckpt and is skipped."] * 2
     saved(tmp_path, "best.ckpt", content={"state_dict": toys.regressor().state_dict(), "global_step": 9})
-    with pytest.raises(CheckpointError, match=r"best\.ckpt and .*step=9\.ckpt are both of step 9, so which one counts"):
+    with pytest.raises(
+        CheckpointError, match=r"best\.ckpt and .*step=9\.ckpt both have step 9, so it is unclear which one counts"
+    ):
         found(tmp_path)
 
 
@@ -206,13 +208,13 @@ def test_one_rate_in_every_form(rate):
 WRONG = {
     "two of three": ([0.1, 0.2], r"is a list of 2, but there are 3 checkpoints\. Give one rate for each"),
     "get_last_lr": ([0.1], r"is a list of 1, but there are 3 checkpoints.*one number for all"),
-    "no step": ({9: 0.1, 10: 0.2}, r"has steps 9, 10, but .*step_100\.pt is of step 100"),
+    "no step": ({9: 0.1, 10: 0.2}, r"has steps 9, 10, but .*step_100\.pt has step 100"),
     "negative in a list": ([0.1, -0.2, 0.1], r"step_10\.pt has learning rate -0\.2, but a rate must be finite and not"),
     "NaN as text": ("nan", "must be finite and not negative"),
     "None in a list": ([0.1, None, 0.1], r"step_10\.pt has a learning rate of type NoneType, but needs a number"),
     "words": ("auto", r"has a learning rate 'auto', but needs a number"),
     "truth": (True, "of type bool, but needs a number"),
-    "groups": ([[0.1, 0.2]] * 3, "has 2 learning rates, but is one checkpoint"),
+    "groups": ([[0.1, 0.2]] * 3, "has 2 learning rates, but is a single checkpoint"),
     "complex": (0.1j, "of type complex, but needs a number"),
     "an object": (object(), "of type object, but needs a number"),
     "nothing": ({}, "empty mapping"),

@@ -187,10 +187,10 @@ def test_dates_as_text_are_as_short_as_they_can_be():
 
 
 REFUSED = {
-    "numbers as text among numbers": ([1, "2", 3], r"mixes whole numbers \(at place 0\) and texts \(at place 1\)"),
-    "fractions among texts": (["a", 1.5, "b"], r"mixes texts \(at place 0\) and fractions \(at place 1\)"),
-    "flags among numbers": ([True, 2, False], "mixes true or false .* and whole numbers"),
-    "dates among texts": (["a", datetime.date(2024, 1, 1), "b"], "mixes texts .* and dates"),
+    "numbers as text among numbers": ([1, "2", 3], r"mixes integers \(at place 0\) and strings \(at place 1\)"),
+    "fractions among texts": (["a", 1.5, "b"], r"mixes strings \(at place 0\) and floats \(at place 1\)"),
+    "flags among numbers": ([True, 2, False], "mixes booleans .* and integers"),
+    "dates among texts": (["a", datetime.date(2024, 1, 1), "b"], "mixes strings .* and dates"),
     "some zones": (
         [datetime.datetime(2024, 1, 1), datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc)],
         "with and without a time zone",
@@ -228,16 +228,16 @@ REFUSED = {
     "durations": (np.array([1, 2], dtype="m8[s]"), r"of type timedelta64\[s\]"),
     "duration objects": ([datetime.timedelta(1)] * 2, "Give durations as numbers"),
     "beyond 64 bits": ([2**70, 1], "beyond 64 bits"),
-    "inexact beside missing": ([2**53 + 1, None], "9007199254740993 beside values that are missing.*as text"),
-    "inexact beside fractions": ([2**60 + 1, 0.5], "beside other numbers"),
-    "no Unicode": (["a", "\udcff"], r"no Unicode .*at place 1"),
+    "inexact beside missing": ([2**53 + 1, None], "9007199254740993 with missing values.*as text"),
+    "inexact beside fractions": ([2**60 + 1, 0.5], "with other numbers"),
+    "no Unicode": (["a", "\udcff"], r"not Unicode .*at place 1"),
     "long": (["a", "b" * 70_000], r"a text of 70,000 bytes \(at place 1\), but at most 65,536"),
-    "a zero character at the end": (["a\0", "b"], "ends in a zero character"),
-    "one text": ("abc", "is a str, one text"),
+    "a zero character at the end": (["a\0", "b"], "ends in a NUL character"),
+    "one text": ("abc", "is a str, a single text"),
     "a set": ({1, 2, 3}, "is a set, which has no order"),
-    "a dict": ({0: "a", 1: "b"}, "is a dict, which has no order of places"),
-    "a generator": ((i for i in range(3)), r"is a generator without places.*list\(\.\.\.\)"),
-    "one number": (3, "is a int without places"),
+    "a dict": ({0: "a", 1: "b"}, "is a dict, which has no order"),
+    "a generator": ((i for i in range(3)), r"is a generator, which cannot be indexed.*list\(\.\.\.\)"),
+    "one number": (3, "is a int, which cannot be indexed"),
     "sparse": (torch.eye(3)[0].to_sparse(), r"Reading columns\['c'\] failed"),
 }  # fmt: skip
 
@@ -254,7 +254,7 @@ def test_what_cannot_be_kept_is_refused_in_one_line(case):
     ("columns", "message"),
     [
         ([1, 2, 3], "columns is a list, but must be a mapping"),
-        ({3: range(12)}, "has a column 3, but a name must be a text"),
+        ({3: range(12)}, "has a column 3, but a name must be a string"),
         ({"c": [1]}, r"columns\['c'\] has 1 values, but train has 12 examples"),
     ],
 )
@@ -401,7 +401,7 @@ def test_what_is_missing_differs_from_every_value_and_not_from_itself(gaps):
         assert set(missing) < set(found.of(0)[0].tolist())
     assert sorted(retriever.proponents(2, k=12, differs="day").of(0)[0].tolist()) == [0, *range(2, 12)]
     texts = replace(task, query_columns={"day": ["2024-01-31"] * 4})
-    with pytest.raises(ArgumentError, match="The column day holds a date, .* and text for queries"):
+    with pytest.raises(ArgumentError, match="The column day holds dates, .* and text for queries"):
         gradindex.load(texts, store.folder).proponents(0, k=3, differs="day")
 
 
@@ -455,7 +455,7 @@ def test_dates_are_dates_in_records_and_short_text_where_they_are_shown(tmp_path
     found = show("--where", "at=2024-02-02", "--where", "at=2024-01-31 13:00+01:00", "--where", "at=", "--json")
     assert sorted(record["id"] for record in json.loads(found.stdout)["records"]) == [0, 3, 5]
     refused = show("--where", "at=Friday")
-    assert refused.exit_code and "holds a date, such as 2024-01-31 or" in refused.stderr
+    assert refused.exit_code and "holds dates, such as 2024-01-31 or" in refused.stderr
 
 
 def test_what_is_missing_is_an_empty_cell_and_null(gaps):

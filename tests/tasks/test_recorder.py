@@ -403,7 +403,7 @@ class Copies(torch.optim.SGD):
 def test_what_cannot_be_recorded_is_refused_with_the_reason(tmp_path):
     model = toys.mlp()
     for given, message in (
-        ("sgd", "optimizer is a str without steps to listen to, but must be a torch.optim.Optimizer"),
+        ("sgd", "optimizer is a str whose steps cannot be observed, but must be a torch.optim.Optimizer"),
         ([], "optimizer is an empty list"),
         ([torch.optim.SGD(model.parameters(), 0.5), None], "optimizer is a NoneType"),
         (Copies(model.parameters()), "holds 4 parameters that are not the model's.*copies in another precision"),

@@ -30,8 +30,8 @@ REFUSED = {
     "model": ({"model": "resnet"}, "model is a str, but must be a torch.nn.Module"),
     "loader": ({"train": DataLoader(DATA)}, r"train is a DataLoader.*Give its data set: train=loader.dataset"),
     "query loader": ({"query": DataLoader(DATA)}, r"query is a DataLoader.*query=loader.dataset"),
-    "stream": ({"train": Stream()}, "train is a Stream without positions"),
-    "generator": ({"train": (i for i in range(3))}, "train is a generator without positions"),
+    "stream": ({"train": Stream()}, "train is a Stream, which cannot be indexed"),
+    "generator": ({"train": (i for i in range(3))}, "train is a generator, which cannot be indexed"),
     "tensor": ({"train": torch.zeros(4, 6)}, r"train is a Tensor.*Use TensorDataset\(x, y\)"),
     "empty": ({"train": []}, "train is empty. Give at least one example"),
     "no checkpoints": ({"checkpoints": []}, "checkpoints is empty"),
@@ -44,7 +44,7 @@ REFUSED = {
     "objects": ({"columns": {"label": [object()] * 12}}, r"columns\['label'\] holds a object \(at place 0\)"),
     "complex": (
         {"columns": {"label": [1j] * 12}},
-        r"holds a complex \(at place 0\), but a column must hold numbers, booleans, texts or dates",
+        r"holds a complex \(at place 0\), but a column must hold numbers, booleans, strings or dates",
     ),
 }
 
@@ -138,7 +138,7 @@ def test_augmented_data_is_refused_and_no_random_state_changes(tmp_path, generat
     task = replace(toys.make_task(tmp_path), train=Noisy(generator))
     before = torch.rand(1, generator=None), np.random.get_state()[1].copy(), random.getstate()
     state = torch.random.get_rng_state()
-    with pytest.raises(TaskError, match=r"Training example 0 differs between two reads \(8 of 8 tried do\)"):
+    with pytest.raises(TaskError, match=r"Training example 0 differs between two reads \(8 of 8 sampled ones do\)"):
         task.check_reads_repeat()
     assert torch.equal(state, torch.random.get_rng_state())
     assert np.array_equal(before[1], np.random.get_state()[1])

@@ -177,7 +177,9 @@ def test_a_step_that_the_file_no_longer_has_is_refused(tmp_path):
     (found,) = gradindex.find_checkpoints(tmp_path, learning_rate=RATE)
     assert found.step == 5
     torch.save({"state_dict": state, "global_step": 9}, tmp_path / "last.ckpt")
-    with pytest.raises(CheckpointError, match=r"last\.ckpt has another step than when it was found. Call find_check"):
+    with pytest.raises(
+        CheckpointError, match=r"last\.ckpt has a different step than when it was found. Call find_check"
+    ):
         found.load(toys.mlp())
 
 
