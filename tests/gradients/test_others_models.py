@@ -195,7 +195,7 @@ def test_extra_state_that_differs_is_refused_and_equal_one_is_no_weight(tmp_path
     plain = replace(task, model=nn.Sequential(nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 3)), checkpoints=checkpoints)
     np.testing.assert_allclose(found, gradindex.exact_scores(plain, [plain.query[0]]), rtol=1e-5)
     task.model[0].kept = other
-    with pytest.raises(CheckpointError, match=r"another 0\._extra_state than the model.*load_state_dict"):
+    with pytest.raises(CheckpointError, match=r"different 0\._extra_state than the model.*load_state_dict"):
         gradindex.exact_scores(task, [task.query[0]])
 
 
