@@ -130,7 +130,7 @@ class Recorder:
                     self._steps[parameter] = self._steps.get(parameter, none).and_one(rate)
 
     def save(self, loss: float | None = None) -> Path:
-        """Write a checkpoint of the present weights and return its path.
+        """Write a checkpoint of the current weights and return its path.
 
         Args:
             loss: the training loss, such as its mean over the epoch, which

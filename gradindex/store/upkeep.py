@@ -36,11 +36,11 @@ _LARGEST_ID = (1 << 63) - 2
 
 
 def remove(folder: str | os.PathLike[str], ids: NDArray[np.int64] | Sequence[int]) -> GradientStore:
-    """Take training examples out of every answer, at once; :func:`compact` frees their room.
+    """Drop training examples from every answer at once; :func:`compact` frees their space.
 
     Args:
         folder: of the store.
-        ids: (m,) whole numbers; those that are removed already are passed over.
+        ids: (m,) integers; already removed ones are ignored.
 
     Raises:
         ArgumentError: an id was never there, or nothing would be left.
@@ -63,7 +63,7 @@ def remove(folder: str | os.PathLike[str], ids: NDArray[np.int64] | Sequence[int
 def compact(folder: str | os.PathLike[str]) -> GradientStore:
     """Give back the room of removed rows and join small shards; ids stay. Answers stay the same meanwhile.
 
-    Call it again to go on after an interruption.
+    Call it again to resume after an interruption.
 
     Args:
         folder: of the store.
@@ -88,7 +88,7 @@ def merge(
 ) -> GradientStore:
     """Copy the rows of stores that were built apart with the same map into one of them.
 
-    Call it again to go on after an interruption.
+    Call it again to resume after an interruption.
 
     Args:
         folder: the store that grows.
