@@ -13,12 +13,13 @@ from gradindex.tree import map_tensors
 def gradients(task, items, role="train", prefixes=("",)):
     """(n, checkpoints, parameters) gradients of the parameters whose names start with a prefix, unscaled."""
     model = task.model.double()
+    states = [checkpoint.load(model) for checkpoint in task.checkpoints]
     training, rows = model.training, []
     model.eval()
     for item in items:
         per_checkpoint = []
-        for checkpoint in task.checkpoints:
-            model.load_state_dict(checkpoint.load(model))
+        for state in states:
+            model.load_state_dict(state)
             model.zero_grad()
             task.loss_for(role)(model, double(task.collate([item]))).sum().backward()
             chosen = [p for name, p in model.named_parameters() if name.startswith(prefixes)]
