@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -126,25 +127,42 @@ def peak_bytes(action: Callable[[], Any], device: torch.device) -> int:
         action()
         return int(torch.cuda.max_memory_allocated(device)) - before
     meter = _Meter()
-    with meter:
+    with _watching(meter):
         action()
     return meter.peak
 
 
-class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+def _watching(meter: _Meter) -> TorchDispatchMode:
+    """A mode in which a meter is told of every operation.
+
+    Its class is made here, for torch has its compiler pass over such a class, and imports the compiler to tell it so,
+    which takes two seconds. Where nobody has imported it, there is nothing that it compiles.
+    """
+
+    class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return "torch._dynamo" in sys.modules
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return meter.run(func, args, kwargs or {})
+
+    return Watching()  # type: ignore[no-untyped-call]  # the same
+
+
+class _Meter:
     """Adds up the storages that operations make, and takes them off as they die."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._live: dict[int, int] = {}
         self._total = 0
         self.peak = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Called by torch instead of ``func``."""
-        for tensor in tensors([*args, kwargs or {}]):
+    def run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """One operation."""
+        for tensor in tensors([*args, kwargs]):
             self._add(tensor.untyped_storage(), 0)  # was there before, such as a weight
-        outputs = func(*args, **(kwargs or {}))
+        outputs = func(*args, **kwargs)
         for tensor in tensors(outputs):
             self._add(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
         return outputs

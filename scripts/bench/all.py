@@ -32,6 +32,7 @@ HELPERS = {"all", "harness", "numbers_task", "stores", "common", "laboratory", "
 HELPERS |= {"imagenet_task", "made", "pictures", "resnet"}  # of scripts/imagenet; scripts/paper has pictures.py as well
 NEED_PEERS = {"bench/peers", "bench/search_peers", "paper/mislabelled"}
 QUICK_ONLY = {"imagenet/build", "imagenet/query", "imagenet/self_influence"}  # the full form is a person's own job
+QUICK_PARTS = {"bench/search": ["--sets", "mnist", "cifar10"]}  # of which the others take the same way
 FIRST = "tasks/augmented"  # makes the features of scale, search and search_peers
 
 
@@ -131,7 +132,7 @@ def run(name: str, folder: Path, shared: Path | None, python: str) -> Outcome:
     if done.exists() and not quick:
         return Outcome(name, 0, *map(float, done.read_text().split()), list(_read(bars)), kept=True)
     bars.unlink(missing_ok=True)
-    command = [python, str(TOP / "scripts" / f"{name}.py"), *(["--quick"] if quick else [])]
+    command = [python, str(TOP / "scripts" / f"{name}.py"), *(["--quick", *QUICK_PARTS.get(name, [])] if quick else [])]
     if name.startswith(("bench", "paper")):
         command += ["--save", str(folder / f"{name}.{'json' if name.startswith('paper') else 'md'}")]
     environment = os.environ | {"GRADINDEX_BARS": str(bars)}

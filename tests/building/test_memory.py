@@ -7,6 +7,7 @@ import pytest
 import torch
 import toys
 from click.testing import CliRunner
+from places import TESTS
 from torch import nn
 
 import gradindex
@@ -210,3 +211,15 @@ def test_the_command_line_says_what_is_no_amount(tmp_path):
     done = CliRunner().invoke(main, ["build", "mine.py:task", "--out", str(tmp_path / "x"), "--memory", "much"])
     assert done.exit_code == 1
     assert done.stderr == "Error: 'much' is not an amount of memory. Write for example 500M or 2G.\n"
+
+
+@pytest.mark.slow
+def test_a_build_does_not_import_torchs_compiler(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(TESTS)!r})
+import pathlib, toys, gradindex
+folder = pathlib.Path({str(tmp_path)!r})
+gradindex.build(toys.make_task(folder), folder / "store")
+print("torch._dynamo" in sys.modules)"""
+    assert toys.python(code) == "False\n"  # which takes two seconds
