@@ -63,16 +63,22 @@ def by_layer(task, layers, queries, ids):
     return np.stack(parts, 3)
 
 
+@pytest.fixture(scope="module", params=MODELS)
+def opened(request, tmp_path_factory):
+    """A task of each model, and its store opened."""
+    folder = tmp_path_factory.mktemp("opened")
+    task = MODELS[request.param](folder)
+    gradindex.build(task, folder / "store", projection=Projection(dim=16), precision="float64", batch_size=12)
+    return task, gradindex.load(task, folder / "store")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("case", MODELS)
-def test_a_split_equals_autograd_layer_by_layer_and_adds_up(tmp_path, case, count):
-    task = MODELS[case](tmp_path)
-    store = gradindex.build(task, tmp_path / "store", projection=Projection(dim=16), precision="float64")
-    retriever = gradindex.load(task, tmp_path / "store")
+def test_a_split_equals_autograd_layer_by_layer_and_adds_up(opened, count):
+    task, retriever = opened
     ids = [5, 0, 11, 5]
     split = retriever.explain(range(count), ids)
-    layers = store.manifest.map.layers
+    layers = retriever.store.manifest.map.layers
     assert split.scores.shape == (count, 4, 3, len(layers)) and split.scores.dtype == np.float64
     exact = gradindex.exact_scores(task, [task.query[q] for q in range(count)], np.array(ids), precision="float64")
     np.testing.assert_allclose(split.scores.sum((2, 3)), exact, atol=1e-9 * np.abs(exact).max())
@@ -83,12 +89,9 @@ def test_a_split_equals_autograd_layer_by_layer_and_adds_up(tmp_path, case, coun
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", MODELS)
-def test_a_group_on_every_route_has_the_weighted_sum_of_its_queries(tmp_path, case, monkeypatch):
-    task = MODELS[case](tmp_path)
-    store = gradindex.build(task, tmp_path / "store", projection=Projection(dim=16), precision="float64")
-    retriever = gradindex.load(task, tmp_path / "store")
-    each = by_layer(task, store.manifest.map.layers, range(4), [5, 0, 11]).mean(0)
+def test_a_group_on_every_route_has_the_weighted_sum_of_its_queries(opened, monkeypatch):
+    task, retriever = opened
+    each = by_layer(task, retriever.store.manifest.map.layers, range(4), [5, 0, 11]).mean(0)
     monkeypatch.setattr(gradindex.gradients.products, "_AT_ONCE", 3)
     split = retriever.explain(range(4), [5, 0, 11], aggregate="mean")
     np.testing.assert_allclose(split.scores[0], each, atol=1e-9 * np.abs(each).max())

@@ -18,6 +18,7 @@ def few_digits(monkeypatch):
     """A demo of 120 digits, within a second."""
     digits = demo.digits()
     monkeypatch.setattr(demo, "digits", lambda: {name: values[:120] for name, values in digits.items()})
+    monkeypatch.setattr(demo, "EPOCHS", 8)
 
 
 def test_a_tenth_of_the_labels_is_flipped_to_another_label():
