@@ -91,7 +91,7 @@ def quick(folder: Path) -> None:
     """Build, then rank."""
     options = quick_options(folder)
     build.main([*options, "--out", str(folder / "store"), "--broken", "skip"])
-    data = options[: options.index("--model-option")]
+    data = options[: options.index("--model")]
     pages = ["--csv", str(folder / "all.csv"), "--html", str(folder / "page.html")]
     main([str(folder / "store"), *data, "-k", "5", *pages])
 
