@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +40,7 @@ def task_of(name: str, n_train: int | None = None) -> gradindex.Task:
 
 
 def store_of(name: str, n_train: int | None = None, **changed: Any) -> gradindex.GradientStore:
-    """The store of a task; built, or gone on with, where it is not complete.
+    """The store of a task; built, or its build resumed, if it is not complete. Processes take turns.
 
     Args:
         name: see :func:`task_of`.
@@ -63,4 +64,8 @@ def store_of(name: str, n_train: int | None = None, **changed: Any) -> gradindex
         options |= {"self_influence": "projected", "shard_rows": 8192}
     words = [f"{value.kind}-{value.dim}" if isinstance(value, Projection) else str(value) for value in changed.values()]
     label = "-".join([name, *([str(n_train)] if n_train else []), *words])
-    return gradindex.build(task, cache_folder() / "stores" / label, **(options | changed))
+    folder = cache_folder() / "stores" / label
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:  # quick forms share stores: whoever comes second waits
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return gradindex.build(task, folder, **(options | changed))
