@@ -11,6 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
+unset PYTHONDONTWRITEBYTECODE  # many processes load the same modules: compile them once
 fast=
 if [ "${1-}" = --fast ]; then
   fast=yes
