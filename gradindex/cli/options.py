@@ -9,27 +9,19 @@ from typing import Any
 
 import click
 
-from ..choices import AGGREGATES
 from ..options import ComputeOptions
+from ..retrieval.question import Question
 
 Command = Callable[..., Any]
 
 PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a path, the function says
 FOLDER = click.argument("folder", metavar="DIR", type=PATH)
-DEVICE = click.option(
-    "--device", help="Device to compute on, such as cuda; by default the one that the task's model is on."
-)
 TASK = click.option("--task", required=True, help="The task that the store was built from, written as for build.")
 POSITION = click.option(
     "-q", "--position", multiple=True, type=int, help="Query by position in the task's queries; repeatable."
 )
 TRAIN_ID = click.option("--train-id", multiple=True, type=int, help="Query by training id; repeatable.")
 FILE = click.option("--file", "path", type=PATH, help="Read the queries from a file, with the task's read_query.")
-AGGREGATE = click.option(
-    "--aggregate",
-    type=click.Choice(AGGREGATES),
-    help="Combine all queries into one: what helps them together.",
-)
 
 
 def options_of(kind: type, *, leave_out: Collection[str] = ()) -> Callable[[Command], Command]:
@@ -49,6 +41,11 @@ def options_of(kind: type, *, leave_out: Collection[str] = ()) -> Callable[[Comm
         return command
 
     return decorate
+
+
+def option_of(kind: type, name: str) -> Callable[[Command], Command]:
+    """One field of a dataclass of options, see :func:`options_of`."""
+    return next(_option(each) for each in fields(kind) if each.name == name)
 
 
 def _option(each: Field[Any]) -> Callable[[Command], Command]:
@@ -92,3 +89,6 @@ WHERE = click.option(
     metavar="COLUMN=VALUE",
     help="Only training examples with this value; repeatable. A column given twice matches either value.",
 )
+
+DEVICE = option_of(ComputeOptions, "device")
+AGGREGATE = option_of(Question, "aggregate")

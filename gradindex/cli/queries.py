@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..choices import ANSWER_KINDS
+from ..choices import ANSWER_KINDS, Aggregate
 from ..output import shown_as, table_lines
 from ..retrieval.question import Question
 from .main import Form, forms, say, show
-from .options import AGGREGATE, DEVICE, FILE, FOLDER, PATH, POSITION, TASK, TRAIN_ID, WHERE, options_of
+from .options import AGGREGATE, DEVICE, FILE, FOLDER, PATH, POSITION, TASK, TRAIN_ID, WHERE, Command, options_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,12 +28,53 @@ if TYPE_CHECKING:
 _AT_ONCE = 10_000
 
 
+def _about_queries(html_help: str) -> Callable[[Command], Command]:
+    """Options that name a store and queries, and the page to write.
+
+    The command gets ``retriever`` and ``queries``, which are prepared once the page is known to be writable, and
+    ``html``.
+    """
+    options = (
+        FOLDER, TASK, POSITION, TRAIN_ID, FILE, AGGREGATE, DEVICE, click.option("--html", type=PATH, help=html_help),
+    )  # fmt: skip
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def run(
+            folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None,
+            aggregate: Aggregate | None, device: str | None, html: Path | None, **others: Any,
+        ) -> None:  # fmt: skip
+            if html:
+                from ..report import check_page
+
+                check_page(html)
+            if bool(position) + bool(train_id) + bool(path) != 1:
+                raise click.UsageError("Give exactly one of --position, --train-id and --file.")
+            from ..retrieval.retriever import load
+            from ..task import load_task
+
+            loaded = load_task(task)
+            given = loaded.read_queries(path) if path else list(position or train_id)
+            retriever = load(loaded, folder, device=device)
+            if retriever.unseen:
+                say(
+                    f"{folder} lacks {retriever.unseen:,} of the task's training examples, so answers leave them out. "
+                    f"To add them: gradindex add {folder} --task {task}",
+                    err=True,
+                )
+            queries = retriever.prepare(given, "train" if train_id else "query", aggregate)
+            command(retriever=retriever, queries=queries, html=html, **others)
+
+        decorated: Command = run
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
 @click.command()
-@FOLDER
-@TASK
-@POSITION
-@TRAIN_ID
-@FILE
+@_about_queries('Also write an HTML page with pictures here (extra "demo").')
 @click.option(
     "--kind",
     type=click.Choice(["both", *ANSWER_KINDS]),
@@ -40,36 +82,28 @@ _AT_ONCE = 10_000
     show_default=True,
     help="proponents: highest scores; opponents: lowest; absolute: largest magnitudes.",
 )
-@options_of(Question, leave_out=["kind"])
+@options_of(Question, leave_out=["kind", "aggregate"])
 @WHERE
 @click.option(
     "--ids", "ids_file", type=PATH, metavar="FILE", help="Only these training ids: one per line, or a .npy file."
 )
-@DEVICE
-@click.option("--html", type=PATH, help="Also write an HTML page with pictures here (extra \"demo\").")  # fmt: skip
 @forms
 def query(
-    folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None, kind: str,
-    where: list[tuple[str, str]], ids_file: Path | None, aggregate: Any, device: str | None, html: Path | None,
-    form: Form, **options: Any,
+    retriever: Retriever, queries: Queries, html: Path | None, kind: str, where: list[tuple[str, str]],
+    ids_file: Path | None, form: Form, **options: Any,
 ) -> None:  # fmt: skip
     """Show the top training examples behind queries: proponents, opponents, both, or the largest magnitudes.
 
     Example: gradindex query /tmp/mnist --task scripts/tasks/mnist.py:task --position 0 -k 5
     """
-    if html:
-        from ..report import check_page
-
-        check_page(html)  # before the gradients
-    retriever, asked = _prepare(folder, task, position, train_id, path, aggregate, device)
     from ..retrieval.filters import parse_where, read_ids
     from ..retrieval.hits import summary, text_lines
 
     options |= {"where": parse_where(retriever.store, where), "ids": None if ids_file is None else read_ids(ids_file)}
     if kind == "both":
-        answers = list(retriever.both(asked, **options))
+        answers = list(retriever.both(queries, **options))
     else:
-        answers = [retriever.search(asked, kind=kind, **options)]  # type: ignore[arg-type]  # click chose it
+        answers = [retriever.answer(queries, Question.from_dict({"kind": kind, **options}))]
     if html:
         answers[0].save_html(html, *answers[1:])
         say(str(html), err=True)
@@ -82,62 +116,24 @@ def query(
     )
 
 
-def _prepare(
-    folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None, aggregate: Any,
-    device: str | None,
-) -> tuple[Retriever, Queries]:  # fmt: skip
-    """Open a store and prepare the queries that the options name."""
-    if bool(position) + bool(train_id) + bool(path) != 1:
-        raise click.UsageError("Give exactly one of --position, --train-id and --file.")
-    from ..retrieval.retriever import load
-    from ..task import load_task
-
-    loaded = load_task(task)
-    queries = loaded.read_queries(path) if path else list(position or train_id)
-    retriever = load(loaded, folder, device=device)
-    if retriever.unseen:
-        say(
-            f"{folder} lacks {retriever.unseen:,} of the task's training examples, so answers leave them out. "
-            f"To add them: gradindex add {folder} --task {task}",
-            err=True,
-        )
-    return retriever, retriever.prepare(queries, "train" if train_id else "query", aggregate)
-
-
 @click.command()
-@FOLDER
-@TASK
-@POSITION
-@TRAIN_ID
-@FILE
+@_about_queries('Also write an HTML page with heat maps here (extra "demo").')
 @click.option("--id", "ids", multiple=True, type=int, required=True, help="Training example to explain; repeatable.")
-@AGGREGATE
-@DEVICE
-@click.option("--html", type=PATH, help="Also write an HTML page with heat maps here (extra \"demo\").")  # fmt: skip
 @forms
-def explain(
-    folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None,
-    ids: tuple[int, ...], aggregate: Any, device: str | None, html: Path | None, form: Form,
-) -> None:  # fmt: skip
+def explain(retriever: Retriever, queries: Queries, html: Path | None, ids: tuple[int, ...], form: Form) -> None:
     """Show which checkpoints and layers the scores of training examples come from.
 
     Example: gradindex explain /tmp/mnist --task scripts/tasks/mnist.py:task --position 0 --id 5 --id 7
     """
-    if html:
-        from ..report import check_page
-
-        check_page(html)  # before the gradients
-    retriever, asked = _prepare(folder, task, position, train_id, path, aggregate, device)
-    explanation = retriever.explain(asked, list(ids))
+    explanation = retriever.explain(queries, list(ids))
     if html:
         explanation.save_html(html)
         say(str(html), err=True)
-    names = ["query", "id", "checkpoint", "layer", "score"]
     show(
         explanation.records(),
         lambda: str(explanation).split("\n"),
         {"note": explanation.note, "scored": explanation.scored},
-        names,
+        ["query", "id", "checkpoint", "layer", "score"],
         form,
     )
 

@@ -142,9 +142,9 @@ def test_query_for_programs(built):
     up = gradindex.load(gradindex.load_task("mine.py:task"), "store").proponents(4, k=3, source="train")
     options = ["query", "store", "--task", "mine.py:task", "--train-id", 4, "-k", 3, "--kind", "proponents"]
     stages = {"proponents": [{"name": "rows", "rows": 12}, {"name": "model", "rows": 12}]}
-    assert json.loads(call(*options, "--json").stdout) == {
-        "note": NOTE, "scored": "exact", "stages": stages, "records": up.records(),
-    }  # fmt: skip
+    printed = json.loads(call(*options, "--json").stdout)
+    assert printed == {"note": NOTE, "scored": "exact", "stages": stages, "records": up.records()}
+    assert printed == up.to_dict()
     result = call(*options, "--csv")
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
     assert [(row["query"], int(row["id"]), float(row["score"]), row["name"]) for row in rows] == [
