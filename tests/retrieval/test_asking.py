@@ -1,106 +1,21 @@
-"""What can be asked: kinds, stages, thresholds, filters and groups, of queries that were prepared once."""
+"""What can be asked: kinds, stages and thresholds."""
 
-import copy
-import threading
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 import toys
+from questions import COLUMNS, KINDS, NAMES, M, N, agree, make, ordered, save_index, way
 from torch.utils.data import Subset, TensorDataset
 
 import gradindex
 from gradindex.errors import ArgumentError
 from gradindex.examples import RowBatch
-from gradindex.gradients import Engine
 from gradindex.index import CompactIndex, Shape
 from gradindex.projection import Projection
-from gradindex.retrieval import candidates, scoring, searcher
+from gradindex.retrieval import candidates, searcher
 from gradindex.retrieval.candidates import INDEX_FOLDER
-from gradindex.retrieval.hits import NOTHING
 from gradindex.rows import RowMaker
-from gradindex.store import GradientStore
-
-N, M = 300, 6
-NAMES = ["cat", "dog", "emu"]
-COLUMNS = {
-    "label": [NAMES[i % 3] for i in range(N)],
-    "number": np.arange(N, dtype=np.int32) % 7,
-    "rate": (np.arange(N) % 4 / 10).astype(np.float32),
-    "flipped": np.arange(N) % 5 == 0,
-}
-QUERY_COLUMNS = {"label": ["cat", "emu", "cow", "cat", "dog", "emu"], "extra": list(range(M))}
-KINDS = {"proponents": lambda s: s, "opponents": lambda s: -s, "absolute": np.abs}
-
-
-def make(folder, *, index=False, **options):
-    (folder / "task").mkdir(exist_ok=True, parents=True)
-    task = toys.make_task(folder / "task", n_train=N, n_query=M, columns=COLUMNS, query_columns=QUERY_COLUMNS)
-    options = {"projection": Projection(dim=24), "batch_size": 32, "shard_rows": 70} | options
-    store = gradindex.build(task, folder / "store", **options)
-    if index:
-        save_index(store)
-    return gradindex.load(task, folder / "store")
-
-
-def save_index(store, proposals=40, dim=6):
-    made = CompactIndex.build(Shape("flat", dim), store.rows(store.ids), store.blocks)
-    recall = {"k": 10, "proponents_at_least": 0.9, "opponents_at_least": 0.9, "against": "a test"}
-    about = {"map": store.manifest.fingerprint, "ids": store.id_runs.tolist(), "covers": store.origins} | {
-        "recall": recall
-    }
-    made.save(store.folder / INDEX_FOLDER, about | {"effort": {"probes": 1, "proposals": proposals}})
-
-
-@pytest.fixture(scope="module")
-def factors(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("factors"), factors="float32")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture(scope="module")
-def unit(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("unit"), unit_norm=True, factors="float32")
-
-
-@pytest.fixture(scope="module")
-def indexed(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("indexed"), factors="float32", index=True)
-
-
-@pytest.fixture(scope="module")
-def truth(factors):
-    return factors.exact_scores(range(M)).astype(np.float64)
-
-
-@pytest.fixture(scope="module")
-def estimates(factors):
-    return factors.query_rows(range(M)) @ factors.store.rows(np.arange(N)).T
-
-
-def ordered(kind, scores, allowed=None, k=None, at_least=None):
-    """Ids of one query by brute force: strength descending, then id ascending."""
-    keys = KINDS[kind](scores)
-    ids = [i for i in np.lexsort((np.arange(len(keys)), -keys)) if allowed is None or allowed[i]]
-    return [i for i in ids if at_least is None or keys[i] >= at_least][:k]
-
-
-def agree(hits, kind, scores, rtol=1e-4, **wanted):
-    for query in range(len(hits.queries)):
-        ids, mine = hits.of(query)
-        allowed = wanted.get("allowed")
-        rest = wanted | {"allowed": allowed[query] if allowed is not None and np.ndim(allowed) == 2 else allowed}
-        assert ids.tolist() == ordered(kind, scores[query], **rest)
-        np.testing.assert_allclose(mine, scores[query][ids], rtol=rtol, atol=rtol * np.abs(scores).max())
-
-
-def way(hits):
-    return [(stage.name, stage.rows) for stage in hits.stages]
 
 
 @pytest.mark.slow
@@ -141,101 +56,6 @@ def test_both_kinds_take_one_pass_over_training_examples(plain, monkeypatch):
     up, down = plain.both([0], 5)
     assert len(union) == 1
     assert set(up.ids[0]) | set(down.ids[0]) <= set(union[0].tolist())
-
-
-def test_prepared_queries_need_no_gradient_again(factors, monkeypatch):
-    asked = factors.prepare([3, 1])
-    expected = [factors.search([3, 1], 4, kind=kind) for kind in KINDS]
-    split = factors.explain([3, 1], [0, 9])
-    monkeypatch.setattr(Engine, "__enter__", lambda self: pytest.fail("the model was used"))
-    for kind, hits in zip(KINDS, expected, strict=True):
-        mine = factors.search(asked, 4, kind=kind)
-        np.testing.assert_array_equal(mine.ids, hits.ids)
-        assert mine.queries == ("query 3", "query 1")
-        assert mine.query_columns["label"].tolist() == ["cat", "emu"]
-    np.testing.assert_array_equal(factors.explain(asked, [0, 9]).scores, split.scores)
-    np.testing.assert_array_equal(factors.query_rows(asked), asked.rows)
-
-
-def test_whole_gradients_of_prepared_queries_are_kept(plain, monkeypatch):
-    asked = plain.prepare([0, 1])
-    first = plain.proponents(asked, 5)
-    monkeypatch.setattr(gradindex.retrieval.asking, "Products", lambda *_: pytest.fail("computed again"))
-    np.testing.assert_array_equal(plain.proponents(asked, 5).scores, first.scores)
-
-
-def test_prepared_queries_serve_another_retriever_of_the_same_store(plain):
-    task = replace(plain.task, model=copy.deepcopy(plain.task.model))
-    other, asked = gradindex.load(task, plain.store.folder), plain.prepare([0, 1])
-    first = plain.proponents(asked, 5)
-    with plain._engine:  # what it computes must not go through the first one's model
-        hits = run_beside(lambda: other.proponents(asked, 5))
-    np.testing.assert_array_equal(hits.ids, first.ids)
-    np.testing.assert_allclose(hits.scores, first.scores, rtol=1e-5)
-
-
-def test_queries_prepared_for_other_rows_are_refused(factors, plain, tmp_path):
-    other = make(tmp_path, projection=Projection(dim=12))
-    with pytest.raises(ArgumentError, match="prepared for different rows than those of .*Prepare them again"):
-        factors.search(other.prepare(0), 3)
-    with pytest.raises(ArgumentError, match="prepared for different rows"):
-        factors.search(plain.prepare(0), 3)  # the same rows, but without factors
-    with pytest.raises(ArgumentError, match=r"source and aggregate belong to prepare\(\)"):
-        factors.search(factors.prepare(0), 3, aggregate="mean")
-
-
-@pytest.mark.slow
-def test_threads_that_share_a_retriever_get_the_serial_answers(indexed, plain):
-    for retriever in (indexed, plain):
-        questions = [(q, kind) for q in range(M) for kind in KINDS] * 2
-        serial = [retriever.search(q, 7, kind=kind) for q, kind in questions]
-        found = [None] * len(questions)
-
-        def work(part, retriever=retriever, questions=questions, found=found):
-            for place in range(part, len(questions), 4):
-                q, kind = questions[place]
-                found[place] = retriever.search(q, 7, kind=kind)
-
-        threads = [threading.Thread(target=work, args=(part,)) for part in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for mine, theirs in zip(found, serial, strict=True):
-            np.testing.assert_array_equal(mine.ids, theirs.ids)
-            np.testing.assert_array_equal(mine.scores, theirs.scores)
-
-
-def run_beside(action, seconds=60):
-    """What an action returns in another thread, or ``None`` where it does not end in time."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(action()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return found[0] if found else None
-
-
-@pytest.mark.slow
-def test_a_search_goes_on_while_another_thread_computes_gradients(indexed, plain):
-    for retriever, free in ((indexed, {}), (plain, {"rerank": "rows"})):
-        asked = retriever.prepare([0, 1])
-        expected = retriever.proponents(asked, 4, **free)
-        with retriever._engine:
-            hits = run_beside(lambda r=retriever, a=asked, o=free: r.proponents(a, 4, **o))
-            assert hits is not None, "the search waited for the engine"
-            np.testing.assert_array_equal(hits.ids, expected.ids)
-            waits = run_beside(lambda r=retriever: r.prepare(2), seconds=1)
-            assert waits is None  # gradients do wait: one pass at a time
-
-
-def test_gradients_in_threads_leave_the_random_state_alone(plain):
-    before = torch.get_rng_state()
-    threads = [threading.Thread(target=lambda q=q: plain.proponents(q, 3)) for q in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_without_an_index_all_rows_are_compared_whatever_the_rerank(factors, estimates):
@@ -425,75 +245,6 @@ def test_ragged_answers_have_no_padding_where_people_look(factors, tmp_path):
     assert hits.first(3, 1).counts.tolist() == np.minimum(hits.counts, 1).tolist()
 
 
-LABEL = np.array(COLUMNS["label"])
-FILTERS = {
-    "one value": ({"where": {"label": "cat"}}, LABEL == "cat"),
-    "several values": ({"where": {"label": ["cat", "emu"]}}, LABEL != "dog"),
-    "several columns": ({"where": {"label": "dog", "number": 3, "flipped": False}},
-                        (LABEL == "dog") & (COLUMNS["number"] == 3) & ~COLUMNS["flipped"]),
-    "true": ({"where": {"flipped": True}}, COLUMNS["flipped"]),
-    "NumPy values": ({"where": {"number": np.arange(3), "flipped": np.True_}},
-                     (COLUMNS["number"] < 3) & COLUMNS["flipped"]),
-    "a float that float32 rounds": ({"where": {"rate": 0.1}}, np.arange(N) % 4 == 1),
-    "a number that no example can have": ({"where": {"number": [2**40, 5]}}, COLUMNS["number"] == 5),
-    "ids": ({"ids": [250, 3, 77, 3]}, np.isin(np.arange(N), [3, 77, 250])),
-    "ids and a value": ({"ids": range(100), "where": {"label": "cat"}}, (LABEL == "cat") & (np.arange(N) < 100)),
-}  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", FILTERS)
-def test_filters_leave_the_best_of_what_they_allow(indexed, estimates, truth, case, kind):
-    options, allowed = FILTERS[case]
-    hits = indexed.search(range(M), 6, kind=kind, rerank="rows", **options)
-    agree(hits, kind, estimates, allowed=allowed, k=6)
-    assert way(hits) == [("rows", allowed.sum())]  # no index
-    exact = indexed.search(range(M), 6, kind=kind, candidates=N, **options)
-    agree(exact, kind, truth, allowed=allowed, k=6)
-    every = indexed.search(range(M), kind=kind, at_least=0.0, **options)
-    agree(every, kind, truth, allowed=allowed, at_least=0.0)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_examples_that_differ_from_the_query(indexed, estimates, truth, kind):
-    allowed = LABEL[None] != np.array(QUERY_COLUMNS["label"])[:, None]
-    for options, scores in (({"rerank": "rows"}, estimates), ({"candidates": N}, truth)):
-        agree(indexed.search(range(M), 6, kind=kind, differs="label", **options), kind, scores, allowed=allowed, k=6)
-    hits = indexed.search(range(M), kind=kind, differs="label", where={"number": 2}, at_least=0.0)
-    agree(hits, kind, truth, allowed=allowed & (COLUMNS["number"] == 2), at_least=0.0)
-    own = indexed.proponents([4, 9], 5, source="train", differs="label")
-    assert (own.columns["label"] != LABEL[[4, 9]][:, None]).all()
-
-
-def test_a_filter_through_the_model_settles_the_allowed_alone(plain, truth):
-    allowed = LABEL == "cat"
-    hits = plain.proponents(range(M), 5, where={"label": "cat"}, candidates=N)
-    agree(hits, "proponents", truth, allowed=allowed, k=5)
-    assert way(hits) == [("rows", allowed.sum()), ("model", allowed.sum())]
-    hits = plain.proponents(range(M), where={"label": "cat"}, at_least=-1e9)
-    agree(hits, "proponents", truth, allowed=allowed)
-
-
-@pytest.mark.parametrize("few", [0.0, 1.0])
-def test_gathered_and_streamed_rows_give_the_same_answer(indexed, few, estimates, monkeypatch):
-    monkeypatch.setattr(candidates, "_FEW", few)
-    monkeypatch.setattr(candidates, "_SCORES", 70)
-    hits = indexed.opponents(range(M), 9, where={"number": [1, 2]}, rerank="rows")
-    agree(hits, "opponents", estimates, allowed=np.isin(COLUMNS["number"], [1, 2]), k=9)
-
-
-@pytest.mark.parametrize("kept", ["factors", "plain"])
-@pytest.mark.parametrize("options", [{}, {"rerank": "rows"}, {"at_least": 0.0}], ids=str)
-def test_a_filter_that_matches_nothing_says_so(request, kept, options, tmp_path):
-    hits = request.getfixturevalue(kept).search([0, 1], where={"label": "yak"}, **options)
-    assert hits.ids.shape == (2, 0)
-    assert (hits.records(), hits.counts.tolist()) == ([], [0, 0])
-    assert str(hits).count(f"({NOTHING})") == 2
-    hits.save_html(tmp_path / "page.html")
-    assert (tmp_path / "page.html").read_text().count(NOTHING) == 2
-
-
 def test_fewer_rows_than_ten_are_all_answered_by_default(tmp_path):
     task = toys.make_task(tmp_path, n_train=7)
     gradindex.build(task, tmp_path / "store")
@@ -556,70 +307,3 @@ def test_what_cannot_be_asked_is_refused(factors, case):
     options, message = REFUSED[case]
     with pytest.raises(ArgumentError, match=message):
         factors.search(**({"queries": 0} | options))
-
-
-def test_items_have_no_columns_to_differ_from(factors):
-    with pytest.raises(ArgumentError, match="items passed directly have no columns"):
-        factors.search([factors.task.query[0]], differs="label")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("aggregate", ["sum", "mean"])
-@pytest.mark.parametrize("kept", ["factors", "plain", "indexed", "unit"])
-def test_a_group_is_one_question_with_the_sum_of_each_querys_scores(request, kept, aggregate, monkeypatch):
-    retriever = request.getfixturevalue(kept)
-    fold = getattr(np, aggregate)
-    each = fold(retriever.exact_scores(range(M)).astype(np.float64), axis=0)[None]
-    monkeypatch.setattr(gradindex.gradients.products, "_AT_ONCE", 4)  # in several turns
-    for kind in KINDS:
-        hits = retriever.search(range(M), 8, kind=kind, aggregate=aggregate, candidates=N)
-        agree(hits, kind, each, k=8)
-    assert hits.queries == (f"{aggregate} of 6 queries",)
-    assert (hits.query_columns, hits.show_query) == ({}, None)
-    rows = fold(retriever.query_rows(range(M)) @ retriever.store.rows(np.arange(N)).T, axis=0)[None]
-    agree(retriever.search(range(M), 8, aggregate=aggregate, rerank="rows", candidates=None, where={"label": NAMES}),
-          "proponents", rows, k=8)  # fmt: skip
-    np.testing.assert_allclose(
-        retriever.exact_scores(retriever.prepare(range(M), aggregate=aggregate)), each, atol=1e-4 * np.abs(each).max()
-    )
-    same = retriever.proponents([0, 3], 3, aggregate=aggregate, differs="label")
-    assert (same.columns["label"] != "cat").all()
-
-
-def test_a_group_of_many_queries_reads_some_at_a_time(factors, monkeypatch):
-    sizes, rows = [], RowMaker.rows
-    monkeypatch.setattr(RowMaker, "rows", lambda s, queries: sizes.append(len(queries)) or rows(s, queries))
-    asked = factors.prepare(np.arange(N), source="train", aggregate="mean")
-    assert asked.names == ("mean of 300 queries",)
-    batches = [size for size in sizes if size > 1]  # beside checks of an example alone
-    assert max(batches) == 32 and sum(batches) == N
-    assert asked.rows.shape == (1, factors.store.dim)
-    assert {matrix.shape for matrix in asked.factors.values()} == {(5, 7), (3, 6)}
-
-
-def test_k_up_to_n_gathers_a_bounded_part_at_a_time(indexed, truth, monkeypatch):
-    asked = indexed.prepare(range(2))
-    gathered, factors = [], GradientStore.factors_in_place
-    monkeypatch.setattr(GradientStore, "factors_in_place", lambda s, ids: gathered.append(len(ids)) or factors(s, ids))
-    monkeypatch.setattr(scoring, "_PAIRS", 40)
-    monkeypatch.setattr(candidates, "_GATHERED_BYTES", 40 * 4 * indexed.store.dim)
-    agree(indexed.proponents(asked, N), "proponents", truth[:2], k=N)
-    assert max(gathered) == 40
-    gathered.clear()
-    rows, fetch = [], GradientStore.rows
-    monkeypatch.setattr(GradientStore, "rows", lambda s, ids: rows.append(len(ids)) or fetch(s, ids))
-    indexed.proponents(asked, 60, candidates=70)
-    indexed.proponents(asked, 60, rerank="rows")
-    assert max(rows) <= 40
-
-
-def test_a_prepared_search_makes_no_array_of_the_whole_store(indexed, monkeypatch):
-    asked = indexed.prepare(0)
-    indexed.proponents(asked, 10)
-    monkeypatch.setattr(GradientStore, "ids", property(lambda _: pytest.fail("all ids were listed")))
-    monkeypatch.setattr(GradientStore, "blocks", lambda *_: pytest.fail("all rows were read"))
-    monkeypatch.setattr(GradientStore, "rows", lambda *_: pytest.fail("rows were gathered"))
-    columns, column = [], GradientStore.column
-    monkeypatch.setattr(GradientStore, "column", lambda s, n, ids=None: columns.append(len(ids)) or column(s, n, ids))
-    assert [asdict(stage)["name"] for stage in indexed.proponents(asked, 10).stages] == ["index", "stored factors"]
-    assert columns == [10] * 4
