@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_GPU_PART_BYTES = 1 << 30
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -52,7 +54,7 @@ class Gradients(Protocol):
     """Per-example gradients G_z (d_out, d_in) of one layer for a batch."""
 
     def parts(self) -> Iterator[tuple[slice, Gradients]]:
-        """The batch in parts that fit the processor's cache, each with its place in the batch."""
+        """The batch in parts, each with its place in the batch: what fits the processor's cache, or much on a GPU."""
 
     @property
     def gradient(self) -> Tensor:
@@ -72,6 +74,14 @@ class Gradients(Protocol):
 
     def total(self, weights: Tensor) -> Tensor:
         """sum_z weights_z G_z: (d_out, d_in)."""
+
+
+def part_bytes(device: torch.device, cached: int) -> int:
+    """How much of a batch to lay out at once: ``cached`` on the CPU, to stay in its cache; far more on a GPU.
+
+    A GPU has bandwidth for whatever fits its memory, and each call takes longer to start than a small part to compute.
+    """
+    return _GPU_PART_BYTES if device.type == "cuda" else cached
 
 
 class _Whole:

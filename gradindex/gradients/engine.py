@@ -27,7 +27,7 @@ from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, State, loop_gradi
 from .geometry import geometry_of
 from .hooks import Consume, Hooks
 from .layers import plan_layers, refuse_what_hides
-from .precision import HALF, LOSS_SCALES, check_precision, usable
+from .precision import HALF, LOSS_SCALES, check_precision, full_float32, usable
 from .tracked import Tracked, choose
 
 T = TypeVar("T")
@@ -142,6 +142,7 @@ class Engine:
         self._attributes = [(module, dict(vars(module))) for module in self.model.modules()]
         for module in self.model.modules():  # what a train() or eval() of the model's own does besides is left out
             module.training = False
+        self._stack.enter_context(full_float32())
         if self.device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in self.model.modules()):
             # cuDNN refuses the backward pass of a recurrent layer in eval mode; torch's own kernels do not.
             self._stack.enter_context(torch.backends.cudnn.flags(enabled=False))

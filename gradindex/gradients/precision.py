@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from ..choices import PRECISIONS
@@ -40,3 +45,62 @@ def usable(device: str | torch.device) -> torch.device:
         raise ArgumentError(
             f"device is {str(device)!r}, but it cannot be used here ({reason}). Choose another."
         ) from None
+
+
+_LOCK, _inside = threading.Lock(), 0
+_restore = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Have float32 products and convolutions computed in float32 for the time of the block, in the whole process.
+
+    torch lets CUDA's convolutions round to TF32 (10 bits) by default, and matrix products, also a CPU's, where
+    ``torch.set_float32_matmul_precision`` or a ``fp32_precision`` says so: rows were 9% off on an H200. Threads may be
+    in such blocks at the same time; the last to leave puts back what the first found.
+    """
+    global _inside
+    with _LOCK:
+        if not _inside:
+            _restore.enter_context(_full_float32())
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _inside -= 1
+            if not _inside:
+                _restore.close()
+
+
+@contextlib.contextmanager
+def _full_float32() -> Iterator[None]:
+    # torch has switches of two generations. Each reading of an old one fails where only a new one was set.
+    new = [switch for switch in _switches() if hasattr(switch, "fp32_precision")]
+    before = [switch.fp32_precision for switch in new]
+    try:
+        old = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        old = None
+    try:
+        if old is not None:
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+        for switch in new:
+            if switch.fp32_precision not in ("ieee", "none"):
+                switch.fp32_precision = "ieee"
+        yield
+    finally:
+        if old is not None:
+            torch.set_float32_matmul_precision(old[0])
+            torch.backends.cudnn.allow_tf32 = old[1]
+        for switch, precision in zip(new, before, strict=True):
+            if switch.fp32_precision != precision:
+                switch.fp32_precision = precision
+
+
+def _switches() -> list[Any]:
+    kinds = {"cuda": ("matmul",), "cudnn": ("conv", "rnn"), "mkldnn": ("matmul", "conv", "rnn")}
+    return [
+        getattr(getattr(torch.backends, library, None), kind, None) for library, some in kinds.items() for kind in some
+    ]

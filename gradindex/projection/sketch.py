@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..factors import Factors, Gradients, Lookups, Sum
+from ..factors import Factors, Gradients, Lookups, Sum, part_bytes
 from .base import PROJECTIONS, BlockMap, MapSpec
 from .hashing import buckets_and_signs, key
 
@@ -59,12 +59,16 @@ class TensorSketch(BlockMap):
     def _add_formed(self, block: Tensor, columns: CountSketch, rows: CountSketch, gradient: Tensor) -> None:
         if len(columns.buckets) < len(rows.buckets):
             columns, rows, gradient = rows, columns, gradient.transpose(1, 2)
-        # One feature of the shorter side at a time, so that the signed copy stays small. Buckets
+        # A few features of the shorter side at a time (one on the CPU), so that the signed copy stays small. Buckets
         # come first in memory: whole contiguous rows of examples are added.
         sketch = block.new_zeros(self.dim, len(block))
-        for row, (bucket, sign) in enumerate(zip(rows.buckets.tolist(), rows.signs.tolist(), strict=True)):
-            signed = gradient[:, row] * (columns.signs * sign)
-            sketch.index_add_(0, (columns.buckets + bucket) % self.dim, signed.T)
+        each = max(1, gradient[:, :1].numel() * gradient.itemsize)
+        at_once = max(1, part_bytes(gradient.device, 0) // each)
+        for start in range(0, gradient.shape[1], at_once):
+            some = slice(start, start + at_once)
+            signed = gradient[:, some] * (rows.signs[some, None] * columns.signs)
+            places = (rows.buckets[some, None] + columns.buckets) % self.dim
+            sketch.index_add_(0, places.flatten(), signed.flatten(1).T)
         block += sketch.T
 
 

@@ -30,6 +30,7 @@ from typing import Any
 TOP = Path(__file__).resolve().parents[2]
 HELPERS = {"all", "harness", "numbers_task", "stores", "common", "laboratory", "last_layer"}
 HELPERS |= {"imagenet_task", "made", "pictures", "resnet"}  # of scripts/imagenet; scripts/paper has pictures.py as well
+HELPERS |= {"gpu"}  # a job of its own, for a machine with a CUDA device
 NEED_PEERS = {"bench/peers", "bench/search_peers", "paper/mislabelled"}
 QUICK_ONLY = {"imagenet/build", "imagenet/query", "imagenet/self_influence"}  # the full form is a person's own job
 QUICK_PARTS = {"bench/search": ["--sets", "mnist", "cifar10"]}  # of which the others take the same way

@@ -25,6 +25,7 @@ import torch
 from harness import Bench
 
 import gradindex
+from gradindex.choices import Precision
 from gradindex.factors import Formed, Gradients
 from gradindex.gradients import Engine, check_routes
 from gradindex.projection import Projection
@@ -48,13 +49,15 @@ def make_task(folder: Path, layers: str, batch: int) -> gradindex.Task:
 
 
 class Contestants:
-    """What is timed, each on the same batch."""
+    """What is timed, each on the same batch, which is on the device, as the weights are."""
 
-    def __init__(self, folder: Path, precision: str, batch: int) -> None:
-        self.precision = precision
+    def __init__(self, folder: Path, precision: Precision, batch: int, device: str = "cpu") -> None:
+        self.precision, self.device = precision, device
         self.whole, self.last = (make_task(folder, layers, batch) for layers in ("*", "8"))
         self.examples = self.whole.read(range(batch))
-        self.batch = self.whole.collate(self.examples.items)
+        self.batch = [tensor.to(device) for tensor in self.whole.collate(self.examples.items)]
+        for task in (self.whole, self.last):
+            task.model.to(device)
         # By whether the channels come last.
         self.models = {False: copy.deepcopy(self.whole.model), True: copy.deepcopy(self.whole.model)}
         self.models[True].to(memory_format=torch.channels_last)
@@ -63,7 +66,8 @@ class Contestants:
         pictures, labels = self.batch
         if channels_last:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
+        half = self.precision in ("bfloat16", "float16")
+        with torch.autocast(self.device, getattr(torch, self.precision) if half else torch.bfloat16, enabled=half):
             return self.whole.loss(model, (pictures, labels)).mean()
 
     def forward(self, channels_last: bool = False) -> None:
@@ -98,10 +102,10 @@ class Contestants:
         """Exact scores of the batch against one query whose gradients are there."""
         engine = Engine(self.whole, self.precision)
         check_routes(engine.__enter__())
-        query = [Formed(torch.randn(1, layer.d_out, layer.d_in)) for layer in engine.layers]
+        query = [Formed(torch.randn(1, layer.d_out, layer.d_in, device=self.device)) for layer in engine.layers]
 
         def run() -> torch.Tensor:
-            scores = torch.zeros(len(self.examples))
+            scores = torch.zeros(len(self.examples), device=self.device)
 
             def consume(number: int, gradients: Gradients) -> None:
                 for part, piece in gradients.parts():
@@ -114,16 +118,21 @@ class Contestants:
 
 
 def timed(action: Callable[[], Any]) -> float:
-    """Seconds of one call."""
+    """Seconds of one call, until a GPU has done what it was given."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.synchronize()
     started = time.perf_counter()
     action()
+    if on_gpu:
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
-def measure(precision: str, rounds: int, batch: int) -> dict[str, list[float]]:
+def measure(precision: Precision, rounds: int, batch: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of each contestant in each round."""
     with tempfile.TemporaryDirectory() as folder:
-        contestants = Contestants(Path(folder), precision, batch)
+        contestants = Contestants(Path(folder), precision, batch, device)
         fitted = Projection("fitted", 256 * 17)
         actions = {
             "forward": contestants.forward,
@@ -144,6 +153,11 @@ def measure(precision: str, rounds: int, batch: int) -> dict[str, list[float]]:
                 if number:  # the first round warms up
                     seconds[name].append(taken)
     return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
+    """The median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
 
 def peak_bytes(what: str, batch: int, into: Any) -> None:
@@ -181,24 +195,21 @@ def main() -> None:
     rounds, batch = (2, QUICK_BATCH) if bench.quick else (15, BATCH)
     for precision in [part for part in bench.options.parts if part != "memory"]:
         seconds = measure(precision, rounds, batch)
-
-        def ratio(name: str, base: str, seconds: dict[str, list[float]] = seconds) -> float:
-            return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
-
+        over = partial(ratio, seconds)
         for name in ("forward", "step", "forward, channels last", "step, channels last"):
             bench.figure(f"{precision}: {name}", statistics.median(seconds[name]) / batch * 1e3, "ms an example")
         bench.bar(
-            f"{precision}: last layer rows / forward", ratio("last layer rows", "forward"), "x", 1.10, at_most=True
+            f"{precision}: last layer rows / forward", over("last layer rows", "forward"), "x", 1.10, at_most=True
         )
-        bench.bar(f"{precision}: fitted rows / step", ratio("fitted rows", "step"), "x", 0.95, at_most=True)
-        bench.figure(f"{precision}: fitted rows, exact norms / step", ratio("fitted rows, exact norms", "step"), "x")
+        bench.bar(f"{precision}: fitted rows / step", over("fitted rows", "step"), "x", 0.95, at_most=True)
+        bench.figure(f"{precision}: fitted rows, exact norms / step", over("fitted rows, exact norms", "step"), "x")
         if precision == "float32":
-            bench.bar("float32: sketch rows / step", ratio("sketch rows", "step"), "x", 2.0, at_most=True)
+            bench.bar("float32: sketch rows / step", over("sketch rows", "step"), "x", 2.0, at_most=True)
         else:
-            bench.figure("bfloat16: sketch rows / step", ratio("sketch rows", "step"), "x")
+            bench.figure("bfloat16: sketch rows / step", over("sketch rows", "step"), "x")
         name = "sketch rows, projected norms"
-        bench.figure(f"{precision}: {name} / step", ratio(name, "step"), "x")
-        bench.bar(f"{precision}: exact products / step", ratio("exact products", "step"), "x", 1.3, at_most=True)
+        bench.figure(f"{precision}: {name} / step", over(name, "step"), "x")
+        bench.bar(f"{precision}: exact products / step", over("exact products", "step"), "x", 1.3, at_most=True)
         for name, base in (
             ("last layer rows", "forward"),
             ("fitted rows", "step"),
@@ -206,7 +217,7 @@ def main() -> None:
             ("exact products", "step"),
         ):
             own = f"{base}, channels last"
-            bench.figure(f"{precision}: {name} / {own}", ratio(name, own), "x")
+            bench.figure(f"{precision}: {name} / {own}", over(name, own), "x")
     if "memory" in bench.options.parts:
         memory(bench, batch)
     bench.finish()

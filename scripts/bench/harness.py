@@ -228,11 +228,14 @@ def machine(packages: Sequence[str] = ()) -> dict[str, str]:
             line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         processor = f"{names[0]}, {len(names)} cores" if names else processor
-    names = ("gradindex", "torch", "faiss-cpu", "numpy", "h5py", *packages)
+    names = ("gradindex", "torch", "faiss-cpu", "faiss-gpu", "numpy", "h5py", *packages)
     versions = [f"{name} {version}" for name in names if (version := _version(name))]
+    torch = sys.modules.get("torch")  # a benchmark that does without it loads it not for this
+    gpu = {"GPU": torch.cuda.get_device_name()} if torch is not None and torch.cuda.is_available() else {}
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "processor": processor,
+        **gpu,
         "versions": f"Python {platform.python_version()}, {', '.join(versions)}",
     }
 

@@ -1,5 +1,7 @@
 """Half precision on CUDA, memory layouts, and modules that hide what they do."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 import gradindex
 from gradindex.cli import main
 from gradindex.errors import ArgumentError, NonFiniteGradientError, TaskError
-from gradindex.gradients import Engine, check_routes
+from gradindex.gradients import Engine, check_routes, precision
 from gradindex.projection import Projection
 
 WHOLE = Projection("none")
@@ -229,6 +231,58 @@ def functional_weights(model, batch):
 def test_weights_used_without_their_modules_take_another_route(tmp_path):
     routes = check_against_autograd(toys.make_task(tmp_path, loss=functional_weights))
     assert routes == {"0.weight": "function", "0.bias": "function", "2.weight": "vmap", "2.bias": "vmap"}
+
+
+def switches():
+    """Where torch says that float32 may be rounded; some readings fail where only new switches were set."""
+    found = [switch.fp32_precision for switch in precision._switches() if hasattr(switch, "fp32_precision")]
+    for read in (torch.get_float32_matmul_precision, lambda: torch.backends.cudnn.allow_tf32):
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append("mixed")
+    return found
+
+
+@pytest.fixture(params=["as they are", "medium", "new switches"])
+def rounding(request):
+    """What a training script may have asked for, taken back afterwards."""
+    if request.param == "medium":
+        torch.set_float32_matmul_precision("medium")
+    elif request.param == "new switches":
+        if not hasattr(torch.backends.cudnn, "conv"):
+            pytest.skip("this torch has none")
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield switches()
+    if request.param == "new switches":
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.set_float32_matmul_precision("highest")
+    assert switches()[-2:] == ["highest", True]
+
+
+def test_float32_is_float32_whatever_training_asked_for(tmp_path, rounding):
+    """torch rounds CUDA's convolutions to 10 bits by default, which moved rows by 9%."""
+    seen = []
+
+    def loss(model, batch):
+        seen.append(switches())
+        return toys.cross_entropy(model, batch)
+
+    gradindex.build(toys.make_task(tmp_path, loss=loss, n_train=4), tmp_path / "store")
+    assert seen
+    for found in seen:
+        assert not {"tf32", "bf16", True, "medium"} & set(found)
+    assert switches() == rounding
+
+
+def test_the_last_thread_to_leave_puts_rounding_back(rounding):
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(precision.full_float32())
+        inside = switches()
+        second.enter_context(precision.full_float32())
+        first.close()
+        assert switches() == inside
+    assert switches() == rounding
 
 
 @pytest.mark.gpu

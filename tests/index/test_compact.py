@@ -276,9 +276,11 @@ def test_the_gpu_answers_as_the_cpu_does(shape, tmp_path):
     index.save(tmp_path, {})
     scores, ids = CompactIndex.load(tmp_path, gpus).search(QUERIES, 200, probes=32)
     expected = index.search(QUERIES, 200, probes=32)
-    assert toys.share(ids, expected[1]) > 0.99
-    np.testing.assert_allclose(scores, expected[0], rtol=0.01, atol=0.01)
-    removed = expected[1][:, :3].ravel()
+    # The CPU rounds what it looks up for codes of two numbers to a byte, the GPU does not.
+    assert toys.share(ids, expected[1]) > (0.95 if shape.kind == "pq" else 0.99)
+    assert toys.share(ids, top(QUERIES @ ROWS.T, 100)) > toys.share(expected[1], top(QUERIES @ ROWS.T, 100)) - 0.01
+    np.testing.assert_allclose(scores, expected[0], rtol=0.1 if shape.kind == "pq" else 0.01, atol=0.01)
+    removed = np.unique(expected[1][:, :3])
     assert not np.isin(
         CompactIndex.load(tmp_path, gpus).search(QUERIES, 20, probes=32, removed=LeftOut(removed))[1], removed
     ).any()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...factors import Factors, Formed, Gradients
+from ...factors import Factors, Formed, Gradients, part_bytes
 from .base import RULES, Plain, columns, wide, with_bias
 
 Convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -74,7 +74,7 @@ class Windows(Factors):
     def parts(self) -> Iterator[tuple[slice, Gradients]]:
         """See ``Gradients``."""
         per_example = prod(self._module.weight.shape[1:]) * self._delta[0, 0].numel() * self._delta.itemsize
-        at_once = max(1, _PART_BYTES // per_example)
+        at_once = max(1, part_bytes(self._delta.device, _PART_BYTES) // per_example)
         for start in range(0, len(self._delta), at_once):
             part = slice(start, start + at_once)
             yield part, Windows(self._module, self._inputs[part], self._delta[part], self._scales)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...factors import Formed, Gradients
+from ...factors import Formed, Gradients, part_bytes
 from .base import RULES, Plain, wide
 
 # What sums over positions widen stays in the processor's cache.
@@ -40,7 +40,7 @@ class Normalisation(Plain):
     def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
         """See :class:`Rule`."""
         inputs, *statistics = saved
-        at_once = max(1, _PART_BYTES // (4 * delta[0].numel()))
+        at_once = max(1, part_bytes(delta.device, _PART_BYTES) // (4 * delta[0].numel()))
         parts = zip(torch.split(delta, at_once), torch.split(inputs, at_once), strict=True)
         return Formed(torch.cat([self._sums(module, wide(d), wide(x), statistics, scales) for d, x in parts]))
 
