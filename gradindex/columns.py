@@ -215,7 +215,7 @@ def _by_place(name: str, values: Any) -> Any:
             values = (values.float() if values.is_floating_point() and not wide else values).numpy()
         elif isinstance(values, np.ma.MaskedArray):
             # With None where it is masked, or NaT: dates that are masked would become numbers.
-            values = values.filled(np.datetime64("NaT")) if values.dtype.kind == "M" else values.tolist()
+            values = values.filled(np.datetime64("NaT", "us")) if values.dtype.kind == "M" else values.tolist()
         elif hasattr(values, "__array__"):
             values = np.asarray(values)
         elif hasattr(values, "to_numpy"):

@@ -162,7 +162,7 @@ def _fraction(text: str) -> float:
 
 
 def _moment(text: str) -> np.datetime64:
-    return read_date(text) if text else np.datetime64("NaT")
+    return read_date(text) if text else np.datetime64("NaT", "us")
 
 
 # By the kind of a column, how a text becomes a value; no text at all asks for what is missing.
@@ -195,7 +195,7 @@ def _of_type(name: str, kind: np.dtype[Any], given: Any) -> NDArray[Any]:
         if is_missing(value):
             # A column of other kinds has none that is missing.
             if kind.kind in "UfM":
-                fitting.append({"U": MISSING_TEXT, "f": np.nan, "M": np.datetime64("NaT")}[kind.kind])
+                fitting.append({"U": MISSING_TEXT, "f": np.nan, "M": np.datetime64("NaT", "us")}[kind.kind])
             continue
         if kind.kind == "M":
             with suppress(NotKeptError):  # no example can have it

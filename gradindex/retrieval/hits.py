@@ -223,7 +223,7 @@ def placed(values: NDArray[Any], there: NDArray[np.bool_]) -> NDArray[Any]:
     """Values (m,) where ``there`` (n_query, w) is true, in the order of rows; 0, NaT or empty elsewhere."""
     whole = np.zeros(there.shape, dtype=values.dtype)
     if values.dtype.kind == "M":
-        whole[:] = np.datetime64("NaT")
+        whole[:] = np.datetime64("NaT", "us")
     if values.dtype.kind == "O":
         whole[:] = ""
     whole[there] = values

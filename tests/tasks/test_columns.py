@@ -167,7 +167,7 @@ def zone(hours):
             [DAY(2024, 1, 31, 1), DAY(2024, 1, 30, 23), DAY(2024, 1, 31, 4)],
             DATES,
         ),
-        ([np.datetime64("2024-01-31"), np.datetime64("NaT"), None] * 2, [DAY(2024, 1, 31), None, None] * 2, DATES),
+        ([np.datetime64("2024-01-31"), np.datetime64("NaT", "D"), None] * 2, [DAY(2024, 1, 31), None, None] * 2, DATES),
     ],
 )  # fmt: skip
 def test_values_as_they_are_kept(values, expected, kind):
@@ -372,7 +372,7 @@ def gaps(tmp_path):
         ({"day": datetime.datetime(2024, 2, 1, 8)}, []),
         ({"day": datetime.datetime(2024, 2, 1, 8, tzinfo=zone(8))}, [1]),
         ({"day": ["2024-02-01T00:00", "2024-02-02T01:00+01:00", "2024-02-02T00:00:00Z"]}, [1, 2]),
-        ({"day": [np.datetime64("NaT"), np.datetime64("2024-02-01T00:00:00.000000001")]}, [3]),
+        ({"day": [np.datetime64("NaT", "ns"), np.datetime64("2024-02-01T00:00:00.000000001")]}, [3]),
         ({"day": np.datetime64("300000-01-01")}, []),
         ({"day": {"2024-01-31": 0}.keys()}, [0]),
     ],
