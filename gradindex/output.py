@@ -9,13 +9,15 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from .errors import StoreError
+from .errors import DependencyError, StoreError
 
 # Keys of every table and record. A column of such a name is shown under another one.
 _OURS = frozenset(("query", "kind", "rank", "id", "score", "self_influence", "losses", "row", "shown"))
+_NUMBERED = re.compile(r"(self_influence|loss)_\d+")
 _PREFIX = "columns."
 
 # Categories of characters that move the cursor, colour what follows, turn its direction or break the line. Joiners,
@@ -39,7 +41,8 @@ def shown_as(column: str) -> str:
 
     Filters take the column's real name.
     """
-    return f"{_PREFIX}{column}" if column in _OURS or column.startswith(_PREFIX) else column
+    taken = column in _OURS or column.startswith(_PREFIX) or _NUMBERED.fullmatch(column)
+    return f"{_PREFIX}{column}" if taken else column
 
 
 def printable(text: str) -> str:
@@ -102,6 +105,34 @@ def table_lines(records: Callable[[], Iterable[Mapping[str, Any]]]) -> Iterator[
     else:
         for cells in kept:
             yield _aligned(cells, widths, left)
+
+
+def data_frame(columns: Mapping[str, Any], index: tuple[str, Any] | None = None) -> Any:
+    """A pandas ``DataFrame``.
+
+    Args:
+        columns: values by name, all of one length.
+        index: a name and values.
+
+    Raises:
+        DependencyError: pandas is missing.
+    """
+    try:
+        import pandas
+    except ImportError:
+        raise DependencyError("to_pandas() needs the package pandas. Install it: pip install pandas.") from None
+    rows = None if index is None else pandas.Index(index[1], name=index[0])
+    return pandas.DataFrame(dict(columns), index=rows)
+
+
+def as_html(facts: Mapping[str, str]) -> str:
+    """Names and what there is to say of them, as a small table for a notebook."""
+    cells = "".join(
+        f'<tr><th style="text-align: left">{escape(printable(name))}</th>'
+        f'<td style="text-align: left">{escape(printable(text))}</td></tr>'
+        for name, text in facts.items()
+    )
+    return f"<table>{cells}</table>"
 
 
 def _to_left(value: Any) -> bool:

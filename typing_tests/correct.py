@@ -17,6 +17,7 @@ from gradindex.errors import ArgumentError, GradIndexError
 from gradindex.projection import Projection
 from gradindex.retrieval.asking import Queries
 from gradindex.retrieval.explanation import Explanation
+from gradindex.retrieval.hits import Both
 
 
 def loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -61,7 +62,7 @@ def asked(retriever: Retriever) -> Hits:
     hits = retriever.proponents(0, k=5)
     assert_type(hits, Hits)
     assert_type(retriever.opponents([0, 1], 3, rerank="rows"), Hits)
-    assert_type(retriever.both(range(3), where={"label": "cat"}), tuple[Hits, Hits])
+    assert_type(retriever.both(range(3), where={"label": "cat"}), Both)
     assert_type(retriever.search([0], kind="absolute", at_least=0.5, source="train", aggregate="mean"), Hits)
     queries = retriever.prepare([0, 1], aggregate="mean")
     assert_type(queries, Queries)

@@ -215,7 +215,8 @@ def seal(folder: Path) -> None:
 @click.command()
 @FOLDER
 @click.argument("out", type=PATH, metavar="OUT")
-def export(folder: Path, out: Path) -> None:
+@click.option("--no-rows", is_flag=True, help="Leave out the rows: ids, columns, self-influence and losses alone.")
+def export(folder: Path, out: Path, no_rows: bool) -> None:
     """Write rows and scores for other programs: OUT.parquet (extra "parquet") or a folder of NumPy files.
 
     Example: gradindex export /tmp/mnist /tmp/rows.parquet
@@ -225,8 +226,9 @@ def export(folder: Path, out: Path) -> None:
 
     def exported() -> GradientStore:
         store = GradientStore(folder)
-        run(store, out)
+        run(store, out, rows=not no_rows)
         return store
 
     store = asked_again(exported)
-    say(f"{out}: {store.n_train:,} rows of {store.dim:,} numbers")
+    of = "" if no_rows else f" of {store.dim:,} numbers"
+    say(f"{out}: {store.n_train:,} {'examples' if no_rows else 'rows'}{of}")

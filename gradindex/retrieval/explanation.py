@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..output import printable, table
+from ..errors import DependencyError
+from ..output import data_frame, printable, table
 from ..report import Section, heat_map, write_page
 from .hits import SIGN
+
+# Pairs of a query and a training example that a notebook shows.
+_NOTEBOOK_PAIRS = 6
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,46 @@ class Explanation:
             for number, layer in enumerate(self.layers)
         ]  # fmt: skip
 
+    def to_pandas(self) -> Any:
+        """A DataFrame of :meth:`records`.
+
+        Raises:
+            DependencyError: pandas is missing.
+        """
+        places = np.indices(self.scores.shape).reshape(4, -1)
+        names = (np.array(self.queries), self.ids, np.array(self.checkpoints), np.array(self.layers))
+        titles = ("query", "id", "checkpoint", "layer")
+        columns = {title: values[place] for title, values, place in zip(titles, names, places, strict=True)}
+        return data_frame(columns | {"score": self.scores.ravel()})
+
+    def __repr__(self) -> str:
+        n_query, n_ids, n_checkpoints, n_layers = self.scores.shape
+        shape = f"{n_query} x {n_ids} scores by {n_checkpoints} checkpoints and {n_layers} layers"
+        return f"<Explanation: {shape}, {self.scored} {self.measure}; print it for tables>"
+
     def __str__(self) -> str:
-        blocks = [
-            f"{printable(query)}, id {i}: score {self.scores[q, n].sum():.5g}\n{table(self._grid(q, n))}"
-            for q, query in enumerate(self.queries)
-            for n, i in enumerate(self.ids.tolist())
-        ]
+        blocks = [f"{self._title(q, n, '.5g')}\n{table(self._grid(q, n))}" for q, n in self._pairs()]
         return "\n\n".join([*blocks, self.note])
+
+    def _repr_html_(self) -> str:
+        pairs = self._pairs()
+        try:
+            shown = [
+                f'<p>{escape(self._title(q, n, "+.4g"))}</p><img alt="scores by checkpoint and layer" '
+                f'src="{heat_map(self.scores[q, n], self.checkpoints, self.layers)}">'
+                for q, n in pairs[:_NOTEBOOK_PAIRS]
+            ]
+        except DependencyError as error:
+            return f"<pre>{escape(str(self))}\n{escape(str(error))}</pre>"
+        rest = [f"<p>The first {_NOTEBOOK_PAIRS} of {len(pairs)}.</p>"] if len(pairs) > _NOTEBOOK_PAIRS else []
+        return "".join([*shown, *rest, f"<p>{escape(self.note)}</p>"])
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        return [(q, n) for q in range(len(self.queries)) for n in range(len(self.ids))]
+
+    def _title(self, query: int, which: int, form: str) -> str:
+        score = self.scores[query, which].sum()
+        return f"{printable(self.queries[query])}, id {self.ids[which]}: score {score:{form}}"
 
     def _grid(self, query: int, which: int) -> list[dict[str, Any]]:
         """Checkpoints down, layers across, with the sums of both."""
@@ -84,13 +122,12 @@ class Explanation:
         """
         sections = [
             Section(
-                f"{query}, id {i}: {self.scores[q, n].sum():+.4g}",
+                self._title(q, n, "+.4g"),
                 figure=heat_map(self.scores[q, n], self.checkpoints, self.layers),
-                caption=f"Score of training example {i} for {query} by checkpoint (down) and layer (across): "
-                "green lowered the loss, orange raised it.",
+                caption=f"Score of training example {self.ids[n]} for {self.queries[q]} by checkpoint (down) and "
+                "layer (across): green lowered the loss, orange raised it.",
                 table=self._grid(q, n),
             )
-            for q, query in enumerate(self.queries)
-            for n, i in enumerate(self.ids.tolist())
+            for q, n in self._pairs()
         ]
         write_page(Path(path), "Where influence comes from", self.note, sections)

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DependencyError
-from ..output import plain, printable, shown_as, table_lines, to_json
+from ..output import data_frame, plain, printable, shown_as, table_lines, to_json
 from ..report import Card, Section, Tile, cards_html, write_page
 
 SIGN = (
@@ -144,6 +144,14 @@ class Hits:
         as_json: dict[str, Any] = json.loads(to_json({**summary(answers), "records": records}))
         return as_json
 
+    def to_pandas(self) -> Any:
+        """A DataFrame of :meth:`records`.
+
+        Raises:
+            DependencyError: pandas is missing.
+        """
+        return _frame([self])
+
     @property
     def note(self) -> str:
         """One line: how the scores were computed, what their sign means, and the stages of the search."""
@@ -157,15 +165,7 @@ class Hits:
         return as_text([self])
 
     def _repr_html_(self) -> str:
-        if self.show_train is not None:
-            try:
-                shown = cards_html(make_cards([self.first(_NOTEBOOK_QUERIES, _NOTEBOOK_HITS)]))
-            except DependencyError as error:
-                return f"<pre>{escape(str(self))}\n{escape(str(error))}</pre>"
-            more = len(self.queries) > _NOTEBOOK_QUERIES or self.ids.shape[1] > _NOTEBOOK_HITS
-            rest = f"<p>The first {_NOTEBOOK_QUERIES} queries and {_NOTEBOOK_HITS} hits.</p>" if more else ""
-            return f"{shown}{rest}<p>{escape(self.note)}</p>"
-        return f"<pre>{escape(str(self))}</pre>"
+        return _notebook([self])
 
     def save_html(self, path: str | os.PathLike[str], *others: Hits) -> None:
         """Write a self-contained HTML page that shows queries and hits as ``Task.show`` displays them.
@@ -180,6 +180,53 @@ class Hits:
         """
         section = Section("Queries", cards=make_cards([self, *others]))
         write_page(Path(path), "Training examples behind the predictions", note([self, *others]), [section])
+
+
+class Both(NamedTuple):
+    """Proponents and opponents of the same queries; a notebook shows them together.
+
+    Args:
+        proponents: by score descending.
+        opponents: by score ascending.
+    """
+
+    proponents: Hits
+    opponents: Hits
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return _notebook(self)
+
+    def to_pandas(self) -> Any:
+        """A DataFrame of the proponents' records and below them the opponents'.
+
+        Raises:
+            DependencyError: pandas is missing.
+        """
+        return _frame(self)
+
+
+def _frame(answers: Sequence[Hits]) -> Any:
+    names = ("query", "kind", "rank", "id", "score", *map(shown_as, answers[0].columns))
+    records = [record for answer in answers for record in answer.each_record()]
+    return data_frame({name: [record[name] for record in records] for name in names})
+
+
+def _notebook(answers: Sequence[Hits]) -> str:
+    """Answers to the same queries as HTML: with pictures where the task shows examples, else as text."""
+    first = answers[0]
+    if first.show_train is None:
+        return f"<pre>{escape(as_text(answers))}</pre>"
+    try:
+        shown = cards_html(make_cards([answer.first(_NOTEBOOK_QUERIES, _NOTEBOOK_HITS) for answer in answers]))
+    except DependencyError as error:
+        return f"<pre>{escape(as_text(answers))}\n{escape(str(error))}</pre>"
+    longest = max(answer.ids.shape[1] for answer in answers)
+    more = len(first.queries) > _NOTEBOOK_QUERIES or longest > _NOTEBOOK_HITS
+    rest = f"<p>The first {_NOTEBOOK_QUERIES} queries and {_NOTEBOOK_HITS} hits.</p>" if more else ""
+    return f"{shown}{rest}<p>{escape(note(answers))}</p>"
 
 
 class LookedUp(Mapping[str, NDArray[Any]]):

@@ -20,8 +20,9 @@ from ..forking import one_thread_in_children
 from ..gradients import HALF, Engine, check_routes, with_unit_norm
 from ..index import require
 from ..matching import check_task
+from ..output import as_html
 from ..rows import RowMaker, projection_of
-from ..store import GradientStore, asked_again, followed, runs
+from ..store import GradientStore, asked_again, described, followed, runs
 from ..task import Task
 from ..tree import preserved_random_state
 from .answering import hits_of
@@ -29,7 +30,7 @@ from .asking import Queries, find, prepare
 from .candidates import Candidates
 from .explanation import Explanation
 from .filters import allow
-from .hits import Hits
+from .hits import Both, Hits
 from .question import Question, QuestionKeywords, SearchKeywords
 from .scoring import Scores, by_factors, joined, measured, scored_as, shares, shown, through_model
 from .searcher import LocalSearcher
@@ -73,6 +74,13 @@ class Retriever:
         self._bases = store.bases()
         self._search_options: dict[str, Any] = {"use_index": use_index, "device": device}
         self._opened = store, Candidates(store, **self._search_options)
+
+    def __repr__(self) -> str:
+        return f"<Retriever of {self.task!r} on {self._opened[0]!r}>"
+
+    def _repr_html_(self) -> str:
+        store, candidates = self._opened
+        return as_html({"model": repr(self.task)[1:-1]} | described(store) | {"search": candidates.how})
 
     @contextmanager
     def _computing(self) -> Iterator[Engine]:
@@ -176,10 +184,9 @@ class Retriever:
 
     def both(
         self, queries: int | Sequence[Any] | Queries, k: int | None = None, **options: Unpack[QuestionKeywords]
-    ) -> tuple[Hits, Hits]:
+    ) -> Both:
         """Proponents and opponents from one gradient pass; options as in :meth:`search`."""
-        up, down = self._answers(queries, Question(k=k, **options), ("proponents", "opponents"))
-        return up, down
+        return Both(*self._answers(queries, Question(k=k, **options), ("proponents", "opponents")))
 
     def search(
         self, queries: int | Sequence[Any] | Queries, k: int | None = None, **options: Unpack[SearchKeywords]

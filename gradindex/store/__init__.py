@@ -32,6 +32,7 @@ from .manifest import StoredProjection as StoredProjection
 from .overview import Overview as Overview
 from .overview import overview as overview
 from .reader import GradientStore as GradientStore
+from .summary import described as described
 from .upkeep import changing as changing
 from .upkeep import compact as compact
 from .upkeep import kept as kept

@@ -12,18 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dates import DATES
-from ..errors import ArgumentError, StoreChangedError, StoreError, check_k
+from ..errors import ArgumentError, StoreError, check_k
 from ..files import is_there, signature
 from ..gaps import with_gaps
-from ..progress import progress
+from ..output import as_html, data_frame
 from . import runs
 from .bases import Bases, read_bases
 from .documents import MANIFEST, PENDING, read_manifest
 from .gathering import Gatherer
 from .job import progress_of
-from .layout import FACTOR_SIDES, Expected, factor_name
+from .layout import FACTOR_SIDES, factor_name
 from .manifest import ShardEntry
-from .shards import OpenShards, Shard, check_unchanged, problem_of
+from .shards import OpenShards, Shard, check_unchanged
+from .summary import described, flat
+from .verifying import damaged, problems_of
 
 # Places in a list of ids, their positions in the arrays, and by (checkpoint, layer) activations and output gradients.
 FactorsInPlace = tuple[NDArray[np.int64], NDArray[np.int64], dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]]
@@ -76,6 +78,15 @@ class GradientStore:
     def current(self) -> bool:
         """Whether the store on disk is still the one that was opened."""
         return signature(self.folder / MANIFEST) == self._seen
+
+    def __len__(self) -> int:
+        return self.n_train
+
+    def __repr__(self) -> str:
+        return f"<GradientStore {str(self.folder)!r}: {'; '.join(described(self).values())}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(described(self) | {"folder": str(self.folder)})
 
     @property
     def n_train(self) -> int:
@@ -206,6 +217,18 @@ class GradientStore:
         specs = [self._shards.seal(number)["arrays"][f"columns/{name}"] for number in range(len(self._entries))]
         return max(int(np.dtype(spec["dtype"]).itemsize) for spec in specs)
 
+    def to_pandas(self, ids: NDArray[np.int64] | None = None) -> Any:
+        """A DataFrame by id: columns, ``self_influence`` (the sum), and by checkpoint ``self_influence_0``, ``loss_0``.
+
+        Args:
+            ids: (n,) int64; by default all, in the order of :attr:`ids`.
+
+        Raises:
+            DependencyError: pandas is missing.
+        """
+        ids = self.ids if ids is None else self._checked(ids)
+        return data_frame(flat(self, ids), index=("id", ids))
+
     def factors(self, ids: NDArray[np.int64]) -> dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]:
         """Exact factors: by (checkpoint, layer) activations x (n, d_in) and output gradients delta (n, d_out).
 
@@ -322,13 +345,7 @@ class GradientStore:
 
     def damaged(self) -> Iterator[tuple[int, str]]:
         """Read every shard: numbers of the damaged ones, and a sentence that names the file and the ids in it."""
-        expected = Expected(self.manifest)
-        with progress("verifying", sum(entry.rows for entry in self._entries), "rows") as advance:
-            for number, entry in enumerate(self._entries):
-                problem = problem_of(self.folder, entry, expected)
-                if problem:
-                    yield number, problem
-                advance(entry.rows)
+        return damaged(self.folder, self._entries, self.manifest)
 
     def verify(self) -> list[str]:
         """Read every file and compare every block with its checksum.
@@ -340,17 +357,7 @@ class GradientStore:
             StoreError: the manifest is damaged.
             StoreChangedError: the store changed in the meantime; verify it again.
         """
-        store = GradientStore(self.folder)
-        problems = [problem for _, problem in store.damaged()]
-        try:
-            store.bases()
-        except StoreChangedError:
-            raise
-        except StoreError as error:
-            problems.append(str(error))
-        if problems:
-            check_unchanged(self.folder, store.manifest)
-        return problems
+        return problems_of(GradientStore(self.folder))
 
     def without(self, numbers: Collection[int]) -> GradientStore:
         """The same store without some of its shards, which are damaged."""
@@ -368,9 +375,6 @@ class GradientStore:
             raise ArgumentError(
                 f"There is no training id {wrong}; ids go from {self._entries[0].first} to {self._entries[-1].last}."
             )
-
-    def _column_type(self, name: str) -> str:
-        return self.manifest.columns[name.removeprefix("columns/")]
 
     def _live(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The ids of a shard that are not removed, and where they are."""
@@ -391,7 +395,8 @@ class GradientStore:
 
     def _values(self, name: str, ids: NDArray[np.int64] | None, shape: tuple[int, ...]) -> NDArray[Any]:
         if ids is not None:
-            return self._gathered(name, ids, shape, np.float64 if shape else self._column_type(name))
+            kind = np.float64 if shape else self.manifest.columns[name.removeprefix("columns/")]
+            return self._gathered(name, ids, shape, kind)
         parts = []
         for number in range(len(self._entries)):
             parts.append(self._shards[number].take(name, np.flatnonzero(self._live(number)[1])))

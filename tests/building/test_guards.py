@@ -345,7 +345,7 @@ def test_blocks_without_a_row_are_exported_as_nothing(task, tmp_path):
     gradindex.store.export(store, tmp_path / "rows.parquet")
     table = pyarrow.parquet.read_table(tmp_path / "rows.parquet")
     assert table["id"].to_pylist() == store.ids.tolist()
-    assert table["columns.word"].to_pylist() == [word(i) for i in store.ids]
+    assert table["word"].to_pylist() == [word(i) for i in store.ids]
     assert table["row"].type.list_size == 24
 
 

@@ -463,22 +463,26 @@ def test_damage_is_repaired_alone(built):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", [True, False])
 @pytest.mark.parametrize("out", ["rows.parquet", "folder"])
-def test_rows_and_scores_are_exported(built, out):
+def test_rows_and_scores_are_exported(built, out, rows):
     call("remove", "store", "--id", 5)
-    assert call("export", "store", out).stdout == f"{out}: 11 rows of 3,072 numbers\n"
+    said = "11 rows of 3,072 numbers" if rows else "11 examples"
+    assert call("export", "store", out, *([] if rows else ["--no-rows"])).stdout == f"{out}: {said}\n"
     store = gradindex.GradientStore("store")
     if out == "folder":
-        names = {path.stem: np.load(path) for path in (built / out).rglob("*.npy")}
+        found = {path.stem: np.load(path) for path in (built / out).rglob("*.npy")}
+        expected = {"ids": store.ids, "name": store.column("name"), "losses": store.losses()}
+        expected |= {"self_influence": store.self_influence()} | ({"rows": store.rows(store.ids)} if rows else {})
     else:
         table = pyarrow.parquet.read_table(out).to_pydict()
-        names = {name.removeprefix("columns."): np.array(values) for name, values in table.items()}
-        names |= {"ids": names["id"], "rows": names["row"]}
-    for name, expected in {
-        "ids": store.ids, "rows": store.rows(store.ids), "self_influence": store.self_influence(),
-        "losses": store.losses(), "name": store.column("name"),
-    }.items():  # fmt: skip
-        np.testing.assert_array_equal(names[name], expected)
+        found = {name: np.array(values) for name, values in table.items()}
+        frame = store.to_pandas()
+        expected = {"id": store.ids} | {name: frame[name].to_numpy() for name in frame}
+        expected |= {"row": store.rows(store.ids)} if rows else {}
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
     again = call("export", "store", out)
     assert (again.exit_code, again.stderr) == (1, f"Error: {out} exists. Choose another name.\n")
     assert [path.name for path in built.iterdir() if "tmp-" in path.name] == []
