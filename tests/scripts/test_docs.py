@@ -147,8 +147,20 @@ def test_the_pages_by_task_run_after_readmes_first_steps(tmp_path, monkeypatch):
     assert "disk" in said(own[0], tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
+def test_the_page_on_captum_runs_from_top_to_bottom(tmp_path):
+    (tmp_path / "my_training.py").write_text(MY_TRAINING)
+    told = blocks(TOP / "docs" / "recipes" / "captum.md")
+    assert {language for language, _ in told} == {"python"}
+    (tmp_path / "session.py").write_text(LOOP + "".join(text for _, text in told))
+    printed = dict(line.rsplit(" [[", 1) for line in run("python session.py", tmp_path).splitlines() if " [[" in line)
+    assert set(printed) == {"proponents", "opponents", "with the bias", "from the store"}
+    assert printed["with the bias"] == printed["from the store"]
+    assert printed["proponents"] != printed["opponents"]
+
+
 def test_other_pages_hold_no_block_that_nothing_runs():
-    run_above = ("README.md", "tasks.md", *BY_TASK)
+    run_above = ("README.md", "tasks.md", "captum.md", *BY_TASK)
     assert [page.name for page in PAGES if page.name not in run_above and blocks(page)] == []
 
 

@@ -1,0 +1,1 @@
+"""Other libraries' interfaces on this engine: :mod:`gradindex.compat.captum`."""
