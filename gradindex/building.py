@@ -171,7 +171,7 @@ def estimate(
             disk_bytes=disk,
             disk_left_bytes=left,
             free_bytes=free_bytes(folder),
-            weight_bytes=sum(tensor.nbytes for state in engine.states for tensor in state.values()),
+            weight_bytes=engine.states.nbytes,
             pass_bytes=fixed + each * batch_size,
             batch_size=batch_size,
             workers=options.workers,

@@ -107,16 +107,19 @@ def timed(maker: RowMaker, task: Task, batch_size: int) -> tuple[float, float]:
     """
     generator, ids = np.random.default_rng(0), task.train_ids
     spent, size, seconds = 0.0, min(_FIRST_SIZE, batch_size), (0.0, 0.0)
+    # Where the weights of one checkpoint are held at a time, all examples are read once for each.
+    n_checkpoints = maker.engine.n_checkpoints
+    turn, passes = ([0], n_checkpoints) if maker.engine.states.one_at_a_time else (range(n_checkpoints), 1)
     warm = False
     while True:
         chosen = np.sort(generator.choice(ids, min(size, len(ids)), replace=False))
         started = time.perf_counter()
         examples = task.read(chosen)
         read = time.perf_counter()
-        maker.rows(examples)
+        maker.blocks(examples, turn)
         ended = time.perf_counter()
         spent += ended - started
-        seconds = (read - started) / len(examples), (ended - read) / len(examples)
+        seconds = passes * (read - started) / len(examples), passes * (ended - read) / len(examples)
         if warm and (size >= min(batch_size, len(ids)) or 2 * (ended - started) + spent > _TIMED_S):
             return seconds
         size = min(2 * size, batch_size) if warm else size

@@ -19,7 +19,7 @@ from .options import ComputeOptions
 from .progress import note, progress
 from .projection import Bases
 from .reading import read, reading_processes
-from .rows import RowMaker, projection_of
+from .rows import Blocks, RowMaker, projection_of
 from .spotcheck import SpotCheck
 from .store import GradientStore, Job, Manifest, Part, PlannedShard, read_bases, runs
 from .task import Task, sampled
@@ -52,7 +52,9 @@ def running(
     require()
     one_thread_in_children("torch", torch.set_num_threads)
     task.check_reads_repeat()
-    engine = Engine(task, precision, options.device, options.channels_last, tracked, alone=batch_size == 1)
+    engine = Engine(
+        task, precision, options.device, options.channels_last, tracked, batch_size == 1, options.one_at_a_time
+    )
     with preserved_random_state(), engine:
         for line in engine.notes:
             note(line)
@@ -134,9 +136,17 @@ def batches(
     """Examples and their rows, batch by batch; each is read once, and the digests of some are added to ``samples``."""
     wanted = set(sampled(ids).tolist())
     spot_check = SpotCheck(maker, task, ids)
-    for examples in read(task, ids, manifest.batch_size, workers):
+    *before, last = range(maker.engine.n_checkpoints)
+    earlier: list[list[Blocks]] = []
+    if maker.engine.states.one_at_a_time:  # all of these ids at one checkpoint, then all at the next
+        for checkpoint in before:
+            passes = read(task, ids, manifest.batch_size, workers)
+            earlier.append([maker.blocks(examples, [checkpoint]) for examples in passes])
+    for number, examples in enumerate(read(task, ids, manifest.batch_size, workers)):
         read_now = zip(examples.ids.tolist(), examples.items, strict=True)
         samples += [(i, task.example_digest(item)) for i, item in read_now if i in wanted]
-        rows = maker.rows(examples)
+        known = [blocks[number] for blocks in earlier]
+        rest = maker.blocks(examples, [last] if known else [*before, last])
+        rows = maker.finished([*known, rest], examples.role)
         spot_check.check(examples, rows)
         yield examples, rows

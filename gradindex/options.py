@@ -67,6 +67,7 @@ class ComputeKeywords(TypedDict, total=False):
     device: str | None
     channels_last: bool | None
     workers: int
+    one_at_a_time: bool | None
 
 
 class BuildKeywords(ComputeKeywords, total=False):
@@ -93,6 +94,9 @@ class ComputeOptions:
         channels_last: whether images use the channels-last memory layout, which changes the speed of convolutions
             and nothing else but rounding; by default if the model has two-dimensional convolutions and supports it.
         workers: processes that load examples in the background.
+        one_at_a_time: whether to hold the weights of one checkpoint at a time, and to go through the data once for
+            each; by default if the weights of all do not fit into memory. What is the same at several checkpoints, as
+            a frozen backbone, is held once either way.
 
     Raises:
         ArgumentError: ``workers`` is out of range.
@@ -107,6 +111,11 @@ class ComputeOptions:
         flags="--channels-last/--channels-first",
     )
     workers: int = option(0, "Processes that load examples.")
+    one_at_a_time: bool | None = option(
+        None,
+        "Hold the weights of one checkpoint at a time, or of all; by default all, if they fit into memory.",
+        flags="--one-at-a-time/--all-at-once",
+    )
 
     def __post_init__(self) -> None:
         check_workers(self.workers)
@@ -117,7 +126,7 @@ class BuildOptions(ComputeOptions):
     """How rows are computed and stored.
 
     Args:
-        device: see :class:`ComputeOptions`, as for ``channels_last`` and ``workers``.
+        device: see :class:`ComputeOptions`, as for ``channels_last``, ``workers`` and ``one_at_a_time``.
         projection: the map from gradients to rows; by default a TensorSketch of 1,024 numbers per checkpoint.
         precision: of the gradients.
         row_type: number format of stored rows: ``"float32"``, ``"float16"`` (overflow is an error), ``"bfloat16"``,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .choices import Norms
 from .errors import TaskError
-from .examples import Examples, RowBatch, Sides
+from .examples import Examples, Role, RowBatch, Sides
 from .factors import Factors, Gradients, Layer
 from .gradients import Engine, Geometry, in_batches, non_finite
 from .memory import LARGEST_TRIED, available_bytes, batch_size_for, pass_bytes
@@ -22,6 +23,48 @@ from .store import RowMap, StoredCheckpoint, StoredLayer, StoredProjection
 
 # Of how many examples, at most, bases are fitted to the gradients.
 FITTED_TO = 2000
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """What rows of b examples are made of at some checkpoints, on the CPU.
+
+    Args:
+        rows: (b, C block_dim) in the engine's type, before the geometry's last map.
+        squares: (b, C) float64, squared norms of the gradients.
+        losses: (b, C) float64.
+        factors: as of :class:`RowBatch`.
+    """
+
+    rows: Tensor
+    squares: Tensor
+    losses: Tensor
+    factors: dict[tuple[int, int], Sides]
+
+    @classmethod
+    def below(cls, parts: Sequence[Blocks]) -> Blocks:
+        """Of several batches at the same checkpoints."""
+        if len(parts) == 1:
+            return parts[0]
+        sides = {name: list(zip(*(part.factors[name] for part in parts), strict=True)) for name in parts[0].factors}
+        return cls(
+            torch.cat([part.rows for part in parts]),
+            torch.cat([part.squares for part in parts]),
+            torch.cat([part.losses for part in parts]),
+            {name: (np.concatenate(x), np.concatenate(d)) for name, (x, d) in sides.items()},
+        )
+
+    @classmethod
+    def beside(cls, parts: Sequence[Blocks]) -> Blocks:
+        """Of the same batch at several checkpoints."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            torch.cat([part.rows for part in parts], 1),
+            torch.cat([part.squares for part in parts], 1),
+            torch.cat([part.losses for part in parts], 1),
+            {name: sides for part in parts for name, sides in part.factors.items()},
+        )
 
 
 class RowMaker:
@@ -78,12 +121,23 @@ class RowMaker:
             UserCodeError: the loss or collate failed; names the example.
             TaskError: factors were asked for, and a layer's gradient is not one outer product.
         """
-        return RowBatch.joined(in_batches(self.engine, self._rows, examples))
+        return self.finished([self.blocks(examples, range(len(self._maps)))], examples.role)
 
-    def _rows(self, examples: Examples) -> list[RowBatch]:
+    def blocks(self, examples: Examples, checkpoints: Sequence[int]) -> Blocks:
+        """What rows are made of at some of the checkpoints, side by side; examples and errors as for :meth:`rows`."""
+        return Blocks.below(in_batches(self.engine, partial(self._blocks, checkpoints), examples))
+
+    def finished(self, parts: Sequence[Blocks], role: Role) -> RowBatch:
+        """Rows of examples whose blocks at all checkpoints are there, in the order of the checkpoints."""
+        whole = Blocks.beside(parts)
+        finish = self.geometry.query_rows if role == "query" else self.geometry.train_rows
+        rows = finish(whole.rows.to(self.engine.device), whole.squares.to(self.engine.device))
+        return RowBatch(rows.float().cpu().numpy(), whole.squares.numpy(), whole.losses.numpy(), whole.factors)
+
+    def _blocks(self, checkpoints: Sequence[int], examples: Examples) -> list[Blocks]:
         blocks, norms, losses = [], [], []
         factors: dict[tuple[int, int], Sides] = {}
-        for checkpoint in range(len(self._maps)):
+        for checkpoint in checkpoints:
             for loss_scale in self.engine.loss_scales:
                 block, squared, loss, sides = self._at_checkpoint(checkpoint, examples, loss_scale)
                 bad = ~(loss.isfinite() & squared.isfinite() & block.isfinite().all(1))
@@ -96,12 +150,8 @@ class RowMaker:
             norms.append(squared)
             losses.append(loss.double())
             factors |= {(self._first + checkpoint, number): pair for number, pair in sides.items()}
-        squares = torch.stack(norms, 1)
-        finish = self.geometry.query_rows if examples.role == "query" else self.geometry.train_rows
-        rows = finish(torch.cat(blocks, 1), squares)
-        return [
-            RowBatch(rows.float().cpu().numpy(), squares.cpu().numpy(), torch.stack(losses, 1).cpu().numpy(), factors)
-        ]
+        squares, columns = torch.stack(norms, 1), torch.stack(losses, 1)
+        return [Blocks(torch.cat(blocks, 1).cpu(), squares.cpu(), columns.cpu(), factors)]
 
     def _at_checkpoint(
         self, checkpoint: int, examples: Examples, loss_scale: float
@@ -158,7 +208,8 @@ def _sides(layer: Layer, gradients: Gradients) -> Sides:
 def fit_bases(engine: Engine, projection: Projection, batch_size: int, n: int, first: int = 0) -> Bases:
     """Fit a projection to up to 2,000 training examples, chosen by its seed, at every checkpoint.
 
-    Each example is read once for each of the two passes. A batch that does not fit the memory is
+    Each example is read once for each of the two passes, and for each checkpoint where these are held one at a time. A
+    batch that does not fit the memory is
     halved until it does.
 
     Args:
@@ -181,13 +232,16 @@ def fit_bases(engine: Engine, projection: Projection, batch_size: int, n: int, f
     like = torch.zeros((), dtype=engine.dtype, device=engine.device)
     checkpoints = range(engine.n_checkpoints)
     fits = [projection.fit(first + c, engine.layers, like) for c in checkpoints]
-    with progress("fitting the projection", projection.passes * len(ids), "rows") as advance:
+    # Each pass takes each batch through all checkpoints, or where one is held at a time all batches through each.
+    turns = [[c] for c in checkpoints] if engine.states.one_at_a_time else [list(checkpoints)]
+    with progress("fitting the projection", projection.passes * len(turns) * len(ids), "rows") as advance:
         for _ in range(projection.passes):
-            for start in range(0, len(ids), batch_size):
-                examples = task.read(ids[start : start + batch_size])
-                for c, fit in enumerate(fits):
-                    fit.add(in_batches(engine, partial(_shares, engine, c, fit), examples))
-                advance(len(examples))
+            for turn in turns:
+                for start in range(0, len(ids), batch_size):
+                    examples = task.read(ids[start : start + batch_size])
+                    for c in turn:
+                        fits[c].add(in_batches(engine, partial(_shares, engine, c, fits[c]), examples))
+                    advance(len(examples))
             for fit in fits:
                 fit.end_pass()
     return {(first + c, number): sides for c, fit in enumerate(fits) for number, sides in enumerate(fit.sides())}

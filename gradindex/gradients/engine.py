@@ -16,18 +16,20 @@ from torch import Tensor, nn
 from ..checkpoint import Loaded, differing_names
 from ..choices import Precision
 from ..digests import skeleton
-from ..errors import TaskError, user_code
+from ..errors import CheckpointError, TaskError, user_code
 from ..examples import Examples, Role
 from ..factors import Formed, Layer
 from ..memory import in_halves
 from ..task import Task
 from ..tree import map_tensors, tensors
 from ..weights import negligible
-from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, State, loop_gradients, vmap_gradients
+from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, loop_gradients, vmap_gradients
 from .geometry import geometry_of
 from .hooks import Consume, Hooks
 from .layers import plan_layers, refuse_what_hides
+from .narrow import NARROW, Narrow
 from .precision import HALF, LOSS_SCALES, check_precision, full_float32, usable
+from .states import State, States
 from .tracked import Tracked, choose
 
 T = TypeVar("T")
@@ -56,6 +58,7 @@ class Engine:
         tracked: which parameters, with which weights, by default as the task says.
         alone: whether each example is a batch of its own, for losses that mix the examples of a batch (padding
             without a mask); whoever calls :meth:`run` then gives it one at a time, as :meth:`in_halves` does.
+        one_at_a_time: whether the weights of one checkpoint are held at a time; ``None`` if all do not fit.
 
     Raises:
         ArgumentError: the precision or device is unknown or cannot be used here.
@@ -71,6 +74,7 @@ class Engine:
         channels_last: bool | None = None,
         tracked: Tracked | None = None,
         alone: bool = False,
+        one_at_a_time: bool | None = None,
     ) -> None:
         self.task, self.alone = task, alone
         self.precision = precision
@@ -89,25 +93,38 @@ class Engine:
         self.tracked = choose(task) if tracked is None else tracked
         self.parameters, self.learning_rates = self.tracked.parameters, self.tracked.learning_rates
         self.layers = plan_layers(self.model, self.parameters)
+        self._frozen = {name for name, _ in self.model.named_parameters()} - set(self.parameters)
         # A tensor shared under several names is given once, so that all of its uses follow it.
         unique = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         # Buffers that checkpoints leave out go to the device as well; copies, which the model may write to.
         saved = self.model.state_dict()
         unsaved = {name: tensor.clone() for name, tensor in self.model.named_buffers() if name not in saved}
-        # All checkpoints stay in memory: each example is read once and runs through all of them. Each file is read
-        # once: weights, rates, moments and digest are of the same bytes.
-        self.states: list[State] = []
+
+        def state_of(loaded: Loaded) -> dict[str, Tensor]:
+            tensors = unsaved | loaded.tensors
+            return {f"model.{name}": self._weight(name, tensor) for name, tensor in tensors.items() if name in unique}
+
+        def read_again(number: int) -> dict[str, Tensor]:
+            loaded = task.checkpoints[number].read(self.model)
+            if loaded.sha256 != self.loaded[number].sha256:
+                raise CheckpointError(
+                    f"{loaded.checkpoint.path} was changed while it was in use. Try again once it is fully written."
+                )
+            return state_of(loaded)
+
+        # Each file is read once, unless its weights are let go of: weights, rates, moments and digest are of the same
+        # bytes.
+        self.states = States(len(task.checkpoints), read_again, self.device, one_at_a_time)
         self.loaded: list[Loaded] = []
         self.geometry = geometry_of(task.preconditioner)
         tracked_tensors = {name: self.model.get_parameter(name) for name in self.parameters}
-        for checkpoint, rates in zip(task.checkpoints, self.learning_rates, strict=True):
+        for number, (checkpoint, rates) in enumerate(zip(task.checkpoints, self.learning_rates, strict=True)):
             loaded = checkpoint.read(self.model)
             loaded.check_rates(rates)
-            self.states.append(
-                {f"model.{name}": self.cast(t) for name, t in (unsaved | loaded.tensors).items() if name in unique}
-            )
             self.geometry.read(loaded, tracked_tensors, rates)
             self.loaded.append(replace(loaded, tensors={}, record=None))
+            self.states.keep(number, state_of(loaded))
+            del loaded  # its tensors are as large as the model
         self.notes = differing_names(self.loaded)
         self.notes += negligible([checkpoint.path for checkpoint in task.checkpoints], self.learning_rates)
         # By checkpoint and parameter, what gradients are multiplied by.
@@ -270,7 +287,7 @@ class Engine:
     def lay_out(self, channels_last: bool) -> None:
         """Have the weights and pictures of convolutions in this layout from now on."""
         self.channels_last = channels_last
-        self.states = [self.cast(state) for state in self.states]
+        self.states.recast(self._recast)
 
     def losses(self, checkpoint: int, examples: Examples) -> Tensor:
         """(n,) the losses of examples at a checkpoint, by forward passes alone, never in half precision."""
@@ -285,13 +302,14 @@ class Engine:
     @contextlib.contextmanager
     def doubled(self, checkpoint: int) -> Iterator[None]:
         """Compute at a checkpoint in float64 for the time of the block: what is left of a difference is no rounding."""
-        before = self.precision, self.dtype, self.states[checkpoint]
+        before = self.precision, self.dtype
         self.precision, self.dtype = "float64", torch.float64
         try:
-            self.states[checkpoint], self.hooks.dtype = self.cast(before[2]), self.dtype
-            yield
+            with self.states.replaced(checkpoint, self._recast):
+                self.hooks.dtype = self.dtype
+                yield
         finally:
-            self.precision, self.dtype, self.states[checkpoint] = before
+            self.precision, self.dtype = before
             self.hooks.dtype = self.dtype
 
     def wrapper(self, role: Role, exact: bool = False) -> LossModule:
@@ -329,6 +347,19 @@ class Engine:
     def cast(self, tree: Any) -> Any:
         """Every tensor on the device, and in the engine's floating-point type and layout."""
         return map_tensors(tree, self._cast, self.device, self.task.data_sets)
+
+    def _weight(self, name: str, tensor: Tensor) -> Tensor:
+        """A weight for its use; untracked matrices in half precision stay so, and are cast where they are used."""
+        if tensor.dtype in NARROW and tensor.ndim in (2, 3) and name in self._frozen:
+            return Narrow.of(tensor.to(self.device), self.dtype)
+        weight: Tensor = self.cast(tensor)
+        return weight
+
+    def _recast(self, state: State) -> State:
+        return {
+            name: tensor.widened(self.dtype) if isinstance(tensor, Narrow) else self.cast(tensor)
+            for name, tensor in state.items()
+        }
 
     def _cast(self, tensor: Tensor) -> Tensor:
         dtype = self.dtype if tensor.is_floating_point() else self.dtype.to_complex() if tensor.is_complex() else None

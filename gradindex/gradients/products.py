@@ -131,6 +131,13 @@ class Products:
     def _of(self, examples: Examples) -> list[Tensor]:
         return [torch.stack([shares.sum(0) for shares in self._by_checkpoint(examples, split=False)]).sum(0)]
 
+    def at(self, checkpoint: int, examples: Examples) -> Tensor:
+        """The share of one checkpoint in :meth:`of`."""
+        return torch.cat(in_batches(self._engine, partial(self._at, checkpoint), examples), 1)
+
+    def _at(self, checkpoint: int, examples: Examples) -> list[Tensor]:
+        return [self._shares(checkpoint, examples, split=False).sum(0)]
+
     def split(self, examples: Examples) -> Tensor:
         """The same by checkpoint and layer: (n, n_query, C, L) float64.
 
@@ -145,17 +152,19 @@ class Products:
 
     def _by_checkpoint(self, examples: Examples, split: bool) -> Iterator[Tensor]:
         """For each checkpoint (L, n_query, n), or (1, n_query, n) of all layers together."""
-        for checkpoint in range(self._engine.n_checkpoints):
-            for loss_scale in self._engine.loss_scales:
-                shares = self._at_checkpoint(checkpoint, examples, loss_scale, split)
-                if bool(shares.isfinite().all()):
-                    break
-            if self.route != "gradients":
-                general = [number for number, layer in enumerate(self._engine.layers) if not layer.hooked]
-                for together in [[number] for number in general] if split else [general]:
-                    for query, row in enumerate(self._along(checkpoint, examples, together)):
-                        shares[together[0] if split else 0, query] += row
-            yield shares
+        return (self._shares(checkpoint, examples, split) for checkpoint in range(self._engine.n_checkpoints))
+
+    def _shares(self, checkpoint: int, examples: Examples, split: bool) -> Tensor:
+        for loss_scale in self._engine.loss_scales:
+            shares = self._at_checkpoint(checkpoint, examples, loss_scale, split)
+            if bool(shares.isfinite().all()):
+                break
+        if self.route != "gradients":
+            general = [number for number, layer in enumerate(self._engine.layers) if not layer.hooked]
+            for together in [[number] for number in general] if split else [general]:
+                for query, row in enumerate(self._along(checkpoint, examples, together)):
+                    shares[together[0] if split else 0, query] += row
+        return shares
 
     def finite(self, query: int) -> bool:
         """Whether the gradient of a query is, and not a training example's is to blame for a score that is not."""

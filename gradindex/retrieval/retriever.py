@@ -51,13 +51,21 @@ class Retriever:
         store: a complete store.
         device: where to compute and search; by default gradients on the model's device and search on the CPU.
         use_index: whether to use the index, if there is one.
+        one_at_a_time: whether to hold the weights of one checkpoint at a time; by default if not all fit into memory.
 
     Raises:
         MismatchError: the task does not match the store; says what differs.
         StoreError: the store is damaged.
     """
 
-    def __init__(self, task: Task, store: GradientStore, device: str | None = None, use_index: bool = True) -> None:
+    def __init__(
+        self,
+        task: Task,
+        store: GradientStore,
+        device: str | None = None,
+        use_index: bool = True,
+        one_at_a_time: bool | None = None,
+    ) -> None:
         task, store = in_order(task, store, Task, "Retriever(task, store)")
         require()
         one_thread_in_children("torch", torch.set_num_threads)
@@ -66,7 +74,8 @@ class Retriever:
         self._projection = projection_of(stored)
         # Queries and exact scores take full precision, even where rows were made in half precision.
         precision: Precision = "float32" if stored.precision in HALF else stored.precision
-        self._engine = Engine(task, precision, device, alone=store.manifest.batch_size == 1)
+        alone = store.manifest.batch_size == 1
+        self._engine = Engine(task, precision, device, alone=alone, one_at_a_time=one_at_a_time)
         self._geometry = with_unit_norm(self._engine.geometry, stored.unit_norm)
         with self._computing() as engine:
             check_routes(engine, task.train_ids[task.train_ids < store.manifest.next_id])
@@ -364,7 +373,14 @@ class Retriever:
         return measured(followed(store, ids), self._geometry, products, norms, ids)
 
 
-def load(task: Task, folder: str | os.PathLike[str], *, device: str | None = None, use_index: bool = True) -> Retriever:
+def load(
+    task: Task,
+    folder: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    use_index: bool = True,
+    one_at_a_time: bool | None = None,
+) -> Retriever:
     """Open a store for queries.
 
     Args:
@@ -372,10 +388,11 @@ def load(task: Task, folder: str | os.PathLike[str], *, device: str | None = Non
         folder: what :func:`build` filled.
         device: where to compute and to search, such as ``"cuda"``; by default where the model is, and the CPU searches.
         use_index: whether an index is used, where there is one; else all rows are compared.
+        one_at_a_time: whether to hold the weights of one checkpoint at a time; by default if not all fit into memory.
 
     Raises:
         StoreError: missing, damaged or not complete.
         MismatchError: the task is not the store's; says what differs.
     """
     task, folder = in_order(task, folder, Task, "load(task, folder)")
-    return asked_again(lambda: Retriever(task, GradientStore(folder), device, use_index))
+    return asked_again(lambda: Retriever(task, GradientStore(folder), device, use_index, one_at_a_time))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..choices import Precision, Source
 from ..errors import ArgumentError, NonFiniteGradientError, joined_names, left_out
@@ -28,6 +29,8 @@ _QUERY_BYTES = 2 << 30
 _FACTOR_BYTES, _SCORES = 64 << 20, 4 << 20
 # Pairs of a query and a training example that are scored at once.
 _PAIRS = 1 << 20
+# Scores that are kept while weights are held one checkpoint at a time.
+_HELD_SCORES = 1 << 26
 
 # Which queries, ids (m,), and scores (of these queries, m).
 Scores = Iterator[tuple[slice, NDArray[np.int64], NDArray[Any]]]
@@ -124,11 +127,30 @@ def _compared(
     with progress("exact scores", len(ids) * n_query, "scores") as advance:
         for queries, products in turns:
             size = batch_size or products.pick_batch_size(len(ids))
-            for examples in _read(engine.task, ids, size):
-                scores = products.of(examples).cpu().numpy()
+            for examples, found in _scored(engine, products, ids, size, queries.stop - queries.start):
+                scores = found.cpu().numpy()
                 _refuse_non_finite(scores, queries, n_query, examples, products)
                 yield queries, examples.ids, scores
                 advance(scores.size)
+
+
+def _scored(
+    engine: Engine, products: Products, ids: NDArray[np.int64], size: int, n_query: int
+) -> Iterator[tuple[Examples, Tensor]]:
+    """Batches of training examples and their scores (n_query, n)."""
+    if not engine.states.one_at_a_time:
+        for examples in _read(engine.task, ids, size):
+            yield examples, products.of(examples)
+        return
+    # Many examples at one checkpoint, then the same at the next.
+    for some in pieces(ids, max(size, _HELD_SCORES // n_query)):
+        *before, last = range(engine.n_checkpoints)
+        sums = [torch.zeros(()) for _ in range(0, len(some), size)]
+        for checkpoint in before:
+            for number, examples in enumerate(_read(engine.task, some, size)):
+                sums[number] = sums[number] + products.at(checkpoint, examples).cpu()
+        for share, examples in zip(sums, _read(engine.task, some, size), strict=True):
+            yield examples, share + products.at(last, examples).cpu()
 
 
 def _read(task: Task, ids: NDArray[np.int64], size: int) -> Iterator[Examples]:
