@@ -24,6 +24,7 @@ from .examples import Examples, read_example
 from .importing import import_by_name
 from .registry import Registry
 from .tree import preserved_random_state
+from .unwrapping import unwrapped
 
 # What ``preconditioner`` names, see gradindex/gradients/geometry.py; here, so that a name is checked where it is given.
 GEOMETRIES: Registry[Any] = Registry("preconditioner", PRECONDITIONERS)
@@ -91,6 +92,7 @@ class Task:
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise TaskError(f"model is a {type(self.model).__name__}, but must be a torch.nn.Module.")
+        object.__setattr__(self, "model", unwrapped(self.model))
         for role, data in (("train", self.train), ("query", self.query)):
             if data is not None:
                 _check_data_set(role, data)

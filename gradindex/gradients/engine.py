@@ -22,11 +22,12 @@ from ..factors import Formed, Layer
 from ..memory import in_halves
 from ..task import Task
 from ..tree import map_tensors, tensors
+from ..unwrapping import uncompiled
 from ..weights import negligible
 from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, loop_gradients, vmap_gradients
 from .geometry import geometry_of
 from .hooks import Consume, Hooks
-from .layers import plan_layers, refuse_what_hides
+from .layers import packed_parameters, plan_layers, refuse_what_hides
 from .narrow import NARROW, Narrow
 from .precision import HALF, LOSS_SCALES, check_precision, full_float32, usable
 from .states import State, States
@@ -83,7 +84,6 @@ class Engine:
         first = next(self.model.parameters(), None)
         if first is None:
             raise TaskError("The model has no parameters, so there are no gradients to trace.")
-        refuse_what_hides(self.model)
         self.device = usable(first.device if device is None else device)
         check_precision(precision, self.device)
         self.layout_is_free = channels_last is None
@@ -92,6 +92,7 @@ class Engine:
         self.channels_last = channels_last
         self.tracked = choose(task) if tracked is None else tracked
         self.parameters, self.learning_rates = self.tracked.parameters, self.tracked.learning_rates
+        refuse_what_hides(self.model, self.parameters)
         self.layers = plan_layers(self.model, self.parameters)
         self._frozen = {name for name, _ in self.model.named_parameters()} - set(self.parameters)
         # A tensor shared under several names is given once, so that all of its uses follow it.
@@ -100,8 +101,16 @@ class Engine:
         saved = self.model.state_dict()
         unsaved = {name: tensor.clone() for name, tensor in self.model.named_buffers() if name not in saved}
 
+        packed = packed_parameters(self.model, self._frozen)
+
         def state_of(loaded: Loaded) -> dict[str, Tensor]:
             tensors = unsaved | loaded.tensors
+            for name, parameter in packed.items():
+                if not torch.equal(tensors.pop(name).to(parameter.device), parameter.detach().as_subclass(Tensor)):
+                    raise CheckpointError(
+                        f"{loaded.checkpoint.path} has another {name} than the model, which is quantised and stays as "
+                        "it is. Load the model that was trained."
+                    )
             return {f"model.{name}": self._weight(name, tensor) for name, tensor in tensors.items() if name in unique}
 
         def read_again(number: int) -> dict[str, Tensor]:
@@ -160,6 +169,7 @@ class Engine:
         for module in self.model.modules():  # what a train() or eval() of the model's own does besides is left out
             module.training = False
         self._stack.enter_context(full_float32())
+        self._stack.enter_context(uncompiled(self.model))
         if self.device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in self.model.modules()):
             # cuDNN refuses the backward pass of a recurrent layer in eval mode; torch's own kernels do not.
             self._stack.enter_context(torch.backends.cudnn.flags(enabled=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from ..factors import Layer
 from . import uses
 from .functional import as_real
 from .rules import RULES
+
+# Packages whose layers hold quantised weights and pass gradients on.
+_PACKING = {"bitsandbytes", "torchao"}
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -119,8 +122,27 @@ def as_matrix(layer: Layer, gradients: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(parts, 2)
 
 
-def refuse_what_hides(model: nn.Module) -> None:
+def packed_parameters(model: nn.Module, frozen: Collection[str]) -> dict[str, Tensor]:
+    """Frozen parameters that only the model itself can hold: quantised, with what unpacks them beside them.
+
+    Each pass runs with the model's own.
+    """
+    found = {}
+    for prefix, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{own}" if prefix else own
+            homes = {type(module).__module__.split(".")[0], type(parameter).__module__.split(".")[0]}
+            if name in frozen and homes & _PACKING:
+                found[name] = parameter
+    return found
+
+
+def refuse_what_hides(model: nn.Module, tracked: Collection[str]) -> None:
     """Refuse modules that neither hooks nor swapped weights reach.
+
+    Args:
+        model: the model.
+        tracked: names of the parameters whose gradients are wanted.
 
     Raises:
         TaskError: names the module and the way out.
@@ -132,11 +154,6 @@ def refuse_what_hides(model: nn.Module) -> None:
                 f"{where} is compiled, so its weights cannot be swapped. Give Task the module before torch.compile "
                 "(compiled._orig_mod is the same weights)."
             )
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise TaskError(
-                f"{where} is compiled, so its weights cannot be swapped. Give Task a module on which compile() was not "
-                "called (module._compiled_call_impl = None takes the call back)."
-            )
         if kind.__name__ in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
             raise TaskError(
                 f"{where} is wrapped in {kind.__name__}, which splits batches. Give Task the module inside "
@@ -144,7 +161,13 @@ def refuse_what_hides(model: nn.Module) -> None:
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise TaskError(f"{where} is a TorchScript module, which hides its layers. Give Task the Python module.")
-        if ".quantized" in kind.__module__ or "bitsandbytes" in kind.__module__:
+        if ".quantized" in kind.__module__:
             raise TaskError(
                 f"{where} ({kind.__name__}) is quantised and has no gradients. Give Task the model in floating point."
+            )
+        own = {f"{name}.{parameter}" if name else parameter for parameter, _ in module.named_parameters(recurse=False)}
+        if kind.__module__.split(".")[0] in _PACKING and own & set(tracked):
+            raise TaskError(
+                f"{where} ({kind.__name__}) is quantised, so it passes gradients on but has none of its own. Track the "
+                "adapters alone, with layers=, or give Task the model in floating point."
             )

@@ -12,7 +12,7 @@ from torch import nn
 
 import gradindex
 from gradindex.cli import main
-from gradindex.errors import ArgumentError, NonFiniteGradientError, TaskError
+from gradindex.errors import ArgumentError, CheckpointError, NonFiniteGradientError, TaskError
 from gradindex.gradients import Engine, check_routes, precision
 from gradindex.projection import Projection
 
@@ -165,19 +165,101 @@ class Quantised(nn.Linear):
 Quantised.__module__ = "torch.ao.nn.quantized.modules.linear"
 
 
+class Packed(nn.Linear):
+    """Stands for a layer whose weights are packed, but which passes gradients on."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.scale * self.weight.detach().to(x.dtype))
+
+
+class Codes(nn.Parameter):
+    """Stands for packed weights: without their scale they mean nothing."""
+
+
+Packed.__module__ = Codes.__module__ = "bitsandbytes.nn.modules"
+
+
+def packed(scale=0.5):
+    """A frozen packed layer and an adapter beside it."""
+    layer = Packed(6, 5, bias=False)
+    layer.weight = Codes(torch.arange(30, dtype=torch.uint8).reshape(5, 6), requires_grad=False)
+    layer.weight.scale = scale
+    return nn.Sequential(layer, nn.ReLU(), nn.Linear(5, 3))
+
+
+def test_packed_layers_under_what_is_tracked_stay_as_they_are(tmp_path):
+    torch.manual_seed(0)
+    task = toys.make_task(tmp_path, packed(0.01))
+    routes = check_against_autograd(task)
+    assert routes == {"2": "linear"}
+    assert task.model[0].weight.scale == 0.01
+
+
+def test_other_packed_weights_than_the_models_are_refused(tmp_path):
+    task = toys.make_task(tmp_path, packed())
+    task.model[0].weight.data += 1
+    with pytest.raises(CheckpointError, match=r"has another 0\.weight than the model, which is quantised"):
+        gradindex.build(task, tmp_path / "store")
+
+
+def test_packed_layers_are_not_tracked(tmp_path):
+    model = packed()
+    model[0].weight.data = model[0].weight.data.half()  # some keep their codes in a type of floating point
+    task = toys.make_task(tmp_path, model, layers="*")
+    with pytest.raises(TaskError, match=r"0 \(Packed\) is quantised.*Track the adapters alone, with layers="):
+        gradindex.build(task, tmp_path / "store")
+
+
 def compiled_in_place(model):
-    model[0].compile()
+    model[0].compile(backend="eager")
     return model
 
 
+class DistributedDataParallel(nn.Module):
+    """Stands for torch's, which needs a process group."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (lambda m: torch.compile(m, backend="eager"), "wrapped in OptimizedModule;"),
+        (nn.DataParallel, "wrapped in DataParallel;"),
+        (
+            lambda m: torch.compile(DistributedDataParallel(m), backend="eager"),
+            "wrapped in OptimizedModule and DistributedDataParallel;",
+        ),
+        (compiled_in_place, ""),
+    ],
+    ids=["compiled", "data parallel", "both", "compiled in place"],
+)
+def test_wrapped_models_are_unwrapped_with_a_word(tmp_path, capsys, wrap, said):
+    task = toys.make_task(tmp_path)
+    expected = gradindex.exact_scores(task, [0, 1])
+    call = task.model[0]._compiled_call_impl
+    wrapped = gradindex.Task(wrap(task.model), task.loss, task.train, task.checkpoints, task.query)
+    assert ((said and f"The model is {said}") or "") in capsys.readouterr().err
+    np.testing.assert_array_equal(gradindex.exact_scores(wrapped, [0, 1]), expected)
+    assert wrapped.model is task.model
+    assert (wrapped.model[0]._compiled_call_impl is not None) == (wrap is compiled_in_place)
+    task.model[0]._compiled_call_impl = call
+
+
 HIDING = {
-    "compiled in place": (compiled_in_place, r"0 is compiled, so its weights cannot be swapped.*compile\(\)"),
-    "compiled": (lambda m: torch.compile(m), "The model is compiled, so its weights cannot be swapped"),
     "a compiled part": (
         lambda m: nn.Sequential(torch.compile(m[0]), m[1], m[2]),
         "0 is compiled, so its weights cannot be swapped",
     ),
-    "data parallel": (nn.DataParallel, r"The model is wrapped in DataParallel.*\(wrapped\.module\)"),
+    "a parallel part": (
+        lambda m: nn.Sequential(nn.DataParallel(m[0]), m[1], m[2]),
+        r"0 is wrapped in DataParallel.*\(wrapped\.module\)",
+    ),
     "scripted": (lambda m: nn.Sequential(Trace(m[0]).traced, m[1], m[2]), "0 is a TorchScript module"),
     "quantised": (lambda m: nn.Sequential(Quantised(6, 5), m[1], m[2]), r"0 \(Quantised\) is quantised"),
 }
