@@ -55,6 +55,7 @@ def running(
     engine = Engine(
         task, precision, options.device, options.channels_last, tracked, batch_size == 1, options.one_at_a_time
     )
+    engine.batch_tokens = options.batch_tokens
     with preserved_random_state(), engine:
         for line in engine.notes:
             note(line)

@@ -68,6 +68,7 @@ class ComputeKeywords(TypedDict, total=False):
     channels_last: bool | None
     workers: int
     one_at_a_time: bool | None
+    batch_tokens: int | None
 
 
 class BuildKeywords(ComputeKeywords, total=False):
@@ -97,9 +98,12 @@ class ComputeOptions:
         one_at_a_time: whether to hold the weights of one checkpoint at a time, and to go through the data once for
             each; by default if the weights of all do not fit into memory. What is the same at several checkpoints, as
             a frozen backbone, is held once either way.
+        batch_tokens: the most tokens of a pass, padding counted: examples times the longest of them. A batch that has
+            more is split, so that texts of very different lengths need little padding. By default there is no such
+            limit.
 
     Raises:
-        ArgumentError: ``workers`` is out of range.
+        ArgumentError: ``workers`` or ``batch_tokens`` is out of range.
     """
 
     device: str | None = option(
@@ -116,9 +120,12 @@ class ComputeOptions:
         "Hold the weights of one checkpoint at a time, or of all; by default all, if they fit into memory.",
         flags="--one-at-a-time/--all-at-once",
     )
+    batch_tokens: int | None = option(None, "Most tokens of a pass, padding counted; by default no limit.")
 
     def __post_init__(self) -> None:
         check_workers(self.workers)
+        if self.batch_tokens is not None and (not isinstance(self.batch_tokens, int) or self.batch_tokens < 1):
+            raise ArgumentError(f"batch_tokens is {self.batch_tokens!r}, but must be a whole number of at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +133,8 @@ class BuildOptions(ComputeOptions):
     """How rows are computed and stored.
 
     Args:
-        device: see :class:`ComputeOptions`, as for ``channels_last``, ``workers`` and ``one_at_a_time``.
+        device: see :class:`ComputeOptions`, as for ``channels_last``, ``workers``,
+            ``one_at_a_time`` and ``batch_tokens``.
         projection: the map from gradients to rows; by default a TensorSketch of 1,024 numbers per checkpoint.
         precision: of the gradients.
         row_type: number format of stored rows: ``"float32"``, ``"float16"`` (overflow is an error), ``"bfloat16"``,

@@ -78,6 +78,7 @@ class Engine:
         one_at_a_time: bool | None = None,
     ) -> None:
         self.task, self.alone = task, alone
+        self.batch_tokens: int | None = None  # the most of a pass, padding counted
         self.precision = precision
         self.dtype = torch.float64 if precision == "float64" else torch.float32
         self.model = task.model

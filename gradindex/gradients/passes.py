@@ -37,7 +37,31 @@ def in_batches(engine: Engine, action: Callable[[Examples], list[T]], examples: 
         UserCodeError: the loss or collate failed; names the first example that fails alone, else the batch.
     """
     with blamed(engine, examples):
-        return engine.in_halves(action, examples)
+        groups = [slice(None)] if engine.batch_tokens is None else by_tokens(examples.items, engine.batch_tokens)
+        return [result for group in groups for result in engine.in_halves(action, examples[group])]
+
+
+def by_tokens(items: Sequence[Any], most: int) -> list[slice]:
+    """Neighbours in groups of at most ``most`` tokens, each counted as long as the longest of its group.
+
+    The length of an item is the longest first axis in it, such as that of ``input_ids``. One that is too long goes alone.
+    """
+    groups, start, longest = [], 0, 0
+    for place, item in enumerate(items):
+        length = max(1, _length(shapes(item)))
+        if place > start and (place + 1 - start) * max(longest, length) > most:
+            groups.append(slice(start, place))
+            start, longest = place, 0
+        longest = max(longest, length)
+    return [*groups, slice(start, len(items))]
+
+
+def _length(shape: tuple[Any, ...]) -> int:
+    if shape and not isinstance(shape[0], tuple):  # axes
+        return int(shape[0])
+    if not any(shape):  # a short list of numbers
+        return len(shape)
+    return max(map(_length, shape))
 
 
 def alone_gradients(
