@@ -44,7 +44,7 @@ def in_batches(engine: Engine, action: Callable[[Examples], list[T]], examples: 
 def by_tokens(items: Sequence[Any], most: int) -> list[slice]:
     """Neighbours in groups of at most ``most`` tokens, each counted as long as the longest of its group.
 
-    The length of an item is the longest first axis in it, such as that of ``input_ids``. One that is too long goes alone.
+    The length of an item is the longest first axis in it, such as that of ``input_ids``; one that is too long is alone.
     """
     groups, start, longest = [], 0, 0
     for place, item in enumerate(items):
