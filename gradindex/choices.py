@@ -32,7 +32,7 @@ Norms = Literal["exact", "projected"]
 NORMS: tuple[Norms, ...] = get_args(Norms)
 
 # Which recorded number is eta.
-Weighting = Literal["learning_rate", "integrated", "uniform"]
+Weighting = Literal["learning_rate", "integrated", "effective", "uniform"]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 
 Preconditioner = Literal["adam"]

@@ -28,7 +28,11 @@ from ..weights import (
     read,
 )
 
-_RECORDED_FIELD = {"learning_rate": "learning_rate", "integrated": "learning_rate_sum"}
+_RECORDED_FIELD = {
+    "learning_rate": "learning_rate",
+    "integrated": "learning_rate_sum",
+    "effective": "effective_sum",
+}
 _WAY_OUT = (
     "Give learning_rate= to Checkpoint or find_checkpoints, train with gradindex.Recorder, "
     "or choose weighting='uniform'."
@@ -95,7 +99,8 @@ class Checkpoint:
             patterns such as ``"head.*"``, or modules, and the most specific one wins. Text such as ``"1e-3"``
             and tensors also count as numbers. ``None`` reads what ``Recorder`` saved.
         weighting: which recorded number is eta: ``"learning_rate"`` at the checkpoint (the
-            paper), ``"integrated"``, its sum over the steps since the previous checkpoint, or
+            paper), ``"integrated"``, its sum over the steps since the previous checkpoint, ``"effective"``, that
+            sum with SGD's momentum and clipping (for parameter groups with different momentum), or
             ``"uniform"``, 1 for every checkpoint. Ignored where ``learning_rate`` is given.
         step: optimizer steps taken; orders the checkpoints. Read from the file when recorded.
         key: where the weights are inside the file, such as ``"ema.model"``; by default the
@@ -124,7 +129,7 @@ class Checkpoint:
             )
         if self.weighting not in WEIGHTINGS:
             raise ArgumentError(
-                f"weighting is {self.weighting!r}, but must be 'learning_rate', 'integrated' or 'uniform'."
+                f"weighting is {self.weighting!r}, but must be 'learning_rate', 'integrated', 'effective' or 'uniform'."
             )
         if self.learning_rate is not None:
             object.__setattr__(self, "learning_rate", as_rate(self.path, self.learning_rate))
@@ -172,6 +177,11 @@ class Checkpoint:
                     f"{self.path} has no recorded learning rate, so its weight eta is unknown. {_WAY_OUT}"
                 )
             recorded = recorded_groups(dict(record), _RECORDED_FIELD[self.weighting])
+            if not recorded and self.weighting == "effective":
+                raise CheckpointError(
+                    f"{self.path} has no effective rates: they are recorded for torch.optim.SGD where the clipping is "
+                    "known. Choose weighting='integrated'."
+                )
             rates = {name: recorded[found] for name, found in _recorded(recorded, parameters).items()}
         elif isinstance(given, Mapping):
             rates = {name: float(rate) for name, rate in given.items()}

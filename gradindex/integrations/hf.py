@@ -1,0 +1,114 @@
+"""Recording for transformers' ``Trainer`` and those made from it, such as TRL's ``SFTTrainer``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import DependencyError
+from ..progress import note
+from .session import Schedule, Session
+
+try:
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+except ImportError as error:
+    raise DependencyError(
+        f"gradindex.integrations.hf needs transformers ({error}). Install it: pip install 'transformers[torch]'."
+    ) from error
+
+
+class RecorderCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # types of transformers are not read
+    """Record checkpoints and learning rates while a ``Trainer`` trains.
+
+    One more callback::
+
+        trainer = Trainer(..., callbacks=[RecorderCallback("checkpoints")])
+        trainer.train()
+
+    It writes what :class:`gradindex.Recorder` writes, at chosen optimizer steps: a step is one of the optimizer,
+    however many batches it takes, and steps that a gradient scaler skips do not count. With ``resume_from_checkpoint``
+    it goes on counting where the trainer's checkpoint was saved; checkpoints from behind that step are replaced. Where
+    several processes train together (DistributedDataParallel, FSDP), the first one writes.
+
+    Give at most one of ``every``, ``at`` and ``count``.
+
+    ``Trainer`` does not tell by how much it clipped the gradients of a step, so ``weighting="effective"`` needs
+    ``max_grad_norm=0`` in its arguments.
+
+    Args:
+        directory: where to write checkpoints; created if missing.
+        every: save so many optimizer steps apart, and at the end.
+        at: save after these steps.
+        count: save so many, at the ends of equal spans of the training. By default 10.
+        only_trained: see :class:`gradindex.Recorder`; for adapters (PEFT).
+        second_moments: see :class:`gradindex.Recorder`.
+        overwrite: see :class:`gradindex.Recorder`.
+
+    Raises:
+        DependencyError: transformers is not installed (when this module is imported).
+        ArgumentError: a schedule that cannot be, or as for :class:`gradindex.Recorder` when training begins.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        every: int | None = None,
+        at: Iterable[int] | None = None,
+        count: int | None = None,
+        only_trained: bool = False,
+        second_moments: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self._session = Session(
+            directory,
+            Schedule(every, at, count),
+            only_trained=only_trained,
+            second_moments=second_moments,
+            overwrite=overwrite,
+        )
+        # What an earlier run had counted: set by the trainer when it restores callbacks itself.
+        self.counted: dict[str, Any] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer keeps in its own checkpoints."""
+        return {"args": self._session.arguments(), "attributes": {"counted": self._session.state()}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Start to listen to the optimizer."""
+        resumed = state.global_step > 0
+        self._session.begin(
+            objects["model"],
+            objects["optimizer"],
+            total=state.max_steps,
+            taken=state.global_step,
+            state=(self.counted or self._counted(state.stateful_callbacks)) if resumed else None,
+            clipping_unknown=bool(args.max_grad_norm),
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Save where it is due."""
+        if self._session.due() and self._session.recorder is not None:
+            self._session.recorder.save()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Save the end of the training, unless the model is no longer the one that was trained last."""
+        replaced = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        recorder = self._session.recorder
+        if replaced and recorder is not None and not recorder.saved:
+            note(
+                f"The steps up to {recorder.step} have no checkpoint of their own in {self._session.directory}: the "
+                "trainer has loaded its best model (load_best_model_at_end)."
+            )
+        self._session.end(save=not replaced)
+
+    def _counted(self, stored: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """What this callback had counted, in the state of a trainer's checkpoint, which appends at each save."""
+        entries = (stored or {}).get(type(self).__name__) or []
+        for entry in reversed(entries if isinstance(entries, list) else [entries]):
+            if entry["args"]["directory"] == self._session.directory:
+                counted: dict[str, Any] | None = entry["attributes"]["counted"]
+                return counted
+        return None

@@ -1,0 +1,179 @@
+"""RecorderCallback in transformers' Trainer and TRL's SFTTrainer, on tiny models with random weights."""
+
+import warnings
+
+import frameworks
+import pytest
+import torch
+
+import gradindex
+from gradindex.checkpoint import read_record
+from gradindex.errors import ArgumentError
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # of trainers that run without a GPU
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded():
+    """Imported where it is used: collecting tests takes no trainer."""
+    global transformers, RecorderCallback
+    transformers = frameworks.imported("transformers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from gradindex.integrations.hf import RecorderCallback
+
+
+def classifier():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=2,
+        max_position_embeddings=8,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def examples(n=24):
+    torch.manual_seed(1)
+    tokens = torch.randint(1, 20, (n, 6))
+    return [{"input_ids": row, "labels": int(row[0] > 9)} for row in tokens]
+
+
+def trainer_of(folder, *callbacks, model=None, eval_dataset=None, **options):
+    defaults = {
+        "per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 0.01, "report_to": "none",
+        "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "seed": 3, "logging_steps": 1,
+    }  # fmt: skip
+    arguments = transformers.TrainingArguments(output_dir=str(folder / "out"), **(defaults | options))
+    return transformers.Trainer(
+        model or classifier(), arguments, train_dataset=examples(), eval_dataset=eval_dataset,
+        callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def rates(folder):
+    found = {}
+    for path in sorted(folder.glob("*.pt")):
+        record = read_record(path)
+        group = next(g for g in record["groups"] if "classifier.weight" in g["parameters"])
+        found[record["step"]] = (group["learning_rate"], group["learning_rate_sum"], group["steps"])
+    return found
+
+
+def test_the_rates_are_those_that_the_steps_used(tmp_path):
+    trainer = trainer_of(tmp_path, RecorderCallback(tmp_path / "ck", every=5))
+    trainer.train()
+    # 24 examples, batches of 4, 2 epochs: 12 steps of a linear schedule that ends at 0, behind the last one.
+    used = [0.01 * (1 - step / 12) for step in range(12)]
+    assert rates(tmp_path / "ck") == {
+        5: (pytest.approx(used[4]), pytest.approx(sum(used[:5])), 5),
+        10: (pytest.approx(used[9]), pytest.approx(sum(used[5:10])), 5),
+        12: (pytest.approx(used[11]), pytest.approx(sum(used[10:])), 2),
+    }
+    last = gradindex.Checkpoint(tmp_path / "ck" / "step_00000012.pt").load(classifier())
+    assert all(torch.equal(last[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_a_step_is_the_optimizers_where_gradients_are_accumulated(tmp_path):
+    callback = RecorderCallback(tmp_path / "ck", count=3)
+    trainer_of(tmp_path, callback, gradient_accumulation_steps=2, lr_scheduler_type="constant").train()
+    assert rates(tmp_path / "ck") == {step: (0.01, pytest.approx(0.02), 2) for step in (2, 4, 6)}
+
+
+def test_settings_of_the_optimizer_are_recorded(tmp_path):
+    options = {"optim": "sgd", "optim_args": "momentum=0.5", "weight_decay": 0.25, "lr_scheduler_type": "constant"}
+    trainer_of(tmp_path, RecorderCallback(tmp_path / "ck", at=[3]), max_grad_norm=0.0, **options).train()
+    (path,) = (tmp_path / "ck").iterdir()
+    groups = {name: g for g in read_record(path)["groups"] for name in g["parameters"]}
+    head, bias = groups["classifier.weight"], groups["classifier.bias"]
+    assert (head["optimizer"], head["settings"]["momentum"]) == ("SGD", 0.5)
+    assert (head["settings"]["weight_decay"], bias["settings"]["weight_decay"]) == (0.25, 0.0)
+    # The buffer holds 1, 1 + 1/2 and 1 + 1/2 + 1/4 gradients.
+    assert head["effective_sum"] == pytest.approx(0.01 * (1 + 1.5 + 1.75))
+    trainer_of(tmp_path, RecorderCallback(tmp_path / "clipped", at=[3]), **options).train()
+    (path,) = (tmp_path / "clipped").iterdir()
+    assert not any("effective_sum" in group for group in read_record(path)["groups"])  # clipped, nobody knows how much
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_resumed_training_is_recorded_as_one_that_was_not(tmp_path, restore):
+    options = {"save_strategy": "steps", "save_steps": 6, "restore_callback_states_from_checkpoint": restore}
+    trainer_of(tmp_path, RecorderCallback(tmp_path / "whole", every=4), **options).train()
+    # Two callbacks are told apart; one checkpoint of an abandoned run lies behind the step of resumption.
+    callbacks = [RecorderCallback(tmp_path / name, every=4) for name in ("other", "parts")]
+    trainer_of(tmp_path, *callbacks, **options).train()
+    (tmp_path / "parts" / "step_00000011.pt").touch()
+    again = [RecorderCallback(tmp_path / name, every=4) for name in ("other", "parts")]
+    trainer_of(tmp_path, *again, **options).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+    whole, parts = (gradindex.find_checkpoints(tmp_path / name) for name in ("whole", "parts"))
+    assert [item.step for item in parts] == [4, 8, 12]
+    assert rates(tmp_path / "parts") == rates(tmp_path / "other") == rates(tmp_path / "whole")
+    for one, other in zip(whole, parts, strict=True):
+        expected, found = one.load(classifier()), other.load(classifier())
+        assert all(torch.allclose(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_another_trainings_checkpoints_are_not_mixed_in(tmp_path):
+    trainer_of(tmp_path, RecorderCallback(tmp_path / "ck", count=1)).train()
+    with pytest.raises(ArgumentError, match="already holds 1 checkpoints of another training"):
+        trainer_of(tmp_path, RecorderCallback(tmp_path / "ck", count=1)).train()
+    trainer_of(tmp_path, RecorderCallback(tmp_path / "ck", at=[7], overwrite=True)).train()
+    assert list(rates(tmp_path / "ck")) == [7]
+
+
+def test_the_best_model_is_not_taken_for_the_last(tmp_path, capsys):
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    callback = RecorderCallback(tmp_path / "ck", every=5)
+    trainer_of(tmp_path, callback, load_best_model_at_end=True, eval_dataset=examples(4), **options).train()
+    assert list(rates(tmp_path / "ck")) == [5, 10]
+    assert "The steps up to 12 have no checkpoint of their own" in capsys.readouterr().err
+
+
+def test_only_the_adapter_of_a_lora_training_is_saved(tmp_path):
+    peft = frameworks.imported("peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    trainer = trainer_of(
+        tmp_path,
+        RecorderCallback(tmp_path / "ck", at=[4], only_trained=True),
+        model=peft.get_peft_model(classifier(), config),
+        max_steps=4,
+    )
+    trainer.train()
+    (path,) = (tmp_path / "ck").iterdir()
+    content = torch.load(path, weights_only=True)
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert content["gradindex"]["only_trained"] is True
+    assert trained <= set(content["model"])
+    assert all(torch.equal(content["model"][name], trainer.model.state_dict()[name]) for name in trained)
+    others = set(content["model"]) - trained
+    assert others <= {name for name, _ in trainer.model.named_buffers()}
+
+
+def test_trls_trainer_is_recorded(tmp_path):
+    trl = frameworks.imported("trl")
+    datasets = frameworks.imported("datasets")
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=30, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    )
+    tokens = frameworks.imported("tokenizers")
+    words = tokens.Tokenizer(tokens.models.WordLevel({"<e>": 0, "a": 1, "b": 2, "c": 3}, unk_token="<e>"))
+    words.pre_tokenizer = tokens.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>", pad_token="<e>")
+    data = datasets.Dataset.from_dict({"text": ["a b c a", "b c", "c a b", "a a b"] * 4})
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, num_train_epochs=2, report_to="none",
+        save_strategy="no", use_cpu=True, disable_tqdm=True, bf16=False, learning_rate=0.01, max_length=16,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        model, arguments, train_dataset=data, processing_class=tokenizer,
+        callbacks=[RecorderCallback(tmp_path / "ck", count=2)],
+    )  # fmt: skip
+    trainer.train()
+    found = gradindex.find_checkpoints(tmp_path / "ck", weighting="integrated")
+    assert [(item.step, item.learning_rates(["transformer.wte.weight"])) for item in found] == [
+        (step, {"transformer.wte.weight": pytest.approx(0.04)}) for step in (4, 8)
+    ]

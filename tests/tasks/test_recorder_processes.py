@@ -1,0 +1,124 @@
+"""Recorder where two processes train one model, over gloo on this machine."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import toys
+from places import TESTS
+
+import gradindex
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+        reason="needs torch.distributed with gloo",
+    ),
+]
+
+# Run by both processes: trains, records, and compares what the first one wrote with the whole weights.
+WORKER = """
+import sys, warnings
+import torch
+from torch import nn
+import toys
+import gradindex
+
+kind, folder = sys.argv[1:]
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+torch.manual_seed(0)
+model = toys.mlp()
+model.register_buffer("scale", torch.ones(2))
+if kind == "ddp":
+    model = nn.parallel.DistributedDataParallel(model)
+elif kind == "fsdp2":
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+elif kind == "fsdp1":
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+moments = kind != "fsdp1"
+kinds = torch.optim.Adam if moments else torch.optim.SGD
+optimizer = kinds(model.parameters(), 0.5)
+recorder = gradindex.Recorder(model, optimizer, folder, second_moments=moments)
+generator = torch.Generator().manual_seed(rank)
+for _ in range(2):
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 6, generator=generator)).square().mean().backward()
+        optimizer.step()
+    path = recorder.save()
+    torch.distributed.barrier()
+    assert path.is_file()
+if rank == 1:
+    assert recorder.step == 6
+torch.distributed.destroy_process_group()
+"""
+
+
+def run_together(kind, folder):
+    (folder / "worker.py").write_text(WORKER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(folder / "worker.py"), kind, str(folder / "checkpoints")],
+            env=os.environ | common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+
+
+def expected():
+    """The same training in one process: both batches' mean losses, averaged."""
+    torch.manual_seed(0)
+    model = toys.mlp()
+    return model, [torch.Generator().manual_seed(rank) for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
+def test_the_first_process_writes_whole_weights(tmp_path, kind):
+    run_together(kind, tmp_path)
+    first, second = gradindex.find_checkpoints(tmp_path / "checkpoints")
+    assert (first.step, second.step) == (3, 6)
+    model, generators = expected()
+    make = torch.optim.SGD if kind == "fsdp1" else torch.optim.Adam
+    optimizer = make(model.parameters(), 0.5)
+    for checkpoint in (first, second):
+        for _ in range(3):
+            optimizer.zero_grad()
+            for generator in generators:
+                (model(torch.randn(4, 6, generator=generator)).square().mean() / 2).backward()
+            optimizer.step()
+        found = torch.load(checkpoint.path, weights_only=True)
+        assert set(found["model"]) == {*dict(model.named_parameters()), "scale"}
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found["model"][name], parameter.detach(), rtol=1e-4, atol=1e-5)
+        steps = {name: group["steps"] for group in found["gradindex"]["groups"] for name in group["parameters"]}
+        assert steps == dict.fromkeys(dict(model.named_parameters()), 3)
+        if kind == "fsdp1":
+            assert {g["effective_sum"] for g in found["gradindex"]["groups"]} == {1.5}
+            continue
+        beta, taken = optimizer.defaults["betas"][1], checkpoint.step
+        for name, parameter in model.named_parameters():
+            v = optimizer.state[parameter]["exp_avg_sq"] / (1 - beta**taken)
+            torch.testing.assert_close(found["gradindex"]["second_moments"][name], v, rtol=1e-3, atol=1e-6)
