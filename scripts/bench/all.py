@@ -1,7 +1,8 @@
 """Run every benchmark and experiment, each in a process of its own, and sum up: times, failures, bars that fall short.
 
 ``--quick`` takes the quick forms, one for each core at a time with one thread each: they need neither data nor peers,
-share the small tasks that they train, and their bars are of stand-ins on a busy machine, so they only hint. The full
+share the small tasks that they train, and their bars are of stand-ins on a busy machine, so they only hint. Their
+processes are forks of one that has loaded torch, for that takes longer than what some of them do (forks.py). The full
 forms take hours and run one at a time; their results stay in GRADINDEX_CACHE/results, under a digest of the code that
 made them, so that running this again goes on with what is missing. Copy a result to docs/results/ by hand. Peers get
 an environment of their own in GRADINDEX_CACHE.
@@ -28,13 +29,15 @@ from pathlib import Path
 from typing import Any
 
 TOP = Path(__file__).resolve().parents[2]
-HELPERS = {"all", "harness", "numbers_task", "stores", "common", "laboratory", "last_layer"}
+HELPERS = {"all", "forks", "harness", "numbers_task", "stores", "common", "laboratory", "last_layer"}
 HELPERS |= {"imagenet_task", "made", "pictures", "resnet"}  # of scripts/imagenet; scripts/paper has pictures.py as well
 HELPERS |= {"gpu"}  # a job of its own, for a machine with a CUDA device
 NEED_PEERS = {"bench/peers", "bench/search_peers", "paper/mislabelled"}
 QUICK_ONLY = {"imagenet/build", "imagenet/query", "imagenet/self_influence"}  # the full form is a person's own job
-QUICK_PARTS = {"bench/search": ["--sets", "mnist", "cifar10"]}  # of which the others take the same way
+QUICK_PARTS = {"bench/search": ["--sets", "mnist"]}  # which the others take the same way, on stores of other scripts
 FIRST = "tasks/augmented"  # makes the features of scale, search and search_peers
+# What quick forms import, loaded once for all of them. Whatever trains loads torch's compiler, with the optimizers.
+LOADED = ("torch", "torch._dynamo", "faiss", "h5py", "gradindex", "gradindex.evaluation", "matplotlib.pyplot")
 
 
 @dataclass(frozen=True)
@@ -90,55 +93,38 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.out or (Path(temporary) if options.quick else cache_folder() / "results" / digest())
         folder.mkdir(parents=True, exist_ok=True)
-        python = sys.executable
-        if not options.quick and NEED_PEERS & set(chosen):
-            python = str(peers_environment())
-        shared = Path(temporary) / "tasks" if options.quick else None
-        outcomes = run_all(chosen, folder, shared, options.jobs, python)
+        if options.quick:
+            outcomes = run_quick(chosen, folder, Path(temporary) / "tasks", options.jobs)
+        else:
+            python = str(peers_environment()) if NEED_PEERS & set(chosen) else sys.executable
+            outcomes = run_all(chosen, folder, options.jobs, python)
         return sum_up(outcomes, folder, options.quick)
 
 
-def run_all(
-    chosen: Sequence[str], folder: Path, shared: Path | None, jobs: int | None, peers_python: str
-) -> list[Outcome]:
-    """Each in its turn; a line as it ends."""
+def run_all(chosen: Sequence[str], folder: Path, jobs: int | None, peers_python: str) -> list[Outcome]:
+    """The full forms, each in its turn; a line as it ends."""
 
     def one(name: str) -> Outcome:
-        python = peers_python if name in NEED_PEERS else sys.executable
-        outcome = run(name, folder, shared, python)
-        how = "was done before" if outcome.kept else "" if outcome.status == 0 else f"FAILED ({outcome.status})"
-        times = f"{outcome.seconds:7.1f} s, {outcome.processor_seconds:6.1f} s of a processor"
-        print(f"{times}  {name}  {how}".rstrip(), flush=True)
-        if outcome.status:
-            print(_tail(folder / f"{name}.log"), flush=True)
-        return outcome
+        return told(run(name, folder, peers_python if name in NEED_PEERS else sys.executable), folder)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(jobs or (1 if shared is None else cores)) as pool:
+    with ThreadPoolExecutor(jobs or 1) as pool:
         return list(pool.map(one, chosen))
 
 
-def run(name: str, folder: Path, shared: Path | None, python: str) -> Outcome:
+def run(name: str, folder: Path, python: str) -> Outcome:
     """Run a script, unless the folder has its result.
 
     Args:
         name: folder and name.
         folder: of results.
-        shared: what quick forms keep their small tasks in; ``None`` for the full form.
         python: the interpreter.
     """
-    quick = shared is not None
-    done, log, bars = (folder / f"{name}.{ending}" for ending in ("done", "log", "bars"))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    if done.exists() and not quick:
+    done, log, bars = files_of(name, folder)
+    if done.exists():
         return Outcome(name, 0, *map(float, done.read_text().split()), list(_read(bars)), kept=True)
     bars.unlink(missing_ok=True)
-    command = [python, str(TOP / "scripts" / f"{name}.py"), *(["--quick", *QUICK_PARTS.get(name, [])] if quick else [])]
-    if name.startswith(("bench", "paper")):
-        command += ["--save", str(folder / f"{name}.{'json' if name.startswith('paper') else 'md'}")]
+    command = [python, *arguments_of(name, folder, quick=False)]
     environment = os.environ | {"GRADINDEX_BARS": str(bars)}
-    if quick:
-        environment |= {"OMP_NUM_THREADS": "1", "GRADINDEX_QUICK_SHARED": str(shared)}
     started = time.perf_counter()
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -150,6 +136,72 @@ def run(name: str, folder: Path, shared: Path | None, python: str) -> Outcome:
     if status == 0:
         done.write_text(f"{taken:.1f} {computed:.1f}")
     return Outcome(name, status, taken, computed, list(_read(bars)))
+
+
+def run_quick(chosen: Sequence[str], folder: Path, shared: Path, jobs: int | None) -> list[Outcome]:
+    """The quick forms, some at a time; a line as each ends.
+
+    Args:
+        chosen: folders and names.
+        folder: of results.
+        shared: what they keep their small tasks in.
+        jobs: how many at a time, by default as many as cores.
+
+    Raises:
+        subprocess.CalledProcessError: the process that they are forks of ended before they did.
+    """
+    scripts = []
+    for name in chosen:
+        _, log, bars = files_of(name, folder)
+        bars.unlink(missing_ok=True)
+        environment = {"GRADINDEX_BARS": str(bars), "GRADINDEX_QUICK_SHARED": str(shared)}
+        arguments = arguments_of(name, folder, quick=True)
+        scripts.append({"arguments": arguments, "environment": environment, "log": str(log)})
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = json.dumps({"modules": LOADED, "jobs": jobs or cores, "scripts": scripts})
+    command = [sys.executable, str(Path(__file__).with_name("forks.py"))]
+    outcomes = {}
+    with subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with process.stdin:
+            process.stdin.write(asked)
+        for line in process.stdout:
+            number, status, taken, computed = json.loads(line)
+            bars = list(_read(files_of(chosen[number], folder)[2]))
+            outcomes[number] = told(Outcome(chosen[number], status, taken, computed, bars), folder)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return [outcomes[number] for number in range(len(chosen))]
+
+
+def told(outcome: Outcome, folder: Path) -> Outcome:
+    """Print how a script ended, and the end of its log where it failed."""
+    how = "was done before" if outcome.kept else "" if outcome.status == 0 else f"FAILED ({outcome.status})"
+    times = f"{outcome.seconds:7.1f} s, {outcome.processor_seconds:6.1f} s of a processor"
+    print(f"{times}  {outcome.name}  {how}".rstrip(), flush=True)
+    if outcome.status:
+        print(_tail(folder / f"{outcome.name}.log"), flush=True)
+    return outcome
+
+
+def files_of(name: str, folder: Path) -> tuple[Path, Path, Path]:
+    """Where it stands that a script is done, what it printed, and its bars."""
+    done, log, bars = (folder / f"{name}.{ending}" for ending in ("done", "log", "bars"))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return done, log, bars
+
+
+def arguments_of(name: str, folder: Path, quick: bool) -> list[str]:
+    """A script's path and its arguments."""
+    arguments = [str(TOP / "scripts" / f"{name}.py")]
+    if quick:
+        arguments += ["--quick", *QUICK_PARTS.get(name, []), *(["--json"] if name.startswith("bench") else [])]
+    if name.startswith(("bench", "paper")):
+        arguments += ["--save", str(folder / f"{name}.{'json' if name.startswith('paper') else 'md'}")]
+    return arguments
 
 
 def sum_up(outcomes: Sequence[Outcome], folder: Path, quick: bool) -> int:

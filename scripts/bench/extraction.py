@@ -3,7 +3,7 @@
 Every round times each contestant once, in turn; a figure is the median over rounds of the ratio within a round.
 Weights are random: nothing here depends on their values. Ours runs as it does by default, which for this network is
 with the channels last in memory; bars compare with the layout that torch has by default, figures also with our own.
-The quick form has an eighth of the width, batches of 4 and two rounds.
+The quick form has a sixteenth of the width, batches of 4 and one round.
 
     python scripts/bench/extraction.py [--parts float32 memory] [--quick] [--json] [--save FILE]
 """
@@ -11,7 +11,6 @@ The quick form has an eighth of the width, batches of 4 and two rounds.
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -160,14 +159,14 @@ def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
 
-def peak_bytes(what: str, batch: int, into: Any) -> None:
+def peak_bytes(what: str, batch: int) -> int:
     """Peak memory of a process that does one thing, above what it had before."""
     with tempfile.TemporaryDirectory() as folder:
         contestants = Contestants(Path(folder), "float32", batch)
         action = contestants.step if what == "step" else contestants.rows(contestants.whole, Projection(), "exact")
         before = peak_resident_bytes()
         action()
-        into.put(peak_resident_bytes() - before)
+        return peak_resident_bytes() - before
 
 
 def peak_resident_bytes() -> int:
@@ -178,13 +177,7 @@ def peak_resident_bytes() -> int:
 
 def memory(bench: Bench, batch: int) -> None:
     """The most that a process has in memory for a training step, and for rows."""
-    peaks = {}
-    for what in ("step", "rows"):
-        queue = multiprocessing.get_context("spawn").Queue()
-        process = multiprocessing.get_context("spawn").Process(target=peak_bytes, args=(what, batch, queue))
-        process.start()
-        peaks[what] = queue.get()
-        process.join()
+    peaks = {what: bench.in_a_process(peak_bytes, what, batch) for what in ("step", "rows")}
     bench.figure("peak memory of a step", peaks["step"] / 2**20, "MiB")
     bench.bar("peak memory, sketch rows of all layers / step", peaks["rows"] / peaks["step"], "x", 1.3, at_most=True)
 
@@ -192,7 +185,9 @@ def memory(bench: Bench, batch: int) -> None:
 def main() -> None:
     """Measure and print."""
     bench = Bench("Extraction: ResNet-9, batches of 64", __doc__, parts={"parts": PARTS})
-    rounds, batch = (2, QUICK_BATCH) if bench.quick else (15, BATCH)
+    rounds, batch = (1, QUICK_BATCH) if bench.quick else (15, BATCH)
+    if "memory" in bench.options.parts:  # before this process takes memory, which a fork of it may use again
+        memory(bench, batch)
     for precision in [part for part in bench.options.parts if part != "memory"]:
         seconds = measure(precision, rounds, batch)
         over = partial(ratio, seconds)
@@ -218,8 +213,6 @@ def main() -> None:
         ):
             own = f"{base}, channels last"
             bench.figure(f"{precision}: {name} / {own}", over(name, own), "x")
-    if "memory" in bench.options.parts:
-        memory(bench, batch)
     bench.finish()
 
 

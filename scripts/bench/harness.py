@@ -7,6 +7,7 @@ import atexit
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import shlex
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,21 @@ class Bench:
     def quick(self) -> bool:
         """Whether less of everything was asked for."""
         return bool(self.options.quick)
+
+    @property
+    def processes(self) -> Any:
+        """The context of multiprocessing by which further processes start: anew, with modules of their own.
+
+        Those of a quick form are forks where OpenMP has one thread, for they take longer to load torch than to work; of
+        several threads, a fork would wait for those that it does not have.
+        """
+        forked = self.quick and os.environ.get("OMP_NUM_THREADS") == "1" and sys.platform == "linux"
+        return multiprocessing.get_context("fork" if forked else "spawn")
+
+    def in_a_process(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function of a module returns in a process of its own."""
+        with ProcessPoolExecutor(1, self.processes) as pool:
+            return pool.submit(action, *arguments).result()
 
     def figure(self, name: str, value: float, unit: str) -> None:
         """A figure without a target."""

@@ -1,7 +1,7 @@
 """Rows of ResNet-9 against other libraries: Captum's projected last layer, TRAK's and dattri's whole gradients.
 
 Every contestant has a process of its own and does the same examples, checkpoints and dimensions; a round runs each of
-them once, in turn and alone; figures are medians of ratios within a round. The quick form has an eighth of the width,
+them once, in turn and alone; figures are medians of ratios within a round. The quick form has a sixteenth of the width,
 fewer examples and checkpoints, and leaves out libraries that are not installed. The full form needs those of peers.txt,
 best in an environment of their own (all.sh makes it):
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -34,7 +33,7 @@ from gradindex.projection import Projection
 from gradindex.rows import RowMaker
 
 DIM, BATCH, CHECKPOINTS, QUICK_CHECKPOINTS = 1024, 64, 5, 2
-PEERS = ("captum", "traker", "dattri")
+PEERS = ("captum", "annoy", "traker", "dattri")  # Captum's projected last layer needs annoy
 
 
 def make_task(folder: Path, n: int) -> gradindex.Task:
@@ -180,9 +179,8 @@ def contestant(name: str, whole: bool, n: int, pipe: Any) -> None:
             pipe.send(time.perf_counter() - started)
 
 
-def medians(names: Sequence[str], whole: bool, n: int, rounds: int) -> dict[tuple[str, str], float]:
+def medians(context: Any, names: Sequence[str], whole: bool, n: int, rounds: int) -> dict[tuple[str, str], float]:
     """For each pair, the median over rounds of how many times longer the first takes than the second."""
-    context = multiprocessing.get_context("spawn")
     pipes = {}
     for name in names:
         pipes[name], other = context.Pipe()
@@ -207,15 +205,15 @@ def main() -> None:
     """Measure and print."""
     bench = Bench("Extraction against peers: ResNet-9", __doc__, packages=PEERS)
     present = bench.installed(PEERS)
-    n, batch = (16, 16) if bench.quick else (1024, BATCH)
-    if "captum" in present:
-        found = medians(["captum", "float32", "bfloat16"], False, n, 2 if bench.quick else 5)
+    n, batch = (8, 8) if bench.quick else (1024, BATCH)
+    if {"captum", "annoy"} <= set(present):
+        found = medians(bench.processes, ["captum", "float32", "bfloat16"], False, n, 1 if bench.quick else 5)
         bench.bar("last layer, float32: Captum's set-up / ours", found["captum", "float32"], "x", 1.3)
         bench.bar("last layer, bfloat16: Captum's set-up / ours (bar: with AMX)", found["captum", "bfloat16"], "x", 3.0)
     others = {"vmap": "vmap(grad) and a dense map"}
     others |= {"trak": "TRAK's features"} if "traker" in present else {}
     others |= {"dattri": "dattri's projected TracIn"} if "dattri" in present else {}
-    found = medians([*others, "float32"], True, batch, 2 if bench.quick else 3)
+    found = medians(bench.processes, [*others, "float32"], True, batch, 1 if bench.quick else 3)
     for name, what in others.items():
         bench.bar(f"all layers, float32: {what} / ours", found[name, "float32"], "x", 10.0)
     bench.finish()

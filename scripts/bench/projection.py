@@ -34,11 +34,11 @@ def main() -> None:
     import mnist
 
     task = mnist.task()
-    queries = range(20 if bench.quick else task.n_query)
+    queries = range(10 if bench.quick else task.n_query)
     items = [task.query[i] for i in queries]
     task = replace(task, query=Subset(task.query, queries), query_columns={})
     if bench.quick:
-        task = replace(task, train=Subset(task.train, range(1000)), columns={}, checkpoints=task.checkpoints[-2:])
+        task = replace(task, train=Subset(task.train, range(400)), columns={}, checkpoints=task.checkpoints[-2:])
     truth = gradindex.exact_scores(task, items)
     pairs = np.random.default_rng(0).permutation(truth.size)[:100_000]
     for kind, dim, among_500, among_1000 in CASES[:2] if bench.quick else CASES:

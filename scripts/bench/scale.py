@@ -10,15 +10,11 @@ with others. A query's own gradient is not timed. The features that the stores a
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -106,7 +102,7 @@ def _with_queries(task: gradindex.Task, positions: range) -> gradindex.Task:
 def judge(bench: Bench, case: Case) -> None:
     """Make the index, then measure answers, times and sizes."""
     name, store, n = f"{case.name}, {case.store.n_train:,} rows", case.store, case.store.n_train
-    taken, anonymous = made(case)
+    taken, anonymous = made(bench, case)
     if case.name == "augmented":
         bench.bar(f"{name}: index built, tuned and measured in", taken / 60, "minutes", 5, at_most=True)
         bench.bar(f"{name}: anonymous memory meanwhile", anonymous, "GB", 1, at_most=True)
@@ -189,27 +185,18 @@ def answered(truth: Truth, rows: NDArray[np.float32], ids: NDArray[np.int64], si
     return truth.recalls(sign, ids[places], K)
 
 
-def made(case: Case) -> tuple[float, float]:
-    """Make the index in a process of its own: seconds, and its peak of anonymous gigabytes.
+def made(bench: Bench, case: Case) -> tuple[float, float]:
+    """Make the index in a process of its own: seconds, and its peak of anonymous gigabytes."""
+    taken, peak_gb = bench.in_a_process(made_here, case.name, case.quick)
+    return taken, peak_gb
 
-    The quick form does so once, for a process takes longer to start than a small index.
-    """
-    if case.quick and case.name != "augmented":
-        with Anonymous() as memory:
-            return index_of(case), memory.peak_gb
-    program = f"""
-import json, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from harness import Anonymous
-from scale import Case, index_of
-case = Case({case.name!r}, {case.quick!r})
-with Anonymous() as memory:
-    taken = index_of(case)
-print(json.dumps([taken, memory.peak_gb]))
-"""
-    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
-    taken, peak = json.loads(done.stdout.splitlines()[-1])
-    return taken, peak
+
+def made_here(name: str, quick: bool) -> tuple[float, float]:
+    """The same in this process."""
+    case = Case(name, quick)
+    with Anonymous() as memory:
+        taken = index_of(case)
+    return taken, memory.peak_gb
 
 
 def index_of(case: Case) -> float:

@@ -8,25 +8,28 @@ no data; the recall of float16, bfloat16 and int8 rows is measured on the MNIST 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-from harness import Bench, timed
+from harness import Anonymous, Bench, timed
+from numbers_task import make_task
 from torch.utils.data import Subset
 
 import gradindex
+import gradindex.store.layout
 from gradindex.choices import ROW_TYPES
+from gradindex.errors import StoreError
 from gradindex.evaluation import recall_at_k
+from gradindex.projection import Projection
 from gradindex.store.container import writing
 
 DIM, GATHERED = 512, 1000
@@ -36,16 +39,16 @@ ANONYMOUS_LIMIT_GB = 1.2
 def main() -> None:
     """Measure and print."""
     bench = Bench("The store", __doc__)
-    n = 20_000 if bench.quick else 1_281_167
+    n = 5000 if bench.quick else 1_281_167
     place = os.environ.get("GRADINDEX_CACHE")
     if place:
         Path(place).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gradindex-store-", dir=place) as name:
         folder = Path(name)
-        write_speed(bench, folder, 4 if bench.quick else 64)
+        write_speed(bench, folder, 2 if bench.quick else 64)
         jobs(bench, folder / "store", n)
         opening_and_gathering(bench, folder / "store")
-        layouts(bench, folder, 20_000 if bench.quick else 200_000)
+        layouts(bench, folder, 5000 if bench.quick else 200_000)
         full_disk(bench, 1 if bench.quick else 20)
         row_types(bench, folder)
     bench.finish()
@@ -89,23 +92,12 @@ def write_speed(bench: Bench, folder: Path, shards: int) -> None:
     bench.figure("writing shards, of plain writing flushed every 16 MiB", medians["flushed"] / medians["store"], "x")
 
 
+STEPS = ("build", "verify", "search 10 queries", "self-influence ranking", "remove 1%", "compact")
+
+
 def jobs(bench: Bench, folder: Path, n: int) -> None:
-    """Build, verify, search, rank, remove, compact and export, each in a process of its own."""
-    steps: dict[str, str] = {
-        "build": "gradindex.build(task, folder, projection=Projection('none'), row_type='float16', batch_size=256)",
-        "verify": "assert gradindex.GradientStore(folder).verify() == []",
-        "search 10 queries": "gradindex.load(task, folder).proponents(range(10), k=100, rerank='rows')",
-        "self-influence ranking": "gradindex.GradientStore(folder).top_self_influence(1000)",
-        "remove 1%": f"gradindex.store.remove(folder, np.random.default_rng(0).choice({n}, {n} // 100, replace=False))",
-        "compact": "gradindex.store.compact(folder)",
-    }
-    # The quick form has one process for all, for it takes longer to start than its work.
-    turns = [list(steps)] if bench.quick else [[name] for name in steps]
-    found = {
-        name: one
-        for turn in turns
-        for name, one in zip(turn, in_a_process([steps[one] for one in turn], folder, n), strict=True)
-    }
+    """Build, verify, search, rank, remove and compact, each in a process of its own."""
+    found = {name: bench.in_a_process(job, name, folder, n) for name in STEPS}
     for name, (taken, anonymous) in found.items():
         bench.figure(f"{name}, {n:,} rows", taken, "s")
         if name == "self-influence ranking":
@@ -117,33 +109,26 @@ def jobs(bench: Bench, folder: Path, n: int) -> None:
     bench.figure("bytes on disk a row, beyond its 1,024", size / rows - 2 * DIM, "bytes")
 
 
-RUN = """
-import json, sys, threading, time
-import numpy as np
-import gradindex
-from pathlib import Path
-from gradindex.projection import Projection
-sys.path.insert(0, {bench!r})
-from numbers_task import make_task
-from harness import Anonymous
-folder = {folder!r}
-task = make_task({n}, Path(folder).parent)
-found = []
-for code in {codes!r}:
+def job(name: str, folder: Path, n: int) -> tuple[float, float]:
+    """Seconds and anonymous gigabytes of a step."""
+    task = make_task(n, folder.parent)
+    options: dict[str, Any] = {"projection": Projection("none"), "row_type": "float16", "batch_size": 256}
+    dropped = np.random.default_rng(0).choice(n, n // 100, replace=False)
+    steps: dict[str, Callable[[], Any]] = {
+        "build": lambda: gradindex.build(task, folder, **options),
+        "verify": lambda: gradindex.GradientStore(folder).verify(),
+        "search 10 queries": lambda: gradindex.load(task, folder).proponents(range(10), k=100, rerank="rows"),
+        "self-influence ranking": lambda: gradindex.GradientStore(folder).top_self_influence(1000),
+        "remove 1%": lambda: gradindex.store.remove(folder, dropped),
+        "compact": lambda: gradindex.store.compact(folder),
+    }
     with Anonymous() as memory:
         started = time.perf_counter()
-        exec(code)
+        answer = steps[name]()
         taken = time.perf_counter() - started
-    found.append([taken, memory.peak_gb])
-print(json.dumps(found))
-"""
-
-
-def in_a_process(codes: list[str], folder: Path, n: int) -> list[tuple[float, float]]:
-    """Seconds and anonymous gigabytes of each."""
-    program = RUN.format(bench=str(Path(__file__).parent), folder=str(folder), n=n, codes=codes)
-    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
-    return [(taken, peak) for taken, peak in json.loads(done.stdout.splitlines()[-1])]
+    if name == "verify" and answer:
+        raise SystemExit(f"The store is damaged: {answer}")
+    return taken, memory.peak_gb
 
 
 def opening_and_gathering(bench: Bench, folder: Path) -> None:
@@ -184,23 +169,15 @@ def layouts(bench: Bench, folder: Path, n: int) -> None:
     (folder / "layout.h5").unlink()
 
 
-TOY = """
-import sys
-sys.path.insert(0, {bench!r})
-from pathlib import Path
-from numbers_task import make_task
-import gradindex
-import gradindex.store.layout
-from gradindex.errors import StoreError
-from gradindex.projection import Projection
-gradindex.store.layout.free_bytes = lambda folder: 1 << 40  # the room was there when the build began
-try:
-    gradindex.build(make_task(8000, Path({task!r})), {folder!r}, projection=Projection("none"), batch_size=100,
-                    shard_rows=400)
-except StoreError as error:
-    print(error)
-    sys.exit(1)
-"""
+def toy(folder: Path, task_folder: Path) -> str | None:
+    """Build a small store, on a disk that is said to have room: what the error says, or ``None``."""
+    gradindex.store.layout.free_bytes = lambda folder: 1 << 40  # the room was there when the build began
+    options: dict[str, Any] = {"projection": Projection("none"), "batch_size": 100, "shard_rows": 400}
+    try:
+        gradindex.build(make_task(8000, task_folder), folder, **options)
+    except StoreError as error:
+        return str(error)
+    return None
 
 
 def full_disk(bench: Bench, times: int) -> None:
@@ -210,7 +187,6 @@ def full_disk(bench: Bench, times: int) -> None:
         folder.mkdir()
         generator, clean = np.random.default_rng(4), 0
         whole = None
-        program = TOY.format(bench=str(Path(__file__).parent), folder=str(folder / "store"), task=name)
         for number in range(times + 1):
             size = "64m" if number == 0 else f"{int(generator.integers(64, 16_000))}k"
             mounted = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
@@ -218,15 +194,14 @@ def full_disk(bench: Bench, times: int) -> None:
                 print("full disk: left out, for mounting a memory disk needs the rights of root")
                 return
             try:
-                first = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+                first = bench.in_a_process(toy, folder / "store", Path(name))
                 if number == 0:
                     whole = contents(folder / "store")
                     continue
-                said = "cannot be written: No space left on device. Finished work is kept." in first.stdout
+                said = first and "cannot be written: No space left on device. Finished work is kept." in first
                 subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
-                again = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-                same = again.returncode == 0 and contents(folder / "store") == whole
-                clean += first.returncode == 1 and said and same
+                again = bench.in_a_process(toy, folder / "store", Path(name))
+                clean += bool(said) and again is None and contents(folder / "store") == whole
             finally:
                 subprocess.run(["umount", str(folder)], check=True)
         bench.bar(
@@ -251,7 +226,7 @@ def row_types(bench: Bench, folder: Path) -> None:
     queries = range(20 if bench.quick else task.n_query)
     task = replace(task, query=Subset(task.query, queries), query_columns={})
     if bench.quick:
-        task = replace(task, train=Subset(task.train, range(1500)), columns={})
+        task = replace(task, train=Subset(task.train, range(400)), columns={}, checkpoints=task.checkpoints[-2:])
     truth = gradindex.exact_scores(task, [task.query[i] for i in queries])
     for row_type in ROW_TYPES:
         store = gradindex.build(task, folder / row_type, row_type=row_type)

@@ -165,7 +165,7 @@ def main() -> None:
     experiment = Experiment("California housing: influence on a regression", __doc__)
     import reference
 
-    epochs = 4 if experiment.quick else EPOCHS
+    epochs, n_checkpoints = (4, 2) if experiment.quick else (EPOCHS, N_CHECKPOINTS)
     districts = read(reference.data_file("california_housing.csv"))
     n = len(districts.targets)
     order = np.random.default_rng(SEED).permutation(n)
@@ -196,7 +196,7 @@ def main() -> None:
             loss=loss,
             train=TensorDataset(*train_set),
             query=TensorDataset(*(part[rows] for part in test_set)),
-            checkpoints=evenly(find_checkpoints(folder), min(N_CHECKPOINTS, epochs)),
+            checkpoints=evenly(find_checkpoints(folder), n_checkpoints),
             columns={VALUE: districts.columns[VALUE][train_rows], "near": districts.near[train_rows]},
         )
         influence(experiment, task, Path(folder), districts, (train_rows, test_rows), queries, predicted.numpy())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -130,10 +130,13 @@ class Laboratory:
         data: the data set.
         folder: where they are kept.
         wait: for what another process makes just now; else ``BusyError``.
+        captum_sizes: of its Arnoldi iteration, where they are not its own.
     """
 
-    def __init__(self, data: DataSet, folder: Path, wait: bool = True) -> None:
-        self.data, self.folder, self.wait = data, folder, wait
+    def __init__(
+        self, data: DataSet, folder: Path, wait: bool = True, captum_sizes: Mapping[str, int] | None = None
+    ) -> None:
+        self.data, self.folder, self.wait, self.captum_sizes = data, folder, wait, captum_sizes or {}
 
     def labels(self, kind: str, seed: int) -> tuple[Tensor, NDArray[np.bool_]]:
         """(n,) labels to train with, and which are wrong."""
@@ -196,7 +199,9 @@ class Laboratory:
             inputs, labels = torch.load(self.folder / f"{kind}-{seed}-measured" / "last_layer.pt")
             model = self._model(kind, seed)
             assert isinstance(model, nn.Sequential)
-            np.save(folder / "captum.npy", captum_self_influence(model[-1], inputs[:, :-1], labels))
+            np.save(
+                folder / "captum.npy", captum_self_influence(model[-1], inputs[:, :-1], labels, **self.captum_sizes)
+            )
 
         found: NDArray[np.float64] = np.load(self._kept(f"{kind}-{seed}-captum", fill) / "captum.npy")
         return found
@@ -251,8 +256,8 @@ class Laboratory:
         return resumable(self.folder / name, fill, self.wait)
 
 
-def captum_self_influence(layer: nn.Module, inputs: Tensor, labels: Tensor) -> NDArray[np.float64]:
-    """(n,) by ArnoldiInfluenceFunction, whose settings but the sizes of batches are its own."""
+def captum_self_influence(layer: nn.Module, inputs: Tensor, labels: Tensor, **sizes: int) -> NDArray[np.float64]:
+    """(n,) by ArnoldiInfluenceFunction, whose settings but the sizes of batches, and these sizes, are its own."""
     from captum.influence._core.arnoldi_influence_function import ArnoldiInfluenceFunction
 
     torch.manual_seed(0)
@@ -264,5 +269,6 @@ def captum_self_influence(layer: nn.Module, inputs: Tensor, labels: Tensor) -> N
         loss_fn=nn.CrossEntropyLoss(reduction="sum"),
         sample_wise_grads_per_batch=True,
         batch_size=2500,
+        **sizes,
     )
     return np.asarray(influence.self_influence().double().numpy(), dtype=np.float64)

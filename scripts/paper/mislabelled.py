@@ -51,7 +51,8 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if experiment.quick:
             folder, seeds = Path(stack.enter_context(tempfile.TemporaryDirectory())), SEEDS[:1]
-            laboratories = [Laboratory(DataSet.mnist(quick=True), folder / "mnist")]
+            few = {"arnoldi_dim": 10, "projection_dim": 5}
+            laboratories = [Laboratory(DataSet.mnist(quick=True), folder / "mnist", captum_sizes=few)]
         else:
             from reference import cache_folder
 

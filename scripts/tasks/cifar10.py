@@ -3,7 +3,7 @@
 SGD with Nesterov momentum 0.9, weight decay 5e-4, batch 256, one-cycle to 0.4 (peak at 25%), 6 epochs,
 random horizontal flips, bfloat16 autocast; a checkpoint after each epoch. Tracked: the last layer with
 its bias (``task``) or every parameter (``all_layers``). Trained once (about 20 minutes on 2 cores) and cached. In the
-quick form of a script, a network of an eighth of the width on 1,000 coloured digits.
+quick form of a script, a network of a sixteenth of the width on 1,000 coloured digits.
 
     gradindex build scripts/tasks/cifar10.py:task --out /tmp/cifar10
 """
@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from gradindex import Recorder, Task, find_checkpoints
 
 N_QUERY, EPOCHS, BATCH, PEAK_LEARNING_RATE, WIDTH, SEED = 500, 6, 256, 0.4, 64, 0
-QUICK_WIDTH, QUICK_BATCH, QUICK_PEAK = 8, 50, 0.05
+QUICK_WIDTH, QUICK_BATCH, QUICK_PEAK = 4, 50, 0.05
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 VERSION = "cifar10-resnet9-1"  # raise it when anything below changes what is trained
 

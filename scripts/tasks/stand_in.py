@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ SIDE = {"mnist": 28, "cifar10": 32}
 N_DISTRICTS, N_TEXTS = 4000, 1600
 
 
+@cache
 def images(name: str) -> dict[str, NDArray[Any]]:
     """The arrays of ``reference.image_archive``: digits, three times as large, each somewhere in its picture.
 

@@ -73,7 +73,9 @@ SLOW = """
 import time
 class Slow(Stops):
     def __getitem__(self, i):
-        if os.path.exists("store/pending.json"): time.sleep(60)  # until the signal comes
+        if os.path.exists("store/pending.json"):
+            open("asleep", "w").close()
+            time.sleep(600)  # until the signal comes
         return task.train[i]
 def slow(): return replace(task, train=Slow())
 """
@@ -551,12 +553,17 @@ def test_the_signal_of_control_c_ends_a_build_cleanly(work):
     with (work / "mine.py").open("a") as file:
         file.write(SLOW)
     command = [sys.executable, "-m", "gradindex.cli", "build", "mine.py:slow", "--out", "store", "--batch-size", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (work / "store" / "pending.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 300  # on a busy machine
+            # Python passes over a signal that meets it in a finalizer or a weak reference's callback, of which imports
+            # have many: so wait until it sleeps.
+            while not (work / "asleep").exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=300)
+        finally:
+            process.kill()  # if it goes on: nothing of it may reach another test
     assert (process.returncode, errors) == (130, INTERRUPTED)
     assert [path.name for path in (work / "store").rglob("*tmp*")] == []
 

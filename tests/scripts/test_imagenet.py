@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -34,16 +35,16 @@ build, query, self_influence, task_of = (
 )
 sys.path.remove(str(SCRIPTS))
 
-CLASSES, SEEN = 1000, 500
+CLASSES, SEEN = 1000, 300
 SMALL = ["--resize", "40", "--crop", "32"]
 ROWS = ["--dim", "64", "--batch-size", "32", "--shard-rows", "64", "--workers", "2"]
-TRUNCATED, EMPTY, TEXT = 0, 70, 400  # ids
+TRUNCATED, EMPTY, TEXT = 0, 70, 280  # ids
 GREY, CMYK, PALETTE, ALPHA = 100, 101, 102, 103
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One picture in each of 500 classes, no picture in as many; some pictures are odd and three are broken."""
+    """One picture in each of 300 classes, no picture in 700; some pictures are odd and three are broken."""
     root = made.make_folder(tmp_path_factory.mktemp("data") / "imagenet", [1] * SEEN + [0] * (CLASSES - SEEN), val=4)
     picture = made.picture(1)
     picture.convert("L").save(path_of(root, GREY))
@@ -78,6 +79,22 @@ def few(tmp_path):
     return options
 
 
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """``run(*arguments)``: the exit code of ``python scripts/imagenet/build.py ...`` and what it wrote to stderr."""
+
+    def as_main(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "build.py"), *map(str, arguments)])
+        capsys.readouterr()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.syspath_prepend(SCRIPTS)
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        code, said = ended.value.code, capsys.readouterr().err
+        return (1, f"{said}{code}\n") if isinstance(code, str) else (code, said)  # as the interpreter ends
+
+    return as_main
+
+
 def path_of(root, label, number=0, split="train"):
     return root / split / made.synset(label) / f"{made.synset(label)}_{number}.JPEG"
 
@@ -92,7 +109,7 @@ def test_a_thousand_classes_with_odd_and_broken_pictures(whole, folder):
     assert whole.verify() == []
     assert whole.dim == 3 * 64
     assert whole.column("path", np.array([CMYK]))[0] == f"train/{made.synset(CMYK)}/{made.synset(CMYK)}_0.JPEG"
-    assert whole.column("name", np.array([499]))[0] == "thing 499"
+    assert whole.column("name", np.array([SEEN - 1]))[0] == f"thing {SEEN - 1}"
     record = whole.folder.with_name("store.checked.jsonl")
     found = {name for line in record.read_text().splitlines() for name in json.loads(line)["broken"]}
     assert found == {str(path_of(folder, i).relative_to(folder)) for i in (TRUNCATED, EMPTY, TEXT)}
@@ -118,17 +135,16 @@ def test_a_row_is_that_of_the_picture_in_rgb_through_the_last_layer(whole, folde
 
 
 @pytest.mark.slow
-def test_a_broken_picture_stops_a_build_by_name_and_what_is_sound_stays(options, folder, tmp_path, capsys):
+def test_a_broken_picture_stops_a_build_by_name_and_what_is_sound_stays(options, folder, tmp_path, run):
     for workers in ("0", "2"):
         rows = [*ROWS[:-1], workers]
         with pytest.raises(pictures.BrokenPictureError) as caught:
             build.main([*options, *rows, "--out", str(tmp_path / "store")])
         said = str(caught.value)
         assert re.fullmatch(rf"{path_of(folder, TRUNCATED)} cannot be decoded: [^\n]*[Tt]runcated[^\n]*", said)
-    command = [sys.executable, SCRIPTS / "build.py", *options, "--out", tmp_path / "store"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert re.fullmatch(rf"Error: {path_of(folder, TRUNCATED)} cannot be decoded: .*\n", done.stderr)
+    code, said = run(*options, "--out", tmp_path / "store")
+    assert code == 1
+    assert re.fullmatch(rf"Error: {path_of(folder, TRUNCATED)} cannot be decoded: .*\n", said)
     assert not (tmp_path / "store").exists()
 
 
@@ -159,8 +175,8 @@ def test_a_build_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(whol
     assert not (tmp_path / "store" / "manifest.json").exists()
     build.main(arguments)
     said = capsys.readouterr()
-    assert re.search(r"resuming, [1-9]\d* of 497 rows are done", said.err)
-    assert "rows    497 of 192 numbers, " in said.out
+    assert re.search(r"resuming, [1-9]\d* of 297 rows are done", said.err)
+    assert "rows    297 of 192 numbers, " in said.out
     assert shards(tmp_path / "store") == shards(whole.folder)
     assert (tmp_path / "store" / "manifest.json").read_bytes() == (whole.folder / "manifest.json").read_bytes()
 
@@ -205,7 +221,7 @@ def test_asking_about_pictures_of_val_and_about_files(whole, options, folder, tm
     assert re.search(r" n\d{8}  thing \d+ +train/n\d{8}/n\d{8}_0.JPEG$", first)
     assert page.read_text().count('<img src="data:image/png') == 1 + 3 + 3
     mine = path_of(folder, CMYK)
-    query.main([str(whole.folder), *options, "--file", str(mine), "--class", made.synset(CMYK), "-k", "497"])
+    query.main([str(whole.folder), *options, "--file", str(mine), "--class", made.synset(CMYK), "-k", "297"])
     said = capsys.readouterr().out
     assert f"{mine} (class {made.synset(CMYK)}): opponents" in said
     (with_itself, *_) = re.findall(rf"^ *\d+ +{CMYK} +(\S+) ", said, re.MULTILINE)
@@ -423,7 +439,9 @@ def test_the_network_is_torchvisions_by_its_names_and_sizes():
 def test_the_real_network_at_224_pixels_takes_18_kb_of_factors_at_three_checkpoints(tmp_path, capsys):
     root = made.make_folder(tmp_path / "data", [1, 1] + [0] * 998, val=0)
     options = ["--data", str(root), *made.make_checkpoints(tmp_path, 1000, [0.1], 64, resnet.resnet50)]
-    build.main([*options, "--out", str(tmp_path / "store"), "--factors", "float16", "--workers", "0"])
+    build.main(
+        [*options, "--out", str(tmp_path / "store"), "--factors", "float16", "--workers", "0", "--batch-size", "2"]
+    )
     assert f"{2 * (2049 + 1000) / 1e3:.3g} kB of it exact factors" in capsys.readouterr().out  # a third of 18.3
     store = gradindex.GradientStore(tmp_path / "store")
     x, delta = store.factors(np.array([1]))[0, 0]
@@ -443,27 +461,18 @@ def test_quick_runs_end_to_end(script, quick_forms):
     assert f"{LAST[script]}\n" in said
 
 
-@pytest.mark.slow
-def test_quick_goes_alone():
-    command = [sys.executable, SCRIPTS / "build.py", "--quick", "--out", "x"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "Error: --quick goes alone, without other options.\n")
+def test_quick_goes_alone(run):
+    assert run("--quick", "--out", "x") == (2, "Error: --quick goes alone, without other options.\n")
 
 
-@pytest.mark.slow
-def test_the_benchmark_measures_and_projects(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(TOP / "scripts" / "bench")
-    script = str(TOP / "scripts" / "bench" / "imagenet.py")
-    monkeypatch.setattr(sys, "argv", [script, "--quick", "--json", "--save", str(tmp_path / "imagenet.md")])
-    bench = importlib.import_module("imagenet")
-    monkeypatch.setattr(bench, "PIXELS", 32)
-    bench.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+def test_the_benchmark_measures_and_projects(quick_forms):
+    folder = quick_forms[1] / "bench"
+    result = json.loads((folder / "imagenet.log").read_text().splitlines()[-1])
     figures = {figure["name"]: figure["value"] for figure in result["figures"]}
     assert [bar["name"] for bar in result["bars"]] == ["rows / forward"]
     hours = next(value for name, value in figures.items() if name.startswith("projected for this machine"))
     assert hours == pytest.approx(1_281_167 * 3 / figures["rows of one checkpoint"] / 3600)
-    assert "estimated, not measured: one H100 at 40%" in (tmp_path / "imagenet.md").read_text()
+    assert "estimated, not measured: one H100 at 40%" in (folder / "imagenet.md").read_text()
 
 
 @pytest.mark.slow

@@ -26,7 +26,12 @@ python = partial(toys.python, cwd="/")
 @pytest.fixture(scope="module")
 def wheel(made_once):
     def build(out):
-        command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(TOP)]
+        # Of a copy: setuptools takes whatever an earlier build has left in the checkout's folder build/.
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=TOP, capture_output=True, text=True, check=True).stdout
+        for name in listed.split("\0")[:-1]:
+            (out / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(TOP / name, out / "checkout" / name)
+        command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), out / "checkout"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
