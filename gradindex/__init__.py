@@ -4,7 +4,8 @@ A search engine for training-data influence by TracIn (Pruthi et al. 2020, arXiv
 Start with :class:`Task`, :func:`build` and :func:`load`. To change a store, see
 :mod:`gradindex.store` (remove, compact, merge, seal, export) and :mod:`gradindex.growth` (add
 checkpoints, repair). :mod:`gradindex.evaluation` builds and measures indexes;
-:mod:`gradindex.checkpoint` selects from many checkpoints (evenly, by_loss_drop).
+:mod:`gradindex.checkpoint` selects from many checkpoints (evenly, by_loss_drop), and
+:mod:`gradindex.losses` has losses of other libraries' models.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from . import checkpoint as checkpoint
     from . import evaluation as evaluation
     from . import growth as growth
+    from . import losses as losses
     from . import store as store
     from .building import build as build
     from .checkpoint import Checkpoint as Checkpoint
@@ -56,7 +58,7 @@ _HOMES = {
 }
 
 # Reached as attributes without an import of their own, and loaded then.
-_ROOMS = ("building", "checkpoint", "evaluation", "growth", "store")
+_ROOMS = ("building", "checkpoint", "evaluation", "growth", "losses", "store")
 
 __all__ = [*_HOMES, "__version__"]
 

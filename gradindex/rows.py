@@ -16,6 +16,7 @@ from .errors import TaskError
 from .examples import Examples, Role, RowBatch, Sides
 from .factors import Factors, Gradients, Layer
 from .gradients import Engine, Geometry, in_batches, non_finite
+from .losses import name_of
 from .memory import LARGEST_TRIED, available_bytes, batch_size_for, pass_bytes
 from .progress import progress
 from .projection import Bases, Fit, Projection, Share, hash64, key
@@ -316,7 +317,7 @@ def describe(engine: Engine, projection: Projection, unit_norm: bool = False) ->
     )
     return RowMap(
         model=tuple((name, tuple(x.shape)) for name, x in task.model.state_dict().items() if isinstance(x, Tensor)),
-        loss=getattr(task.loss, "__qualname__", type(task.loss).__qualname__),
+        loss=name_of(task.loss),
         layers=tuple(layers),
         checkpoints=tuple(checkpoints),
         projection=StoredProjection(projection.kind, projection.dim, projection.seed),
