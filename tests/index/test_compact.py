@@ -118,14 +118,11 @@ def test_two_bits_a_number_find_what_is_spread_over_many_directions():
 
     true = best(queries @ rows.T)
 
-    def reached(shape):
-        index = CompactIndex.build(shape, rows, lambda: iter([(np.arange(n), rows)]))
-        return toys.share(index.search(queries, 200)[1], true)
-
-    bits, same_bytes = reached(Shape("pq", dim)), reached(Shape("flat", dim // 4))
-    assert bits > 0.95 > same_bytes + 0.05
-    flipped = CompactIndex.build(Shape("pq", dim), rows, lambda: iter([(np.arange(n), rows)]))
-    assert toys.share(flipped.search(-queries, 200)[1], best(-queries @ rows.T)) > 0.8
+    shapes = (Shape("pq", dim), Shape("flat", dim // 4))
+    bits, same_bytes = (CompactIndex.build(shape, rows, lambda: iter([(np.arange(n), rows)])) for shape in shapes)
+    reached = [toys.share(index.search(queries, 200)[1], true) for index in (bits, same_bytes)]
+    assert reached[0] > 0.95 > reached[1] + 0.05
+    assert toys.share(bits.search(-queries, 200)[1], best(-queries @ rows.T)) > 0.8
 
 
 def test_codes_of_two_bits_leave_out_what_was_removed():

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -209,6 +210,27 @@ def test_all_goes_on_with_what_is_missing_until_the_code_changes(everything, cap
     assert module.main([]) == 0
     assert len(runs()) == 6
     assert capsys.readouterr().out.count("0 of 3 bars fall short.") == 1
+
+
+LOOKS_AROUND = """
+import atexit, os, sys
+atexit.register(print, "at the end")
+print(__name__, sys.argv, sys.path[0], os.getcwd(), sys.stdin.read(), sys.modules["__main__"].__file__)
+sys.exit("in words")
+"""
+
+
+def test_a_quick_form_finds_and_leaves_what_a_process_of_its_own_would(everything, tmp_path):
+    module, _, _ = everything
+    looks, dies = (tmp_path / "scripts" / name for name in ("bench/good.py", "paper/short.py"))
+    looks.write_text(LOOKS_AROUND)
+    dies.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    assert module.main(["--quick", "--out", str(tmp_path)]) == 1
+    command = [sys.executable, *module.arguments_of("bench/good", tmp_path, quick=True)]
+    alone = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert (tmp_path / "bench" / "good.log").read_bytes() == alone.stdout
+    statuses = {entry["name"]: entry["status"] for entry in json.loads((tmp_path / "summary.json").read_text())}
+    assert statuses == {"tasks/augmented": 0, "bench/good": alone.returncode, "paper/short": -9}
 
 
 def test_all_refuses_a_name_that_no_script_has(everything, capsys):
