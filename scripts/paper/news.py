@@ -173,7 +173,7 @@ def main() -> None:
     epochs, n_query, n_checkpoints = (6, 5, 2) if experiment.quick else (EPOCHS, N_QUERY, N_CHECKPOINTS)
     train_texts, test_texts, names = load_texts(experiment)
     if experiment.quick:
-        train_texts = train_texts.take(np.arange(0, len(train_texts.labels), 6))
+        train_texts = train_texts.take(np.arange(0, len(train_texts.labels), 9))
     counts = Counter(word for text in train_texts.texts for word in words(text))
     kept = [word for word, count in counts.most_common(VOCABULARY) if count > 1]
     dictionary = {word: number for number, word in enumerate(kept, UNKNOWN + 1)}

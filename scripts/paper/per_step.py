@@ -58,7 +58,7 @@ def main() -> None:
     experiment = Experiment("MNIST: first-order influence against the true change of the loss", __doc__)
     import mnist
 
-    epochs, n_train, every = (1, 5000, 10) if experiment.quick else (mnist.EPOCHS, mnist.N_TRAIN, TAKE_APART_EVERY)
+    epochs, n_train, every = (1, 3000, 10) if experiment.quick else (mnist.EPOCHS, mnist.N_TRAIN, TAKE_APART_EVERY)
     task = mnist.task()
     rows = np.arange(n_train)
     found = follow(task, rows, mnist.LEARNING_RATE, epochs, every)
