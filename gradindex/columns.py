@@ -193,6 +193,37 @@ class Column:
                 )
 
 
+def columns_by_name(role: str, values: Any, data: str, n: int) -> dict[str, Column]:
+    """The columns of a mapping.
+
+    Args:
+        role: what to call it in errors, such as ``"columns"``.
+        values: by name, one value for each of ``n`` examples.
+        data: what they stand beside, for errors.
+        n: how many.
+
+    Raises:
+        TaskError: it is no mapping, a name cannot be one of a column, or a column's values cannot be stored.
+    """
+    if not (hasattr(values, "keys") and hasattr(values, "__getitem__")):
+        raise TaskError(
+            f"{role} is a {type(values).__name__}, but must be a mapping from names to values, such as "
+            "{'label': labels}."
+        )
+    made = {}
+    for name in values:
+        if not isinstance(name, str):
+            raise TaskError(f"{role} has a column {name!r}, but a name must be a string. Rename it.")
+        if not name or "/" in name or name == ".":
+            raise TaskError(
+                f"{role} has a column {name!r}, but a name must not be empty or contain a slash. Rename it."
+            )
+        if "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
+            raise TaskError(f"{role} has a column {name!a}, but a name must be Unicode without NUL. Rename it.")
+        made[name] = Column(f"{role}[{name!r}]", values[name], n, data)
+    return made
+
+
 def _by_place(name: str, values: Any) -> Any:
     """Values as an array of numbers, texts or dates, or something to be asked for places; labels are left behind.
 

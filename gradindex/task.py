@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from .checkpoint import Checkpoint
 from .choices import PRECONDITIONERS, Preconditioner
-from .columns import Column, positions_of
+from .columns import Column, columns_by_name, positions_of
 from .digests import digest
 from .errors import ArgumentError, TaskError, user_code
 from .examples import Examples, read_example
 from .importing import import_by_name
+from .losses import name_of
 from .registry import Registry
 from .tree import preserved_random_state
 from .unwrapping import unwrapped
@@ -31,6 +32,8 @@ GEOMETRIES: Registry[Any] = Registry("preconditioner", PRECONDITIONERS)
 
 Arrays = dict[str, NDArray[Any]]
 Loss = Callable[[nn.Module, Any], Tensor]
+# As ``query_loss``: the training loss, with the final model's own answers as labels.
+PREDICTED: Final = "predicted"
 
 _READ_TWICE = 8
 _SAMPLED = 64
@@ -50,7 +53,10 @@ class Task:
         checkpoints: from training, see :func:`find_checkpoints`; one alone needs no list.
         query: the examples to ask about, usually a test set; by default none, and queries
             come from ``train``.
-        query_loss: the function of a query whose change scores explain; by default ``loss``.
+        query_loss: the function of a query whose change scores explain; by default ``loss``. ``"predicted"`` explains
+            the final model's own answer: ``loss`` with what the last checkpoint says as labels, at every checkpoint.
+            Losses of :mod:`gradindex.losses` can do that, and any that has ``predictions(model, batch)``, an answer
+            (a tensor) for each example, and ``relabelled(batch, predictions)``, a batch with these as labels.
         layers: which parameters are tracked: names or patterns of modules (all parameters at
             or below) or of parameters, frozen or not. ``"*"`` is every parameter. By default
             those that were trained: the ones that :class:`Recorder` saw the optimizer step, and for other
@@ -71,6 +77,9 @@ class Task:
         name: what to call the task in reports.
         skip: positions of training examples that are never read and get no row, such as broken files, or a
             mask with a boolean for each; the other examples keep their ids.
+        tokenizer: turns a text into an item, for ``gradindex query --text``: a tokenizer of transformers (whose items
+            are mappings with ``input_ids``), or a function. What it calls its tokens (``convert_ids_to_tokens``), the
+            view of scores by token shows.
     """
 
     model: nn.Module
@@ -78,7 +87,7 @@ class Task:
     train: Dataset[Any] | Sequence[Any]
     checkpoints: Sequence[Checkpoint]
     query: Dataset[Any] | Sequence[Any] | None = None
-    query_loss: Loss | None = None
+    query_loss: Loss | Literal["predicted"] | None = None
     layers: str | Sequence[str] | None = None
     preconditioner: Preconditioner | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -88,6 +97,7 @@ class Task:
     read_query: Callable[[Path], Sequence[Any]] | None = None
     name: str = "task"
     skip: Any = ()
+    tokenizer: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -96,9 +106,11 @@ class Task:
         for role, data in (("train", self.train), ("query", self.query)):
             if data is not None:
                 _check_data_set(role, data)
-        for name in ("loss", "query_loss", "collate", "show", "read_query"):
+        for name in ("loss", "query_loss", "collate", "show", "read_query", "tokenizer"):
             given = getattr(self, name)
-            if not callable(given) and (given is not None or name in ("loss", "collate")):
+            if name == "query_loss" and isinstance(given, str):
+                _check_predicted(given, self.loss)
+            elif not callable(given) and (given is not None or name in ("loss", "collate")):
                 raise TaskError(f"{name} is a {type(given).__name__}, but must be a function.")
         if not isinstance(self.name, str):
             raise TaskError(f"name is {self.name!r}, a {type(self.name).__name__}, but must be a string.")
@@ -184,6 +196,29 @@ class Task:
                 raise TaskError(f"read_query returned a {type(found).__name__}, but must return a sequence of items.")
             return list(found)
 
+    def read_texts(self, texts: Iterable[str]) -> list[Any]:
+        """Items from texts, by the task's ``tokenizer``.
+
+        Raises:
+            TaskError: the task has none, or it failed.
+        """
+        if self.tokenizer is None:
+            raise TaskError("The task has no tokenizer, so it cannot read texts. Give Task(tokenizer=...).")
+        items = []
+        for text in texts:
+            with user_code(f"Tokenizing {text!r:.60}"):
+                item = self.tokenizer(text)
+                items.append(dict(item) if isinstance(item, Mapping) else item)
+        return items
+
+    def token_names(self, ids: Sequence[int]) -> list[str]:
+        """What the ``tokenizer`` calls tokens; without one that knows, their numbers."""
+        names = getattr(self.tokenizer, "convert_ids_to_tokens", None)
+        if names is None:
+            return [str(i) for i in ids]
+        with user_code("Naming tokens (tokenizer.convert_ids_to_tokens)"):
+            return [str(name) for name in names(list(ids))]
+
     def shown(self, item: Any, name: str) -> Any:
         """What ``show`` makes of an item.
 
@@ -202,7 +237,8 @@ class Task:
 
     def loss_for(self, role: str) -> Loss:
         """The loss of a ``"train"`` or ``"query"`` example."""
-        return self.query_loss if role == "query" and self.query_loss is not None else self.loss
+        own = role == "query" and callable(self.query_loss)
+        return self.query_loss if own else self.loss  # type: ignore[return-value]  # a function
 
     @property
     def layer_patterns(self) -> tuple[str, ...] | None:
@@ -222,8 +258,8 @@ class Task:
     @functools.cached_property
     def _by_place(self) -> dict[str, dict[str, Column]]:
         return {
-            "train": _columns("columns", self.columns, "train", self.n_train),
-            "query": _columns("query_columns", self.query_columns, "query", self.n_query),
+            "train": columns_by_name("columns", self.columns, "train", self.n_train),
+            "query": columns_by_name("query_columns", self.query_columns, "query", self.n_query),
         }
 
     def data_fingerprint(self, ids: NDArray[np.int64] | None = None) -> str:
@@ -322,8 +358,7 @@ def spread(ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 def sampled(ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """Up to 8 evenly spaced ids of a shard, whose examples stand for all."""
-    chosen: NDArray[np.int64] = ids[np.unique(np.linspace(0, len(ids) - 1, min(8, len(ids))).astype(np.int64))]
-    return chosen
+    return spread(ids, 8)
 
 
 def load_task(name: str) -> Task:
@@ -348,6 +383,16 @@ def load_task(name: str) -> Task:
     return found
 
 
+def _check_predicted(query_loss: str, loss: Any) -> None:
+    if query_loss != PREDICTED:
+        raise TaskError(f"query_loss is {query_loss!r}, but must be a function or {PREDICTED!r}.")
+    if not (callable(getattr(loss, "predictions", None)) and callable(getattr(loss, "relabelled", None))):
+        raise TaskError(
+            "query_loss='predicted' needs a loss with predictions(model, batch) and relabelled(batch, predictions), "
+            f"but {name_of(loss)} has not. Use one of gradindex.losses, such as losses.cross_entropy()."
+        )
+
+
 def _check_data_set(role: str, data: object) -> None:
     if isinstance(data, DataLoader):
         raise TaskError(
@@ -370,23 +415,3 @@ def _check_data_set(role: str, data: object) -> None:
         length = len(data)
     if length == 0:
         raise TaskError(f"{role} is empty. Give at least one example.")
-
-
-def _columns(role: str, values: Any, data: str, n: int) -> dict[str, Column]:
-    if not (hasattr(values, "keys") and hasattr(values, "__getitem__")):
-        raise TaskError(
-            f"{role} is a {type(values).__name__}, but must be a mapping from names to values, such as "
-            "{'label': labels}."
-        )
-    made = {}
-    for name in values:
-        if not isinstance(name, str):
-            raise TaskError(f"{role} has a column {name!r}, but a name must be a string. Rename it.")
-        if not name or "/" in name or name == ".":
-            raise TaskError(
-                f"{role} has a column {name!r}, but a name must not be empty or contain a slash. Rename it."
-            )
-        if "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
-            raise TaskError(f"{role} has a column {name!a}, but a name must be Unicode without NUL. Rename it.")
-        made[name] = Column(f"{role}[{name!r}]", values[name], n, data)
-    return made

@@ -23,6 +23,8 @@ POSITION = click.option(
 TRAIN_ID = click.option("--train-id", multiple=True, type=int, help="Query by training id; repeatable.")
 FILE = click.option("--file", "path", type=PATH, help="Read the queries from a file, with the task's read_query.")
 
+TEXT = click.option("--text", multiple=True, help="Query by a text, with the task's tokenizer; repeatable.")
+
 
 def options_of(kind: type, *, leave_out: Collection[str] = ()) -> Callable[[Command], Command]:
     """The fields of a dataclass of options as options of a command, whose keywords they become.

@@ -14,7 +14,7 @@ from ..choices import ANSWER_KINDS, Aggregate
 from ..output import shown_as, table_lines
 from ..retrieval.question import Question
 from .main import Form, forms, say, show
-from .options import AGGREGATE, DEVICE, FILE, FOLDER, PATH, POSITION, TASK, TRAIN_ID, WHERE, Command, options_of
+from .options import AGGREGATE, DEVICE, FILE, FOLDER, PATH, POSITION, TASK, TEXT, TRAIN_ID, WHERE, Command, options_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,26 +35,29 @@ def _about_queries(html_help: str) -> Callable[[Command], Command]:
     ``html``.
     """
     options = (
-        FOLDER, TASK, POSITION, TRAIN_ID, FILE, AGGREGATE, DEVICE, click.option("--html", type=PATH, help=html_help),
+        FOLDER, TASK, POSITION, TRAIN_ID, FILE, TEXT, AGGREGATE, DEVICE,
+        click.option("--html", type=PATH, help=html_help),
     )  # fmt: skip
 
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def run(
             folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None,
-            aggregate: Aggregate | None, device: str | None, html: Path | None, **others: Any,
+            text: tuple[str, ...], aggregate: Aggregate | None, device: str | None, html: Path | None, **others: Any,
         ) -> None:  # fmt: skip
             if html:
                 from ..report import check_page
 
                 check_page(html)
-            if bool(position) + bool(train_id) + bool(path) != 1:
-                raise click.UsageError("Give exactly one of --position, --train-id and --file.")
+            if bool(position) + bool(train_id) + bool(path) + bool(text) != 1:
+                raise click.UsageError("Give exactly one of --position, --train-id, --file and --text.")
             from ..retrieval.retriever import load
             from ..task import load_task
 
             loaded = load_task(task)
-            given = loaded.read_queries(path) if path else list(position or train_id)
+            given: Any = loaded.read_texts(text) if text else list(position or train_id)
+            if path:
+                given = loaded.read_queries(path)
             retriever = load(loaded, folder, device=device)
             if retriever.unseen:
                 say(

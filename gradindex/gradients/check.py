@@ -58,7 +58,7 @@ def check_routes(engine: Engine, ids: NDArray[np.int64] | None = None) -> None:
     task = engine.task
     ids = task.train_ids if ids is None else ids
     _check(engine, task.read, ids)
-    if task.query_loss is not None:
+    if callable(task.query_loss):
         query = task.query
         if query is None:
             _check(engine, lambda chosen: replace(task.read(chosen), role="query"), ids)

@@ -20,10 +20,11 @@ from ..errors import CheckpointError, TaskError, user_code
 from ..examples import Examples, Role
 from ..factors import Formed, Layer
 from ..memory import in_halves
-from ..task import Task
+from ..task import PREDICTED, Task
 from ..tree import map_tensors, tensors
 from ..unwrapping import uncompiled
 from ..weights import negligible
+from .answers import PREDICTIONS, Answers
 from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, loop_gradients, vmap_gradients
 from .geometry import geometry_of
 from .hooks import Consume, Hooks
@@ -139,6 +140,7 @@ class Engine:
         self.notes += negligible([checkpoint.path for checkpoint in task.checkpoints], self.learning_rates)
         # By checkpoint and parameter, what gradients are multiplied by.
         self.scales = [self.geometry.scales(rates) for rates in self.learning_rates]
+        self._answers = Answers(task, self._answer)
         self._training: list[tuple[nn.Module, bool]] = []
         self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
         self._stack = contextlib.ExitStack()
@@ -325,7 +327,7 @@ class Engine:
 
     def wrapper(self, role: Role, exact: bool = False) -> LossModule:
         """The loss as a function of weights, in the engine's precision, or if ``exact`` never in half of it."""
-        name = LOSS if role == "train" or self.task.query_loss is None else QUERY_LOSS
+        name = QUERY_LOSS if role == "query" and callable(self.task.query_loss) else LOSS
         return LossModule(self.model, self.task.loss_for(role), None if exact else HALF.get(self.precision), name)
 
     def singles(self, examples: Examples) -> list[Any]:
@@ -333,7 +335,21 @@ class Engine:
         return [self.batch(example) for example in examples]
 
     def batch(self, examples: Examples) -> Any:
-        """Examples collated and cast, a fresh batch that the loss may take apart and change in place."""
+        """Examples collated and cast, a fresh batch that the loss may take apart and change in place.
+
+        Queries have the final model's answers as labels where the task says so.
+        """
+        batch = self._collated(examples)
+        answered = examples.role == "query" and self.task.query_loss == PREDICTED
+        return self._answers.relabelled(examples, batch) if answered else batch
+
+    def _answer(self, example: Examples) -> list[Tensor]:
+        """What a loss that has ``predictions`` gives at the last checkpoint."""
+        wrapper = LossModule(self.model, self.task.loss.predictions, None, PREDICTIONS)  # type: ignore[attr-defined]
+        with torch.no_grad():
+            return wrapper.within(self.states[-1], self._collated(example), list)
+
+    def _collated(self, examples: Examples) -> Any:
         with user_code(COLLATE):
             collated = self.task.collate(examples.items)
 

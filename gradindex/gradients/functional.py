@@ -57,27 +57,11 @@ class LossModule(nn.Module):
         return self.through(state, batch, n, lambda losses: losses)
 
     def through(self, state: State, batch: Any, n: int, then: Callable[[Tensor], _Result]) -> _Result:
-        """What ``then`` makes of the losses (n,) while the other weights are still in the model.
-
-        A backward pass belongs there: activation checkpointing, and whatever else runs parts of the model again
-        on the way back, must meet the weights of the way forward.
-
-        torch's own tie_weights swaps a module that stands in the model under two names twice and
-        puts the swapped tensor back; so each module is swapped once, under its first name, and
-        gets the tensor of the first shared name.
-
-        A model may write to its buffers, even in eval mode (averages, counters, caches); each call begins with the
-        checkpoint's, so that no example depends on those before it.
+        """What ``then`` makes of the losses (n,) while the other weights are still in the model; see :meth:`within`.
 
         Raises:
             LossError: the loss is not one number per example.
         """
-        first = {id(tensor): name for name, tensor in (*self.named_parameters(), *self.named_buffers())}
-        written = {name: state[name].clone() for name, _ in self.named_buffers() if name in state}
-        state, swapped = {**state, **written}, {}
-        for prefix, module in self.named_modules():
-            own = (*module.named_parameters(prefix, False, False), *module.named_buffers(prefix, False, False))
-            swapped.update({name: state[first[id(tensor)]] for name, tensor in own if first[id(tensor)] in state})
 
         def checked(losses: Any) -> _Result:
             if not isinstance(losses, Tensor):
@@ -93,7 +77,28 @@ class LossModule(nn.Module):
                 raise LossError(f"The loss is of type {losses.dtype}, but must be real numbers that have a gradient.")
             return then(losses)
 
-        result: _Result = functional_call(self, swapped, (batch, checked), tie_weights=False)
+        return self.within(state, batch, checked)
+
+    def within(self, state: State, batch: Any, then: Callable[[Any], _Result]) -> _Result:
+        """What ``then`` makes of what the loss returned, while the other weights are still in the model.
+
+        A backward pass belongs there: activation checkpointing, and whatever else runs parts of the model again
+        on the way back, must meet the weights of the way forward.
+
+        torch's own tie_weights swaps a module that stands in the model under two names twice and
+        puts the swapped tensor back; so each module is swapped once, under its first name, and
+        gets the tensor of the first shared name.
+
+        A model may write to its buffers, even in eval mode (averages, counters, caches); each call begins with the
+        checkpoint's, so that no example depends on those before it.
+        """
+        first = {id(tensor): name for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+        written = {name: state[name].clone() for name, _ in self.named_buffers() if name in state}
+        state, swapped = {**state, **written}, {}
+        for prefix, module in self.named_modules():
+            own = (*module.named_parameters(prefix, False, False), *module.named_buffers(prefix, False, False))
+            swapped.update({name: state[first[id(tensor)]] for name, tensor in own if first[id(tensor)] in state})
+        result: _Result = functional_call(self, swapped, (batch, then), tie_weights=False)
         return result
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import LossError, TaskError, check_choice
-from .base import PerExampleLoss, check_share, inputs_of, logits_of, needed_labels, with_labels
+from .base import PerExampleLoss, check_share, inputs_of, labels_of, logits_of, needed_labels, with_labels
 
 # As transformers calls them.
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
@@ -52,8 +52,8 @@ class ClassLoss(PerExampleLoss):
         Raises:
             TaskError: the answers are numbers, whose squared error has no gradient.
         """
-        logits, labels = _answered(model, batch)
-        kind = self._kind(model, logits, labels)
+        logits = _logits(model, batch)
+        kind = self._kind(model, logits, labels_of(batch))
         if kind == "regression":
             raise TaskError(
                 "The squared error of a model's own answer is 0 and has no gradient. Explain the answer itself, with "
@@ -65,13 +65,14 @@ class ClassLoss(PerExampleLoss):
         """The batch with what :meth:`predictions` gave as labels."""
         return with_labels(batch, torch.stack(list(predictions)))
 
-    def _kind(self, model: nn.Module, logits: Tensor, labels: Tensor) -> ProblemType:
+    def _kind(self, model: nn.Module, logits: Tensor, labels: Tensor | None) -> ProblemType:
         known: ProblemType | None = self.problem_type or getattr(getattr(model, "config", None), "problem_type", None)
         if known is not None:
             return known
         if logits.shape[1] == 1:
             return "regression"
-        return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        several = labels is not None and labels.is_floating_point()
+        return "multi_label_classification" if several else "single_label_classification"
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,9 @@ class BinaryLoss(PerExampleLoss):
 
     def predictions(self, model: nn.Module, batch: Any) -> list[Tensor]:
         """The model's own answer for each example: the class, or 0 and 1 for each where labels are so."""
-        logits, labels = _answered(model, batch)
-        return list(logits.argmax(1) if labels.shape != logits.shape else (logits > 0).to(logits))
+        logits, labels = _logits(model, batch), labels_of(batch)
+        several = labels is not None and labels.shape == logits.shape
+        return list((logits > 0).to(logits) if several else logits.argmax(1))
 
     def relabelled(self, batch: Any, predictions: Sequence[Tensor]) -> Any:
         """The batch with what :meth:`predictions` gave as labels."""
@@ -118,10 +120,14 @@ class BinaryLoss(PerExampleLoss):
 def _answered(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """Logits (n, classes) and labels of a batch."""
     labels = needed_labels(batch)
+    return _logits(model, batch), labels
+
+
+def _logits(model: nn.Module, batch: Any) -> Tensor:
     logits = logits_of(model, inputs_of(batch))
     if logits.ndim != 2:
         raise LossError(f"The logits have shape {tuple(logits.shape)}, but must have (examples, classes).")
-    return logits, labels
+    return logits
 
 
 def sequence_classification(problem_type: ProblemType | None = None) -> ClassLoss:

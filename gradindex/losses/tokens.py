@@ -67,8 +67,7 @@ class TokenLoss(PerExampleLoss):
         inputs = inputs_of(batch)
         labels = labels_of(batch) if self.kind == "causal_lm" else needed_labels(batch)
         if labels is None:
-            there = inputs.get("attention_mask")
-            labels = _ids(inputs) if there is None else _ids(inputs).where(there.bool(), IGNORED)
+            labels = _present(inputs)
         if labels.ndim != 2 or labels.is_floating_point():
             raise LossError(
                 f"The labels have shape {tuple(labels.shape)} and type {labels.dtype}, but must be integers, one for "
@@ -91,15 +90,24 @@ class TokenLoss(PerExampleLoss):
         return ids if self.kind == "token_classification" else labels.where(labels != IGNORED, ids)
 
     def predictions(self, model: nn.Module, batch: Any) -> list[Tensor]:
-        """For each example, the likeliest label at each labelled position, in their order; of text as it is before."""
+        """For each example, the likeliest label at each labelled position, in their order; of text as it is before.
+
+        Where token classification has no labels, all tokens count.
+        """
+        batch = self._asked(batch)
         labels = self.labels(batch)
         logits, first = self._logits(model, batch, labels)
         return [row[mask] for row, mask in zip(logits.argmax(2), labels[:, first:] != IGNORED, strict=True)]
 
     def relabelled(self, batch: Any, predictions: Sequence[Tensor]) -> Any:
         """The batch with what :meth:`predictions` gave as labels."""
-        labels = self.labels(batch)
+        labels = self.labels(self._asked(batch))
         return with_labels(batch, labels.masked_scatter(labels != IGNORED, torch.cat(list(predictions))))
+
+    def _asked(self, batch: Any) -> Any:
+        if self.kind == "token_classification" and labels_of(batch) is None:
+            return with_labels(batch, _present(inputs_of(batch)))
+        return batch
 
     def _logits(self, model: nn.Module, batch: Any, labels: Tensor) -> tuple[Tensor, int]:
         """(n, p - first, classes), what is said of each position from the ``first`` that anything is said of."""
@@ -110,6 +118,12 @@ class TokenLoss(PerExampleLoss):
                 "positions, classes). Pad labels as far as input_ids."
             )
         return (logits[:, :-1], 1) if self.kind == "causal_lm" else (logits, 0)
+
+
+def _present(inputs: Mapping[str, Tensor]) -> Tensor:
+    """(n, p) the tokens, -100 where there is padding."""
+    there = inputs.get("attention_mask")
+    return _ids(inputs) if there is None else _ids(inputs).where(there.bool(), IGNORED)
 
 
 def _ids(inputs: Any) -> Tensor:
