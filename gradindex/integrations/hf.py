@@ -13,6 +13,8 @@ from .session import Schedule, Session
 try:
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
+
+    from .hf_task import task as task
 except ImportError as error:
     raise DependencyError(
         f"gradindex.integrations.hf needs transformers ({error}). Install it: pip install 'transformers[torch]'."
