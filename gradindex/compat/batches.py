@@ -99,16 +99,31 @@ def _cut(first: Row, length: int) -> Sequence[Any]:
     return found
 
 
-def examples_of(batch: Any, first: int, role: Role = "train", name: str = "") -> Examples:
-    """A batch as examples whose ids begin with ``first``.
+def merged(batches: Iterable[Any], least: int) -> Iterator[list[Row]]:
+    """The examples of batches, in order, of small neighbours together: at least so many, if they can be joined."""
+    group: list[Row] = []
+    for batch in batches:
+        rows = rows_of(batch)
+        if group and _form(rows[0]) != _form(group[-1]):
+            yield group
+            group = []
+        group += rows
+        if len(group) >= least:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def examples_of(rows: list[Row], first: int, role: Role = "train", name: str = "") -> Examples:
+    """Rows as examples whose ids begin with ``first``.
 
     Args:
-        batch: ``(*inputs, labels)``.
+        rows: in order.
         first: the first id.
         role: which loss they go through.
         name: what errors call one, before its id; by default they are training examples.
     """
-    rows = rows_of(batch)
     ids = np.arange(first, first + len(rows))
     return Examples(ids, rows, [f"{name} {i}" for i in ids] if name else training_names(ids), role)
 

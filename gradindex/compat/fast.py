@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import isqrt
 from typing import Any
 
@@ -10,16 +11,18 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, as_whole
 from ..gradients import Engine
+from ..memory import available_bytes
 from ..projection.base import BlockMap
 from ..projection.hashing import key
 from ..projection.kronecker import random_sides
 from ..projection.sides import TwoSided
+from .bar import shown
 from .batches import AssertedError
 from .losses import LossFn
 from .neighbors import ExactNeighbors, NearestNeighbors
-from .session import ByParameter
+from .session import ByParameter, Piece, refuse_non_finite
 from .snapshots import LoadFn, load_checkpoint
-from .tracin import KMostInfluentialResults, TracInCPBase, checked_k, inner_names
+from .tracin import KMostInfluentialResults, TracInCPBase, batches_of, checked_k, inner_names
 
 
 class TracInCPFast(TracInCPBase):
@@ -32,6 +35,9 @@ class TracInCPFast(TracInCPBase):
         final_fc_layer: the layer, or its name.
         vectorize: taken for the sake of the signature; has no effect, as in Captum 0.9.
         bias: whether the layer's bias counts as well.
+        keep: whether the gradients of the training data (the layer's input and the gradient of its output, at each
+            checkpoint) stay in memory from the first question on, if a quarter of the free memory holds them. Later
+            questions then take products alone.
         model, train_dataset, checkpoints, checkpoints_load_func, batch_size: see :class:`TracInCP`.
         loss_fn, test_loss_fn: reduce a batch to one number, by ``reduction`` ``"sum"`` or ``"mean"``.
 
@@ -52,11 +58,12 @@ class TracInCPFast(TracInCPBase):
         vectorize: bool = False,
         *,
         bias: bool = False,
+        keep: bool = True,
     ) -> None:
         super().__init__(model, train_dataset, checkpoints, checkpoints_load_func, loss_fn, batch_size, test_loss_fn)
         if loss_fn is None:
             raise AssertedError("loss_fn is None, but a loss is needed. Give nn.CrossEntropyLoss(reduction='sum').")
-        self.vectorize, self.bias = vectorize, bias
+        self.vectorize, self.bias, self.keep = vectorize, bias, keep
         self.final_fc_layer = final_fc_layer
 
     @property
@@ -91,6 +98,49 @@ class TracInCPFast(TracInCPBase):
     ) -> Tensor | KMostInfluentialResults:
         """As :meth:`TracInCP.influence`."""
         return self._answer(inputs, k, proponents, show_progress, together=False)
+
+    def _scores(self, inputs: Any, together: bool, label: str, show_progress: bool) -> Iterator[tuple[int, Tensor]]:
+        session, first = self._session(), 0
+        with session.engine:
+            queries = session.query_pieces(batches_of(inputs))
+            for pieces in self._training(label, show_progress):
+                for piece in pieces:
+                    yield first, session.scores_of(queries, piece)
+                    first += len(piece.names)
+
+    def self_influence(
+        self, inputs: Any = None, show_progress: bool = False, outer_loop_by_checkpoints: bool = False
+    ) -> Tensor:
+        """As :meth:`TracInCP.self_influence`; from the gradients of the training data where these stay in memory."""
+        session = self._session()
+        if inputs is not None or outer_loop_by_checkpoints:
+            return super().self_influence(inputs, show_progress, outer_loop_by_checkpoints)
+        label = f"Using {self.get_name()} to compute self influence. Processing batch"
+        squares = []
+        with session.engine:
+            for pieces in self._training(label, show_progress):
+                for piece in pieces:
+                    squares.append(session.squares_of(piece))
+                    refuse_non_finite(squares[-1].isfinite(), piece.names, "self-influence")
+        return torch.cat(squares).to(session.engine.dtype)
+
+    def _training(self, label: str, show_progress: bool) -> Iterator[list[Piece]]:
+        """The gradients of each training batch; computed if they are not in memory."""
+        session = self._session()
+        if session.kept is not None:
+            yield from shown(session.kept, label, show_progress)
+            return
+        kept: list[list[Piece]] = []
+        room = available_bytes(session.engine.device) if self.keep else -1
+        for pieces in session.pieces(shown(self.train_dataloader, label, show_progress)):
+            yield pieces
+            room -= sum(piece.n_bytes for piece in pieces)
+            if room >= 0:
+                kept.append(pieces)
+            else:
+                kept.clear()
+        if room >= 0:
+            session.kept = kept
 
 
 class TracInCPFastRandProj(TracInCPFast):
@@ -141,6 +191,7 @@ class TracInCPFastRandProj(TracInCPFast):
             test_loss_fn,
             vectorize,
             bias=bias,
+            keep=False,
         )
         if projection_dim is not None and as_whole("projection_dim", projection_dim) < 1:
             raise ArgumentError(f"projection_dim is {projection_dim}, but must be at least 1.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, check_k
-from ..index import SearchIndex
+from ..index import SearchIndex, require
 
 
 class NearestNeighbors(Protocol):
@@ -28,7 +28,12 @@ class ExactNeighbors:
         self._rows: Tensor | None = None
 
     def setup(self, data: Tensor) -> None:
-        """Keep (n, ...) rows; they are not copied where they are on the CPU."""
+        """Keep (n, ...) rows; float32 rows on the CPU are not copied.
+
+        Raises:
+            DependencyError: there is no FAISS.
+        """
+        require()
         self._rows = data.detach().flatten(1)
         rows = self._rows.cpu().float().numpy()
         ids = torch.arange(len(rows)).numpy()

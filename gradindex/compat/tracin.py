@@ -161,13 +161,11 @@ class TracInCPBase:
             return torch.stack([over([checkpoint]) for checkpoint in one_by_one]).sum(0)
 
     def _rows(self, inputs: Any, maps: list[BlockMap], dim: int, role: Role = "train") -> list[Tensor]:
-        """The rows of each batch."""
-        session, rows, first = self._session(), [], 0
+        """The rows, piece by piece."""
+        session = self._session()
         name = "" if inputs is self.train_dataloader else "Query" if role == "query" else "Example"
         with session.engine:
-            for batch in batches_of(inputs):
-                rows.append(session.rows(maps, dim, batch, first, role, name))
-                first += len(rows[-1])
+            rows = list(session.rows(maps, dim, batches_of(inputs), role, name))
         if not rows:
             raise ArgumentError(NO_BATCH)
         return rows

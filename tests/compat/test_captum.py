@@ -249,6 +249,44 @@ def test_a_loader_and_batches_of_unequal_size_give_the_same_scores(case):
         close(made.influence(DataLoader(TensorDataset(*query), 3)), expected, 1e-12)
 
 
+class Counted(TensorDataset):
+    reads = 0
+
+    def __getitem__(self, position):
+        self.reads += 1
+        return super().__getitem__(position)
+
+
+@pytest.mark.parametrize("kept", ["kept", "not asked for", "no room"])
+def test_gradients_of_the_last_layer_stay_for_the_next_question_where_they_may(case, kept, monkeypatch):
+    model, checkpoints, train, query = case
+    # Input and output gradient in float64, at each checkpoint.
+    needed = N_TRAIN * (4 + CLASSES) * 8 * len(RATES)
+    monkeypatch.setattr("gradindex.compat.fast.available_bytes", lambda _: needed - (kept == "no room"))
+    data = Counted(*train)
+    keep = kept != "not asked for"
+    made = ours.TracInCPFast(model, "3", data, checkpoints, load, SUM, batch_size=4, keep=keep)
+    close(made.influence(query), truth(case, only="3.weight"))
+    reads = data.reads
+    again = [made.influence(query, 2, proponents=False), made.self_influence()]
+    assert data.reads == reads + (0 if kept == "kept" else 2 * N_TRAIN)
+    close(again[0].influence_scores, truth(case, only="3.weight").sort(1).values[:, :2])
+    close(again[1], gradients(*case[:3], only="3.weight").square().sum((1, 2)))
+
+
+def test_large_batches_are_cut_and_small_ones_joined(case):
+    model, checkpoints, _, query = case
+    torch.manual_seed(1)
+    train = torch.randn(600, 5).double(), torch.randint(CLASSES, (600,))
+    for size in (600, 7):
+        made = fast((model, checkpoints, train, query), batch_size=size)
+        close(made.influence(query), truth((model, checkpoints, train, query), only="3.weight"))
+        assert [len(piece.names) for pieces in made._session().kept for piece in pieces] == {
+            600: [256, 256, 88],
+            7: [256, 3, 256, 3, 82],
+        }[size]
+
+
 def test_batches_of_other_lengths_are_met_in_groups(case):
     class Pooled(nn.Module):
         def __init__(self):
