@@ -197,7 +197,9 @@ class TracInCPFastRandProj(TracInCPFast):
             raise ArgumentError(f"projection_dim is {projection_dim}, but must be at least 1.")
         self.projection_dim, self.seed = projection_dim, seed
         self.nearest_neighbors = ExactNeighbors() if nearest_neighbors is None else nearest_neighbors
-        self._maps, self._dim = _maps(self._session().engine, projection_dim, seed)
+        session = self._session()
+        self._maps, self._dim = _maps(session.engine, projection_dim, seed)
+        session.fixed = True
         self.src_intermediate_quantities = torch.cat(self._rows(self.train_dataloader, self._maps, self._dim))
         self.nearest_neighbors.setup(self.src_intermediate_quantities)
 

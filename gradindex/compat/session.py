@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, NonFiniteGradientError, joined_names
+from ..errors import ArgumentError, NonFiniteGradientError, TaskError, joined_names
 from ..examples import Examples, Role
-from ..factors import Gradients, Layer
+from ..factors import Gradients
 from ..gradients import Engine, Products, check_routes, in_batches
 from ..gradients.functional import as_real
 from ..gradients.layers import as_matrix
@@ -81,13 +81,10 @@ class Session:
         self._query_loss, self._asked = query_loss, False
         # The training data's gradients by batch, once they are there, where they may stay.
         self.kept: list[list[Piece]] | None = None
+        # Whether rows were made, which hold as long as the layers take these routes.
+        self.fixed = False
         with self.engine:
             check_routes(self.engine)
-
-    @property
-    def layers(self) -> Sequence[Layer]:
-        """What is tracked."""
-        return self.engine.layers
 
     @contextmanager
     def products(self, batches: Iterable[Any], together: bool) -> Iterator[list[Products]]:
@@ -108,8 +105,16 @@ class Session:
     def _check(self, rows: list[Row]) -> None:
         """Before the first question, check the routes with a query loss of its own: the training examples have not."""
         if self._query_loss is not None and not self._asked:
+            before = list(self.engine.layers)
             self.engine.task = replace(self.engine.task, query=rows, query_loss=self._query_loss)
             check_routes(self.engine)
+            if self.engine.layers != before:  # gradients from before are of other layers
+                self.kept = None
+                if self.fixed:
+                    raise TaskError(
+                        "The test loss uses the layer as the training loss does not, so that rows of both do not "
+                        "compare. Use TracInCPFast."
+                    )
         self._asked = True
 
     def scores(self, products: Sequence[Products], together: bool, batch: Any, first: int) -> Tensor:

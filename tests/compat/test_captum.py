@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from toys import python
 
 from gradindex.compat import captum as ours
-from gradindex.errors import ArgumentError, GradIndexError, LossError, NonFiniteGradientError, UserCodeError
+from gradindex.errors import ArgumentError, GradIndexError, LossError, NonFiniteGradientError, TaskError, UserCodeError
 
 RATES = (0.5, 0.1, 0.02)
 N_TRAIN, N_QUERY, CLASSES = 11, 4, 3
@@ -144,6 +144,21 @@ def test_the_loss_of_queries_may_be_another_one(case):
 
     logit.reduction = "none"
     close(tracin(case, test_loss_fn=logit).influence(case[3]), truth(case, NONE, logit))
+
+
+def test_a_loss_of_queries_may_use_the_layer_in_its_own_way_but_not_after_rows_are_made(case):
+    model = case[0]
+
+    def penalised(output, labels):
+        return SUM(output, labels) + len(labels) * model[3].weight.square().sum()
+
+    penalised.reduction = "sum"
+    made = fast(case, test_loss_fn=penalised)
+    made.self_influence()
+    close(made.influence(case[3]), truth(case, NONE, penalised, "3.weight"))
+    rows = fast(case, ours.TracInCPFastRandProj, test_loss_fn=penalised)
+    with pytest.raises(TaskError, match="Use TracInCPFast"):
+        rows.influence(case[3])
 
 
 @pytest.mark.parametrize("bias", [False, True])
