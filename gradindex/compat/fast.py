@@ -22,7 +22,7 @@ from .losses import LossFn
 from .neighbors import ExactNeighbors, NearestNeighbors
 from .session import ByParameter, Piece, refuse_non_finite
 from .snapshots import LoadFn, load_checkpoint
-from .tracin import KMostInfluentialResults, TracInCPBase, batches_of, checked_k, inner_names
+from .tracin import KMostInfluentialResults, TracInCPBase, batches_of, checked_k
 
 
 class TracInCPFast(TracInCPBase):
@@ -73,7 +73,7 @@ class TracInCPFast(TracInCPBase):
 
     @final_fc_layer.setter
     def final_fc_layer(self, layer: nn.Module | str) -> None:
-        names = {module: name for name, module in self.model.named_modules()}
+        names = {module: name for name, module in self._inner.named_modules()}
         found = dict(self.model.named_modules()).get(layer) if isinstance(layer, str) else layer
         if found not in names:
             shown_as = layer if isinstance(layer, str) else type(layer).__name__
@@ -91,7 +91,7 @@ class TracInCPFast(TracInCPBase):
     def _layers(self) -> list[str]:
         has_bias = self.bias and getattr(self._final_fc_layer, "bias", None) is not None
         own = ["weight", "bias"] if has_bias else ["weight"]
-        return inner_names(self.model, [f"{self._final_name}.{name}" if self._final_name else name for name in own])
+        return [f"{self._final_name}.{name}" if self._final_name else name for name in own]
 
     def influence(
         self, inputs: Any, k: int | None = None, proponents: bool = True, show_progress: bool = False

@@ -55,15 +55,9 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> float:
     """
     path = Path(path)
     value = read(path).value
-    inner = unwrapped(model)
-    _put(inner, fitted(path, found_weights(path, value, None), inner, None).tensors)
+    _put(model, fitted(path, found_weights(path, value, None), model, None).tensors)
     rate = value.get("learning_rate", 1.0) if isinstance(value, Mapping) else 1.0
     return float(rate)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside ``DataParallel``, which splits batches; any other as it is."""
-    return model.module if isinstance(model, nn.DataParallel) else model
 
 
 def listed(checkpoints: Any) -> list[Any]:
@@ -94,14 +88,20 @@ def _natural(path: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
-def snapshots_of(model: nn.Module, checkpoints: Sequence[Any], load: LoadFn) -> list[Snapshot]:
+def snapshots_of(model: nn.Module, inner: nn.Module, checkpoints: Sequence[Any], load: LoadFn) -> list[Snapshot]:
     """Load each checkpoint into the model and keep what it left there; the model then has its own tensors again.
+
+    Args:
+        model: what ``load`` takes.
+        inner: the module in it that computes, or itself, by whose names tensors are kept.
+        checkpoints: what ``load`` takes, too.
+        load: returns the learning rate.
 
     Raises:
         ArgumentError: the function returns no learning rate.
         UserCodeError: the function raises.
     """
-    inner, taken = unwrapped(model), []
+    taken = []
     with _kept(inner):
         for number, checkpoint in enumerate(checkpoints):
             named = isinstance(checkpoint, (str, os.PathLike))

@@ -13,11 +13,12 @@ from ..errors import ArgumentError, as_whole
 from ..examples import Role
 from ..projection.base import BlockMap
 from ..retrieval.ranking import Best
+from ..unwrapping import unwrapped
 from .bar import shown
 from .batches import AssertedError, in_order, is_loader, loader_of
 from .losses import LossFn, PerExample, reduction_of
 from .session import NO_BATCH, ByParameter, Session
-from .snapshots import LoadFn, listed, load_checkpoint, snapshots_of, unwrapped
+from .snapshots import LoadFn, listed, load_checkpoint, snapshots_of
 
 
 class KMostInfluentialResults(NamedTuple):
@@ -48,7 +49,7 @@ class TracInCPBase:
         batch_size: int | None = 1,
         test_loss_fn: LossFn | None = None,
     ) -> None:
-        self.model = model
+        self.model, self._inner = model, unwrapped(model)
         self.checkpoints = checkpoints
         self.checkpoints_load_func = checkpoints_load_func
         self.loss_fn, self.batch_size = loss_fn, batch_size
@@ -80,12 +81,12 @@ class TracInCPBase:
     def _session(self) -> Session:
         """The engine; the checkpoints are loaded when it is needed first, each once."""
         if self._opened is None:
-            snapshots = snapshots_of(self.model, self.checkpoints, self.checkpoints_load_func)
+            snapshots = snapshots_of(self.model, self._inner, self.checkpoints, self.checkpoints_load_func)
             query_loss = None
             if self.test_loss_fn is not self.loss_fn:
                 query_loss = PerExample(self.test_loss_fn, self.test_reduction_type)
             self._opened = Session(
-                unwrapped(self.model),
+                self._inner,
                 snapshots,
                 self._layers(),
                 PerExample(self.loss_fn, self.reduction_type),
@@ -213,7 +214,11 @@ class TracInCP(TracInCPBase):
         self.layers = layers
 
     def _layers(self) -> list[str] | None:
-        return None if self.layers is None else inner_names(self.model, self.layers)
+        if self.layers is None:
+            return None
+        modules = dict(self.model.named_modules())
+        inside = {module: name for name, module in self._inner.named_modules()}
+        return [inside.get(modules[name], name) if name in modules else name for name in self.layers]
 
     def influence(
         self,
@@ -277,8 +282,3 @@ def checked_k(k: int) -> int:
     if as_whole("k", k) < 1:
         raise ArgumentError(f"k is {k}, but must be at least 1.")
     return k
-
-
-def inner_names(model: nn.Module, names: list[str]) -> list[str]:
-    """Names in the module inside ``DataParallel``."""
-    return [name.removeprefix("module.") for name in names] if isinstance(model, nn.DataParallel) else names

@@ -172,6 +172,23 @@ def test_the_last_layer_counts_with_what_follows_it_and_with_its_bias_if_asked(c
     close(rows.influence(case[3], k=None), truth(case, only=only))
 
 
+def test_a_wrapped_model_is_loaded_as_it_is_and_its_layers_have_the_names_of_either(case):
+    model, checkpoints, train, query = case
+    wrapped = nn.DataParallel(model)
+
+    def load_wrapped(net, checkpoint):
+        assert net is wrapped
+        return load(net.module, checkpoint)
+
+    data = TensorDataset(*train)
+    for names in (["module.0"], ["0"]):
+        made = ours.TracInCP(wrapped, data, checkpoints, load_wrapped, names, NONE)
+        close(made.influence(query), truth(case, only="0."))
+    for layer in (model[3], "module.3"):
+        made = ours.TracInCPFast(wrapped, layer, data, checkpoints, load_wrapped, SUM)
+        close(made.influence(query), truth(case, only="3.weight"))
+
+
 def test_class_weights_multiply_each_loss_whatever_the_reduction(case):
     weights = torch.tensor([0.2, 1.0, 3.0]).double()
     expected = truth(case, nn.CrossEntropyLoss(weights, reduction="none"))
@@ -422,6 +439,8 @@ def test_arguments_that_cannot_be_meant_are_refused(case, tmp_path):
         tracin(case).influence(query, 0)
     with refused(ArgumentError, "projection_dim is 0"):
         fast(case, ours.TracInCPFastRandProj, projection_dim=0)
+    with refused(TaskError, "The layer pattern 'head' matches nothing in the model"):
+        tracin(case, layers=["head"]).influence(query)
     with refused(NotImplementedError, "Use TracInCPFast"):
         fast(case, ours.TracInCPFastRandProj).self_influence()
     with refused(ArgumentError, "A batch is a Tensor, but must be a tuple"):
