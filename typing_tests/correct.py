@@ -30,6 +30,7 @@ def training(model: nn.Module) -> None:
     """Three lines in a training loop."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     recorder = Recorder(model, optimizer, "checkpoints", second_moments=True)
+    recorder.clipped(nn.utils.clip_grad_norm_(model.parameters(), 1.0), 1.0)
     recorder.save()
 
 

@@ -1,10 +1,13 @@
 """RecorderCallback in transformers' Trainer and TRL's SFTTrainer, on tiny models with random weights."""
 
+import sys
 import warnings
+from pathlib import Path
 
 import frameworks
 import pytest
 import torch
+from together import run_together
 
 import gradindex
 from gradindex.checkpoint import read_record
@@ -16,14 +19,18 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def loaded():
+def load():
     """Imported where it is used: collecting tests takes no trainer."""
     global transformers, RecorderCallback
     transformers = frameworks.imported("transformers")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from gradindex.integrations.hf import RecorderCallback
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded():
+    load()
 
 
 def classifier():
@@ -177,3 +184,27 @@ def test_trls_trainer_is_recorded(tmp_path):
     assert [(item.step, item.learning_rates(["transformer.wte.weight"])) for item in found] == [
         (step, {"transformer.wte.weight": pytest.approx(0.04)}) for step in (4, 8)
     ]
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="needs torch.distributed with gloo",
+)
+def test_of_two_processes_the_first_writes(tmp_path):
+    # The file itself is run by both, in the place of a user's script.
+    run_together(Path(__file__), tmp_path)
+    used = [0.01 * (1 - step / 6) for step in range(6)]
+    # Each process takes a batch of 4 in a step, so 2 epochs of 24 examples are 6 steps.
+    assert rates(tmp_path / "ck") == {
+        3: (pytest.approx(used[2]), pytest.approx(sum(used[:3])), 3),
+        6: (pytest.approx(used[5]), pytest.approx(sum(used[3:])), 3),
+    }
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    load()
+    trainer = trainer_of(folder, RecorderCallback(folder / "ck", count=2), ddp_backend="gloo")
+    trainer.train()
+    assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+    torch.distributed.destroy_process_group()

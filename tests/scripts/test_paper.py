@@ -51,6 +51,13 @@ def test_lemma_holds_and_a_steps_error_falls_with_the_square_of_the_rate(results
     assert (results / "lemma.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_groups_with_different_momentum_want_effective_rates(results):
+    _, figures = read("momentum", results)
+    for training in ("momentum 0.9 and 0", "momentum 0 and 0.9"):
+        gain = [figures[f"{training}, {weight}: mean Pearson"] for weight in ("integrated", "effective")]
+        assert gain[0] < 0.995 < gain[1]
+
+
 @pytest.mark.data
 @needs("mnist.tar.xz")
 def test_first_order_influence_follows_the_true_change_of_a_step(results):

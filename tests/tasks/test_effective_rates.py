@@ -137,6 +137,25 @@ def test_effective_rates_are_those_of_plain_sgd_alone(tmp_path):
             gradindex.Checkpoint(path, weighting="effective").learning_rates(["0.weight"])
 
 
+def test_accelerate_tells_the_norm_that_it_clipped(tmp_path):
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    model = toys.mlp()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.5))
+    recorder = gradindex.Recorder(model, optimizer, tmp_path)
+    factors = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        accelerator.backward(model(torch.randn(4, 6)).square().mean())
+        before = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        recorder.clipped(accelerator.clip_grad_norm_(model.parameters(), 0.1), 0.1)
+        after = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        factors.append(float(after.norm() / before.norm()))
+        optimizer.step()
+    assert max(factors) < 1
+    (group,) = read_record(recorder.save())["groups"]
+    assert group["clipping_factor"] == pytest.approx(sum(factors) / 3, rel=1e-5)
+
+
 def test_a_norm_that_is_none_is_refused(tmp_path):
     model = toys.mlp()
     recorder = gradindex.Recorder(model, torch.optim.SGD(model.parameters(), 0.5), tmp_path)

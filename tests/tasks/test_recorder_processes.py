@@ -1,14 +1,9 @@
 """Recorder where two processes train one model, over gloo on this machine."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 import toys
-from places import TESTS
+from together import run_together
 
 import gradindex
 
@@ -66,28 +61,6 @@ torch.distributed.destroy_process_group()
 """
 
 
-def run_together(kind, folder):
-    (folder / "worker.py").write_text(WORKER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(folder / "worker.py"), kind, str(folder / "checkpoints")],
-            env=os.environ | common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-
-
 def expected():
     """The same training in one process: both batches' mean losses, averaged."""
     torch.manual_seed(0)
@@ -97,7 +70,8 @@ def expected():
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
 def test_the_first_process_writes_whole_weights(tmp_path, kind):
-    run_together(kind, tmp_path)
+    (tmp_path / "worker.py").write_text(WORKER)
+    run_together(tmp_path / "worker.py", kind, tmp_path / "checkpoints")
     first, second = gradindex.find_checkpoints(tmp_path / "checkpoints")
     assert (first.step, second.step) == (3, 6)
     model, generators = expected()
