@@ -208,6 +208,7 @@ def _described(task: Task, engine: Engine, options: BuildOptions) -> tuple[Proje
         task=task.name,
         map=describe(engine, projection, options.unit_norm),
         tracked=engine.tracked.described,
+        sources=tuple(loaded.source() for loaded in engine.loaded),
         dim=projection.block_dim(engine.layers) * engine.n_checkpoints,
         row_type=options.row_type,
         factors=options.factors,

@@ -127,7 +127,10 @@ def add_checkpoint(
                 bases = write_bases(store.folder, {**(store.bases() or {}), **fitted})
                 longer = replace(longer, bases=bases)
             dim = manifest.dim // n * (n + engine.n_checkpoints)
-            after = replace(kept(store), map=longer, removed=(), dim=dim)
+            sources = manifest.sources
+            if len(sources) == n:  # an older store does not say it
+                sources += tuple(loaded.source() for loaded in engine.loaded)
+            after = replace(kept(store), map=longer, sources=sources, removed=(), dim=dim)
             job = Job.begin(store.folder, "add-checkpoint", after, None, live_plan(store))
             fill(job, engine, later, options.workers, beside=store)
             job.finish()

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
 from ..choices import WEIGHTINGS, Weighting
-from ..errors import ArgumentError, CheckpointError
-from ..recorder import RECORD_KEY, recorded_groups, recorded_training
-from ..weights import (
-    Content,
-    Rate,
-    aligned,
-    and_others,
-    as_rate,
-    digest_of_file,
-    fitted,
-    found_weights,
-    numbers_of,
-    outline,
-    rate_for,
-    read,
-)
+from ..digests import digest
+from ..errors import ArgumentError, CheckpointError, user_code
+from ..recorder import recorded_groups, recorded_training
+from ..weights import Base, Rate, aligned, as_rate, fitted, found_weights, rate_for, read
+from .sources import ALL, UNNAMED, Source, opened, recorded
+from .sources.layouts import place_of
+
+# What a user's own loader is: from the path and a copy of the model to weights by name.
+Load: TypeAlias = Callable[[Any, nn.Module], Mapping[str, Tensor]]
 
 _RECORDED_FIELD = {
     "learning_rate": "learning_rate",
@@ -46,10 +41,13 @@ class Loaded:
     Args:
         checkpoint: what was read.
         tensors: the weights, by the names of ``model.state_dict()``, on the CPU; no file is mapped.
-        record: what ``Recorder`` saved beside them.
-        sha256: of the bytes that all this was read from.
+        record: what ``Recorder`` or another trainer saved beside them.
+        sha256: of the bytes that all this was read from; of tensors, where a loader of the user's own or a converter
+            read them, and with those that are the model's own.
         filled: names of the model that the file does not have: tied to one that it has, or a buffer of the model.
         passed_over: names of the file that the model does not have.
+        from_base: names of the model that the file does not have and that are the model's own, as its base.
+        kind: what wrote the checkpoint, in words.
     """
 
     checkpoint: Checkpoint
@@ -58,6 +56,8 @@ class Loaded:
     sha256: str
     filled: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
+    from_base: tuple[str, ...] = ()
+    kind: str = ""
 
     def check_rates(self, rates: Mapping[str, float]) -> None:
         """Refuse a file that took the place of the one whose learning rates were read before.
@@ -87,17 +87,26 @@ class Loaded:
                 found[name] = tuple(sorted(getattr(self, name)))
         return found
 
+    def source(self) -> dict[str, Any]:
+        """What to tell people of where it came from, as JSON."""
+        return {
+            "name": Path(self.checkpoint.path).name,
+            "kind": self.kind,
+            "from_model": {"parameters": len(self.from_base), "first": list(self.from_base[:3])},
+        }
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, init=False)
 class Checkpoint:
     """One set of weights on disk and its step size.
 
     Args:
-        path: ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` (read with ``weights_only=True``) or
-            ``.safetensors``.
+        path: a file, ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` (read with ``weights_only=True``) or
+            ``.safetensors``, or a trainer's folder, such as ``checkpoint-100`` of the Hugging Face Trainer
+            (docs/checkpoints.md lists what is known).
         learning_rate: eta, one for all parameters or by parameter name; names may be
             patterns such as ``"head.*"``, or modules, and the most specific one wins. Text such as ``"1e-3"``
-            and tensors also count as numbers. ``None`` reads what ``Recorder`` saved.
+            and tensors also count as numbers. ``None`` reads what ``Recorder`` or another trainer saved.
         weighting: which recorded number is eta: ``"learning_rate"`` at the checkpoint (the
             paper), ``"integrated"``, its sum over the steps since the previous checkpoint, ``"effective"``, that
             sum with SGD's momentum and clipping (for parameter groups with different momentum), or
@@ -107,9 +116,14 @@ class Checkpoint:
             usual places are tried.
         prefix: the prefix of the model's names in the file, such as ``"encoder."``; names without it are
             ignored. By default it is detected. Wrappers (``module.``, ``_orig_mod.``) do not count.
+        load: a loader of your own, ``load(path, model)``: gets the path as it was given and a copy of the model, and
+            returns weights by name, as ``model.state_dict()`` does. What stands beside the weights (a Trainer's log,
+            say) still counts.
+        base: ``"model"`` takes weights that the checkpoint lacks from the task's model, as it is when the checkpoint is
+            read, unless they are tracked; they are kept once for all checkpoints. An adapter does so by itself.
 
     Raises:
-        ArgumentError: the learning rate or weighting is invalid.
+        ArgumentError: the learning rate, weighting, loader or base is invalid.
     """
 
     path: str | os.PathLike[str]
@@ -118,8 +132,44 @@ class Checkpoint:
     step: int | None = None
     key: str | None = None
     prefix: str | None = None
+    base: Literal["model"] | None = None
+    _loader: Load | None = field(default=None, repr=False)
     # What find_checkpoints took the step from: a file that says another thing later is another file.
     _numbers: Mapping[str, int] | None = field(default=None, repr=False, compare=False)
+    # The step of the checkpoint that find_checkpoints found before this one.
+    _since: int | None = field(default=None, repr=False, compare=False)
+
+    # By hand, since ``load`` is a method as well.
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        learning_rate: Rate | None = None,
+        weighting: Weighting = "learning_rate",
+        step: int | None = None,
+        key: str | None = None,
+        prefix: str | None = None,
+        *,
+        load: Load | None = None,
+        base: Literal["model"] | None = None,
+        _loader: Load | None = None,
+        _numbers: Mapping[str, int] | None = None,
+        _since: int | None = None,
+    ) -> None:
+        values = {
+            "path": path,
+            "learning_rate": learning_rate,
+            "weighting": weighting,
+            "step": step,
+            "key": key,
+            "prefix": prefix,
+            "base": base,
+            "_loader": _loader if load is None else load,
+            "_numbers": _numbers,
+            "_since": _since,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        self.__post_init__()
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | os.PathLike):
@@ -131,21 +181,62 @@ class Checkpoint:
             raise ArgumentError(
                 f"weighting is {self.weighting!r}, but must be 'learning_rate', 'integrated', 'effective' or 'uniform'."
             )
+        if self._loader is not None and not callable(self._loader):
+            raise ArgumentError(
+                f"load is a {type(self._loader).__name__}, but must be a function of the path and a model that returns "
+                "weights by name, such as load=lambda path, model: torch.load(path)['weights']."
+            )
+        if self.base not in (None, "model"):
+            raise ArgumentError(f"base is {self.base!r}, but must be 'model' or None.")
         if self.learning_rate is not None:
             object.__setattr__(self, "learning_rate", as_rate(self.path, self.learning_rate))
 
-    def read(self, model: nn.Module) -> Loaded:
-        """Read the file once: weights, record and digest are of the same bytes.
+    def read(self, model: nn.Module, base: Base | None = None, moments: bool = False) -> Loaded:
+        """Read weights and record once: both, and the digest, are of the same bytes.
+
+        Args:
+            model: that they are for.
+            base: the model's own weights, where several checkpoints share them.
+            moments: whether second moments are read that lie in a file of their own.
 
         Raises:
             CheckpointError: as for :meth:`load`.
         """
         path = Path(self.path)
-        content = read(path)
-        if self._numbers is not None and dict(numbers_of(path, content)) != dict(self._numbers):
+        source = self._opened(data=True)
+        if self._numbers is not None and dict(source.numbers()) != dict(self._numbers):
             raise CheckpointError(f"{path} has a different step than when it was found. Call find_checkpoints again.")
-        found = fitted(path, found_weights(path, content.value, self.key), model, self.prefix)
-        return Loaded(self, found.tensors, _record(content), content.sha256, found.filled, found.passed_over)
+        if self._loader is not None:
+            weights = self._given(self._loader, model)
+            sha256 = digest(sorted(weights.items())).hex()
+        else:
+            weights = found_weights(path, source.content.value, source.key() if self.key is None else self.key)
+            weights, sha256 = source.place.layout.fitting(weights, model), source.content.sha256
+        lends = self.base is not None or source.place.layout.of_model
+        base = (base or Base(model)) if lends else None
+        found = fitted(path, weights, model, self.prefix, base)
+        if base is not None and found.from_base:
+            sha256 = hashlib.sha256(f"{sha256} {base.digest(found.from_base)}".encode()).hexdigest()
+        record = source.record(model, self._since, moments)
+        return Loaded(
+            self, found.tensors, record, sha256, found.filled, found.passed_over, found.from_base, source.kind
+        )
+
+    def _opened(self, data: bool) -> Source:
+        return opened(Path(self.path), data, self._loader is not None)
+
+    def _given(self, loader: Load, model: nn.Module) -> dict[str, Tensor]:
+        what = f"load, the loader of {self.path},"
+        with user_code(what, "It gets the path and a copy of the model, and must return weights by name."):
+            given = loader(self.path, copy.deepcopy(model))
+        named = given.items() if isinstance(given, Mapping) else ()
+        weights = {str(name): value.detach().cpu() for name, value in named if isinstance(value, Tensor)}
+        if not weights:
+            what = f"a {type(given).__name__}" + (" without tensors" if isinstance(given, Mapping) else "")
+            raise CheckpointError(
+                f"load returned {what} for {self.path}, but must return weights by name. Return a state_dict."
+            )
+        return weights
 
     def load(self, model: nn.Module) -> dict[str, Tensor]:
         """The weights, by the names of ``model.state_dict()``.
@@ -155,17 +246,25 @@ class Checkpoint:
         Raises:
             CheckpointError: the file is missing or damaged, or its names or shapes are not
                 the model's; the message names the first that differ.
+            UserCodeError: a loader of your own failed.
         """
         return self.read(model).tensors
 
-    def learning_rates(self, parameters: Sequence[str]) -> dict[str, float]:
+    def learning_rates(self, parameters: Sequence[str], model: nn.Module | None = None) -> dict[str, float]:
         """Eta of each named parameter.
+
+        Args:
+            parameters: names.
+            model: whose they are; needed where a trainer's groups have different rates and say no names.
 
         Raises:
             CheckpointError: no weight is known for one of them.
         """
         needed = self.learning_rate is None and self.weighting != "uniform"
-        return self._rates(_record(outline(Path(self.path))) if needed else None, parameters)
+        return self._rates(self._record(model) if needed else None, parameters)
+
+    def _record(self, model: nn.Module | None, moments: bool = False) -> Mapping[str, Any] | None:
+        return self._opened(data=False).record(model, self._since, moments)
 
     def _rates(self, record: Mapping[str, Any] | None, parameters: Sequence[str]) -> dict[str, float]:
         given = self.learning_rate
@@ -176,46 +275,70 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.path} has no recorded learning rate, so its weight eta is unknown. {_WAY_OUT}"
                 )
-            recorded = recorded_groups(dict(record), _RECORDED_FIELD[self.weighting])
-            if not recorded and self.weighting == "effective":
-                raise CheckpointError(
-                    f"{self.path} has no effective rates: they are recorded for torch.optim.SGD where the clipping is "
-                    "known. Choose weighting='integrated'."
-                )
-            rates = {name: recorded[found] for name, found in _recorded(recorded, parameters).items()}
+            rates = self._recorded_rates(record, parameters)
         elif isinstance(given, Mapping):
             rates = {name: float(rate) for name, rate in given.items()}
         else:
-            return dict.fromkeys(parameters, float(given))  # type: ignore[arg-type]  # a number since __post_init__
+            return dict.fromkeys(parameters, float(given))  # type: ignore[arg-type]  # a number since __init__
         return {name: rate_for(self.path, rates, name, _WAY_OUT) for name in parameters}
 
-    def recorded_training(self, parameters: Sequence[str]) -> dict[str, bool | None] | None:
-        """By name, whether a parameter took a step since the previous checkpoint, as ``Recorder`` saved it.
+    def _recorded_rates(self, record: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, float]:
+        if UNNAMED in record:
+            shown = " and ".join(f"{rate:g}" for rate in dict.fromkeys(record[UNNAMED]))
+            raise CheckpointError(
+                f"{self.path} has learning rates {shown} for groups of parameters whose names are not known. Give "
+                "learning_rate={pattern: rate}, or train with gradindex.Recorder."
+            )
+        wanted = _RECORDED_FIELD[self.weighting]
+        if not any(wanted in group for group in record["groups"]) and self.weighting == "effective":
+            raise CheckpointError(
+                f"{self.path} has no effective rates: they are recorded for torch.optim.SGD where the clipping is "
+                "known. Choose weighting='integrated'."
+            )
+        if any(wanted in group and group[wanted] is None for group in record["groups"]):
+            raise CheckpointError(
+                f"{self.path} has no logged schedule, so the sum of its learning rates since the previous checkpoint "
+                "is unknown. Choose weighting='learning_rate' or 'uniform', or give learning_rate=."
+            )
+        known = recorded_groups(dict(record), wanted)
+        rates = {name: known[place] for name, place in _recorded(known, parameters).items()}
+        return {**rates, ALL: known[ALL]} if ALL in known else rates
 
-        ``None`` for a file that it did not save, and for a parameter where it is not known: an earlier version tells
-        only what the optimizer held. Parameters that the optimizer did not hold are left out.
+    def recorded_training(
+        self, parameters: Sequence[str], model: nn.Module | None = None
+    ) -> dict[str, bool | None] | None:
+        """By name, whether a parameter took a step since the previous checkpoint, as it was recorded.
+
+        ``None`` for a file without a record, and for a parameter where it is not known: an earlier version of
+        ``Recorder``, or a trainer whose groups say no names, tells only that there was training. Parameters that the
+        optimizer did not hold are left out.
         """
-        record = _record(outline(Path(self.path)))
-        if record is None:
+        record = self._record(model)
+        if record is None or UNNAMED in record:
             return None
-        found = recorded_training(record)
+        found = recorded_training(dict(record))
+        if ALL in found:
+            return dict.fromkeys(parameters, found[ALL])
         return {name: found[recorded] for name, recorded in _recorded(found, parameters).items()}
 
-    def second_moments(self) -> dict[str, Tensor]:
-        """Adam's bias-corrected second moments v by parameter name, as ``Recorder`` saved them.
+    def second_moments(self, model: nn.Module | None = None) -> dict[str, Tensor]:
+        """Adam's bias-corrected second moments v by parameter name, as they were recorded.
+
+        Args:
+            model: whose they are; not needed for what ``Recorder`` saved.
 
         Raises:
             CheckpointError: they were not recorded.
         """
-        return _moments(self, _record(read(Path(self.path))), None)
+        return _moments(self, self._opened(data=True).record(model, self._since, True), None)
 
     def loss(self) -> float:
-        """The training loss that ``Recorder.save(loss)`` recorded.
+        """The training loss that ``Recorder.save(loss)`` recorded, or a trainer logged last.
 
         Raises:
             CheckpointError: it was not recorded.
         """
-        record = _record(outline(Path(self.path))) or {}
+        record = self._record(None) or {}
         if "loss" not in record:
             raise CheckpointError(
                 f"{self.path} has no recorded training loss. Train with gradindex.Recorder and save(loss), "
@@ -228,40 +351,23 @@ class Checkpoint:
         """Where eta comes from, in words: the weighting, or ``"given"``."""
         return self.weighting if self.learning_rate is None else "given"
 
-    def sha256(self) -> str:
-        """SHA-256 of the file as it is now, in hexadecimal."""
-        return digest_of_file(Path(self.path))
+    def sha256(self, model: nn.Module | None = None) -> str:
+        """SHA-256 of the weights as they are now, in hexadecimal: of their file, where they have one of their own.
+
+        Args:
+            model: for a loader of your own, which needs one.
+        """
+        if self._loader is None:
+            return place_of(Path(self.path)).layout.digest()
+        if model is None:
+            raise ArgumentError("sha256 needs the model, for the loader of your own. Give it: sha256(model).")
+        return self.read(model).sha256
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """What ``Recorder`` saved beside the weights, or ``None`` in other files."""
-    return _record(read(path))
-
-
-def differing_names(read: Sequence[Loaded]) -> list[str]:
-    """What to tell of names that only the file or only the model has, once for all checkpoints that are alike."""
-    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Loaded]] = {}
-    for item in read:
-        if item.filled or item.passed_over:
-            alike.setdefault((item.filled, item.passed_over), []).append(item)
-    said = []
-    for (filled, passed_over), items in alike.items():
-        parts = []
-        if filled:
-            parts.append(f"lacks {_names(filled)}, filled in from the tied parameter or from the model's buffer")
-        if passed_over:
-            parts.append(f"has {_names(passed_over)} that the model lacks, ignored")
-        said.append(f"{items[0].checkpoint.path}{and_others(len(items) - 1)} {'; and '.join(parts)}.")
-    return said
-
-
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _record(content: Content) -> dict[str, Any] | None:
-    record = content.value.get(RECORD_KEY) if isinstance(content.value, Mapping) else None
-    return record if isinstance(record, dict) and "groups" in record else None
+    record = recorded(read(path))
+    return None if record is None else dict(record)
 
 
 def _recorded(names: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, str]:

@@ -45,6 +45,7 @@ def info(folder: Path, as_json: bool) -> None:
     checkpoints = [
         {
             "checkpoint": number,
+            **_source(manifest.sources, number),
             "step": checkpoint.step,
             "eta": ", ".join(f"{rate:.6g}" for rate in sorted(set(checkpoint.learning_rates.values()))),
             "weighting": checkpoint.weighting,
@@ -68,6 +69,15 @@ def info(folder: Path, as_json: bool) -> None:
         f"health: {'; '.join(found.health)}\n\n"
         f"{table(checkpoints)}\n\n{table(layers)}{_differing_names(manifest.map.checkpoints)}"
     )
+
+
+def _source(sources: Sequence[Mapping[str, Any]], number: int) -> dict[str, str]:
+    """A cell on what wrote a checkpoint; none of stores that do not say it, which are older."""
+    if len(sources) <= number:
+        return {}
+    own = sources[number]["from_model"]["parameters"]
+    lent = f" ({own:,} parameter{'s' * (own != 1)} from the model)" if own else ""
+    return {"source": f"{sources[number]['kind']}{lent}"}
 
 
 def _tracked(tracked: Mapping[str, Any] | None) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint, Loaded
 from ..errors import ArgumentError, user_code
-from ..weights import fitted, found_weights, read
+from ..weights import Base, fitted, found_weights, read
 from .batches import AssertedError
 
 LoadFn = Callable[[nn.Module, Any], float]
@@ -31,11 +31,11 @@ class Snapshot(Checkpoint):
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def read(self, model: nn.Module) -> Loaded:
+    def read(self, model: nn.Module, base: Base | None = None, moments: bool = False) -> Loaded:
         """The tensors; there is no file, and so no digest of one. See :class:`Checkpoint`."""
         return Loaded(self, dict(self.tensors), None, sha256="")
 
-    def recorded_training(self, parameters: Sequence[str]) -> None:
+    def recorded_training(self, parameters: Sequence[str], model: nn.Module | None = None) -> None:
         """Nothing is recorded. See :class:`Checkpoint`."""
 
 

@@ -23,7 +23,7 @@ from ..memory import in_halves
 from ..task import PREDICTED, Task
 from ..tree import map_tensors, tensors
 from ..unwrapping import uncompiled
-from ..weights import negligible
+from ..weights import Base, negligible
 from .answers import PREDICTIONS, Answers
 from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, loop_gradients, vmap_gradients
 from .geometry import geometry_of
@@ -104,6 +104,7 @@ class Engine:
         unsaved = {name: tensor.clone() for name, tensor in self.model.named_buffers() if name not in saved}
 
         packed = packed_parameters(self.model, self._frozen)
+        base, moments = Base(self.model, self.parameters), task.preconditioner is not None
 
         def state_of(loaded: Loaded) -> dict[str, Tensor]:
             tensors = unsaved | loaded.tensors
@@ -116,7 +117,7 @@ class Engine:
             return {f"model.{name}": self._weight(name, tensor) for name, tensor in tensors.items() if name in unique}
 
         def read_again(number: int) -> dict[str, Tensor]:
-            loaded = task.checkpoints[number].read(self.model)
+            loaded = task.checkpoints[number].read(self.model, base, moments)
             if loaded.sha256 != self.loaded[number].sha256:
                 raise CheckpointError(
                     f"{loaded.checkpoint.path} was changed while it was in use. Try again once it is fully written."
@@ -130,7 +131,7 @@ class Engine:
         self.geometry = geometry_of(task.preconditioner)
         tracked_tensors = {name: self.model.get_parameter(name) for name in self.parameters}
         for number, (checkpoint, rates) in enumerate(zip(task.checkpoints, self.learning_rates, strict=True)):
-            loaded = checkpoint.read(self.model)
+            loaded = checkpoint.read(self.model, base, moments)
             loaded.check_rates(rates)
             self.geometry.read(loaded, tracked_tensors, rates)
             self.loaded.append(replace(loaded, tensors={}, record=None))

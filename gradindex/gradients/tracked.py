@@ -89,7 +89,8 @@ class _Training:
         self._trainable = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
         aliases = _aliases(task.model)
         self._records = [
-            _renamed(checkpoint.recorded_training(list(aliases)), aliases) for checkpoint in task.checkpoints
+            _renamed(checkpoint.recorded_training(list(aliases), task.model), aliases)
+            for checkpoint in task.checkpoints
         ]
         self._held = {name for record in self._records if record for name in record}
         recorded = {name for name in self.names if any(self._took(record, name) for record in self._records if record)}
@@ -134,7 +135,7 @@ class _Training:
             idle = {name for name in names if name in self._trained and not self._took(record, name)}
             if record is not None:  # held by another checkpoint's optimizer, but not by this one's
                 idle |= {name for name in names if name in self._held and name not in record}
-            known = checkpoint.learning_rates([name for name in names if name not in idle])
+            known = checkpoint.learning_rates([name for name in names if name not in idle], self._task.model)
             by_checkpoint.append({name: known.get(name, 0.0) for name in names})
         return by_checkpoint
 

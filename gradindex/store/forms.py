@@ -120,7 +120,16 @@ _told = {
             "left_out": list_of(_summary),
             "noted": list_of(_summary),
         }
-    )
+    ),
+    "sources": list_of(
+        record(
+            {
+                "name": _any_text,
+                "kind": _any_text,
+                "from_model": record({"parameters": whole(), "first": list_of(_any_text)}),
+            }
+        )
+    ),
 }
 _described = {
     "task": _any_text,

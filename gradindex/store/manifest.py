@@ -281,6 +281,7 @@ class Manifest:
         threads: of a pass, of which rows depend in their last bits.
         generation: how often the store has changed.
         tracked: which parameters are tracked and which are left out, for people; ``None`` in older stores.
+        sources: what wrote each checkpoint, and what of it is the model's, for people; empty in older stores.
         merged: checksums of the manifests that were merged.
         shards: in the order of their ids.
         unknown: keys of a later version.
@@ -301,6 +302,7 @@ class Manifest:
     threads: int = 0
     generation: int = 0
     tracked: Mapping[str, Any] | None = None
+    sources: tuple[Mapping[str, Any], ...] = ()
     merged: tuple[str, ...] = ()
     shards: tuple[ShardEntry, ...] = ()
     unknown: Mapping[str, Any] = field(default_factory=dict)
@@ -315,6 +317,7 @@ class Manifest:
             map=RowMap.from_json(value["map"]),
             generation=value["generation"],
             tracked=value.get("tracked"),
+            sources=tuple(value.get("sources", ())),
             merged=tuple(value.get("merged", ())),
             shards=tuple(map(ShardEntry.from_json, value.get("shards", ()))),
             unknown=_besides(value, _KNOWN_KEYS),
@@ -325,6 +328,7 @@ class Manifest:
         """What is written of it, without its shards."""
         written: dict[str, Any] = {"task": self.task, "map": self.map.to_json()}
         written |= {} if self.tracked is None else {"tracked": self.tracked}
+        written |= {"sources": list(self.sources)} if self.sources else {}
         written |= {name: getattr(self, name) for name in _PLAIN_KEYS if name != "task"}
         written |= {"columns": dict(self.columns), "removed": [list(run) for run in self.removed]}
         written |= {"fingerprint": self.fingerprint}
@@ -378,7 +382,7 @@ _PLAIN_KEYS = (
     "threads",
 )  # fmt: skip
 # Of a manifest and of its header, and what a plan keeps beside the manifest that it leads to.
-_KNOWN_KEYS = {*_PLAIN_KEYS, "map", "generation", "tracked", "merged", "shards", "fingerprint", "sha256"}
+_KNOWN_KEYS = {*_PLAIN_KEYS, "map", "generation", "tracked", "sources", "merged", "shards", "fingerprint", "sha256"}
 _KNOWN_KEYS |= {"format", "version", "needs", "data"}
 
 

@@ -1,5 +1,6 @@
 """Weights in files: read once and safely, fitted to a model by name, and placed by their step."""
 
+from .fitting import Base as Base
 from .fitting import aligned as aligned
 from .fitting import fitted as fitted
 from .fitting import found_weights as found_weights

@@ -42,11 +42,41 @@ class Fitted:
         tensors: by the names of ``model.state_dict()``.
         filled: names that the file does not have: tied to one that it has, or a buffer of the model.
         passed_over: names that the model does not have and does not need.
+        from_base: names that the file does not have and that are the model's own, as its base.
     """
 
     tensors: dict[str, Tensor]
     filled: tuple[str, ...]
     passed_over: tuple[str, ...]
+    from_base: tuple[str, ...] = ()
+
+
+class Base:
+    """A model's own weights, which stand in for what checkpoints lack: copied once, for all of them.
+
+    Args:
+        model: as it is when a weight is first asked for.
+        tracked: names of parameters that checkpoints must have, since their gradients are asked for.
+    """
+
+    def __init__(self, model: nn.Module, tracked: Collection[str] = ()) -> None:
+        self._model, self.tracked = model, frozenset(tracked)
+        self._tensors: dict[str, Tensor] = {}
+        self._digests: dict[tuple[str, ...], str] = {}
+
+    def tensor(self, name: str, first: str, own: Tensor) -> Tensor:
+        """The copy of a tensor of the model, on the CPU; ``first`` is the first of the names that it has there."""
+        if first not in self._tensors:
+            self._tensors[first] = own.detach().cpu().clone()
+        self._tensors[name] = self._tensors[first]
+        return self._tensors[name]
+
+    def digest(self, names: Sequence[str]) -> str:
+        """SHA-256 over the copies of these names, in hexadecimal."""
+        key = tuple(sorted(names))
+        if key not in self._digests:
+            self._digests[key] = digest([(name, self._tensors[name]) for name in key]).hex()
+        return self._digests[key]
 
 
 def found_weights(path: Path, content: Any, key: str | None) -> dict[str, Any]:
@@ -85,11 +115,14 @@ def found_weights(path: Path, content: Any, key: str | None) -> dict[str, Any]:
     return weights
 
 
-def fitted(path: Path, weights: Mapping[str, Any], model: nn.Module, prefix: str | None) -> Fitted:
+def fitted(
+    path: Path, weights: Mapping[str, Any], model: nn.Module, prefix: str | None, base: Base | None = None
+) -> Fitted:
     """Weights by the names of ``model.state_dict()``, as copies that keep no larger memory alive.
 
     A wrapper's part of a name (``module.``, ``_orig_mod.`` and their like) counts on neither side, wherever it stands.
-    A prefix is ``prefix``, or what stands before all of the model's names; what has another is passed over.
+    A prefix is ``prefix``, or what stands before all of the model's names; what has another is passed over. What the
+    file lacks and ``base`` does not track is the base's.
 
     Raises:
         CheckpointError: a parameter is missing, has another shape, cannot be a weight or holds NaN, or a name is not
@@ -110,9 +143,12 @@ def fitted(path: Path, weights: Mapping[str, Any], model: nn.Module, prefix: str
     for name, first in twins.items():
         shared.setdefault(first, []).append(name)
     groups = [{name: expected[name].shape for name in names} for names in shared.values()]
+    if base is not None:  # what stands before what there is
+        groups = [group for group in groups if base.tracked & group.keys() or _ends_in(weights, group)]
     chosen, others = _under_prefix(path, weights, groups, prefix)
     places = aligned(chosen, expected)
     problems, filled, tensors = [], [], {}
+    from_base: list[str] = []
     for name, own in expected.items():
         if name in places:
             tensors[name] = chosen[places[name]]
@@ -122,8 +158,15 @@ def fitted(path: Path, weights: Mapping[str, Any], model: nn.Module, prefix: str
         elif (twin := next((places[n] for n in shared.get(twins.get(name, ""), ()) if n in places), None)) is not None:
             tensors[name] = chosen[twin]
             filled.append(name)
-        else:
+        elif base is None:
             problems.append(f"{name} is missing")
+        elif base.tracked.intersection(shared.get(twins.get(name, name), (name,))):
+            problems.append(f"{name} is missing and tracked, so the model's own cannot stand in")
+        else:
+            tensors[name] = base.tensor(name, twins.get(name, name), own)
+            from_base.append(name)
+    if base is not None and not places:
+        problems.insert(0, "none of its names is the model's")
     idle = {name for name, _ in model.named_buffers()} - expected.keys()  # not persistent
     superfluous = [name for name in chosen if name not in places.values()]
     unknown = [name for name in superfluous if not (name in idle or _is_beside(name, chosen[name], model))]
@@ -140,7 +183,8 @@ def fitted(path: Path, weights: Mapping[str, Any], model: nn.Module, prefix: str
             tensors[name] = _checked(path, name, tensors[name], own, twins.get(name))
     for first, names in shared.items():
         _check_alike(path, {name: tensors[name] for name in names}, first)
-    return Fitted(tensors, tuple(filled), tuple([n for n in superfluous if n not in unknown] + others))
+    passed_over = [name for name in superfluous if name not in unknown] + others
+    return Fitted(tensors, tuple(filled), tuple(passed_over), tuple(from_base))
 
 
 def aligned(have: Iterable[str], want: Iterable[str]) -> dict[str, str]:
@@ -217,6 +261,11 @@ def _under_prefix(
     return chosen, [name for name in weights if not has(name)]
 
 
+def _ends_in(names: Collection[str], group: Collection[str]) -> bool:
+    plain = {_plain(name) for name in names}
+    return any(found == own or found.endswith(f".{own}") for own in map(_plain, group) for found in plain)
+
+
 def _without(path: Path, weights: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[str]]:
     for start in dict.fromkeys((prefix if prefix.endswith(".") or not prefix else f"{prefix}.", prefix)):
         chosen = {name[len(start) :]: tensor for name, tensor in weights.items() if name.startswith(start)}
@@ -262,7 +311,8 @@ def _misfit(path: Path, problems: list[str], weights: Mapping[str, Tensor]) -> s
     more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
     return (
         f"{path} does not fit the model: {'; '.join(problems[:_SHOWN])}{more}. "
-        "Check that the task builds the model this checkpoint was saved from, or give key= and prefix=."
+        "Check that the task builds the model this checkpoint was saved from, or give key= and prefix= (or, for a part "
+        "of the weights, base='model')."
     )
 
 

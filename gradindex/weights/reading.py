@@ -48,15 +48,19 @@ class Content:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def read(path: Path) -> Content:
+def read(path: Path, part: bool = False) -> Content:
     """Read a whole file, and digest what was read.
 
     Memory: what the file holds, once.
 
+    Args:
+        path: of the file.
+        part: whether it may be one of several shards.
+
     Raises:
         CheckpointError: it is missing, damaged, no checkpoint, holds Python objects, or changed meanwhile.
     """
-    with _opened(path) as (number, size):
+    with _opened(path, part) as (number, size):
         kind = _kind(path, number, size)
         if kind == "safetensors":
             return Content(*_safetensors(path, number, size, True))
@@ -65,26 +69,26 @@ def read(path: Path) -> Content:
         return Content(_torch(path, checked, size, kind, map_location="cpu"), digest)
 
 
-def outline(path: Path) -> Content:
+def outline(path: Path, part: bool = False) -> Content:
     """What a file holds but for the numbers in its tensors, which are on the meta device where torch can leave them.
 
     Raises:
         CheckpointError: as for :func:`read`.
     """
-    with _opened(path) as (number, size):
+    with _opened(path, part) as (number, size):
         kind = _kind(path, number, size)
         if kind == "safetensors":
             return Content(*_safetensors(path, number, size, False))
         return Content(_torch(path, _Checked(path, number, size, None), size, kind, map_location="meta"))
 
 
-def digest_of_file(path: Path) -> str:
+def digest_of_file(path: Path, part: bool = False) -> str:
     """SHA-256 of a file as it is now, in hexadecimal.
 
     Raises:
         CheckpointError: it cannot be read.
     """
-    with _opened(path) as (number, size):
+    with _opened(path, part) as (number, size):
         return _digests(number, size)[0]
 
 
@@ -97,19 +101,20 @@ def refuse_shard(path: Path) -> None:
     part = _SHARD.search(path.name)
     if part is not None and int(part[2]) > 1:
         raise CheckpointError(
-            f"{path} is part {int(part[1])} of {int(part[2])} of a checkpoint saved in shards, but all weights must be "
-            "in one file. Load the model as usual and save it whole: torch.save(model.state_dict(), 'step_N.pt')."
+            f"{path} is part {int(part[1])} of {int(part[2])} of a checkpoint saved in shards, but all of them are "
+            f"needed. Give their folder, Checkpoint({str(path.parent)!r}), or save the whole model by torch.save."
         )
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, int]]:
+def _opened(path: Path, part: bool) -> Iterator[tuple[int, int]]:
     """A descriptor of a regular file, which is opened once, and its size; no pipe or device is waited for.
 
     Raises:
         CheckpointError: there is none, or it changed while the block ran.
     """
-    refuse_shard(path)
+    if not part:
+        refuse_shard(path)
     try:
         kind = stat.S_IFMT(path.stat().st_mode)  # opening a device can have effects
         if kind == stat.S_IFREG:
@@ -138,10 +143,7 @@ def _opened(path: Path) -> Iterator[tuple[int, int]]:
 
 def _refuse(path: Path, kind: int) -> None:
     if kind == stat.S_IFDIR:
-        raise CheckpointError(
-            f"{path} is a folder, but a checkpoint is a file. Give the weights file in it, or for several folders: "
-            f"find_checkpoints({str(path.parent / '*' / 'model.safetensors')!r})."
-        )
+        raise CheckpointError(f"{path} is a folder, but a file is expected. Give the file of weights in it.")
     raise CheckpointError(
         f"{path} is a {_KINDS.get(kind, 'special file')}, but a checkpoint must be a regular file. Copy it to one."
     )

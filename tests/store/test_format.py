@@ -138,6 +138,7 @@ def test_the_golden_stores_are_what_would_be_written_now(tmp_path):
     for row_type in ("float32", "float16", "bfloat16", "int8"):
         now, then = (json.loads((folder / row_type / "manifest.json").read_text()) for folder in (tmp_path, GOLDEN))
         assert now.pop("tracked")["left_out"] == []  # information, which stores of then do not have
+        assert [source["kind"] for source in now.pop("sources")] == ["weights"] * 2
         for side in (now, then):
             for checkpoint in side["map"]["checkpoints"]:
                 del checkpoint["sha256"]

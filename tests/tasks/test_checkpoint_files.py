@@ -290,7 +290,7 @@ class Evil:
 
 WEIGHTS = {"0.weight": torch.ones(5, 6)}
 NO_CHECKPOINTS = {
-    "a folder": ("w.pt", lambda path: path.mkdir(), "is a folder, but a checkpoint is a file. Give the weights file"),
+    "a folder": ("w.pt", lambda path: path.mkdir(), "is a folder without weights that gradindex knows: it is empty"),
     "a pipe": ("w.pt", pipe, "is a pipe, but a checkpoint must be a regular file"),
     "a safetensors pipe": ("w.safetensors", pipe, "is a pipe"),
     "empty": ("w.pt", lambda path: path.touch(), r"truncated or damaged \(it is empty\)"),

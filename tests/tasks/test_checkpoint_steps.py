@@ -158,14 +158,21 @@ def test_a_folder_is_searched_for_every_suffix_and_no_optimizers(tmp_path):
     assert [step for _, step in found(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_folders_of_checkpoints_are_told_how_to_be_found(tmp_path):
-    saved(tmp_path, "checkpoint-1/pytorch_model.bin", "checkpoint-2/pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"holds folders.*find_checkpoints\('.*/\*/pytorch_model\.bin'\)"):
+def test_folders_of_checkpoints_are_found_by_their_numbers(tmp_path):
+    saved(tmp_path, "checkpoint-9/pytorch_model.bin", "checkpoint-10/pytorch_model.bin", "runs/notes.txt")
+    for pattern in (tmp_path, tmp_path / "checkpoint-*", tmp_path.parent / tmp_path.name):
+        assert found(pattern) == [("checkpoint-9", 9), ("checkpoint-10", 10)]
+    (tmp_path / "checkpoint-11").mkdir()
+    with pytest.raises(CheckpointError, match=r"checkpoint-11 is a folder without weights that .*: it is empty"):
         found(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"checkpoint-1 is a folder, but a checkpoint is a file.*find_checkpoints\("
-    ):
-        found(tmp_path / "checkpoint-*")
+
+
+def test_a_folder_of_runs_is_refused_and_the_only_run_below_one_is_found(tmp_path):
+    saved(tmp_path, "logs/version_0/checkpoints/step=1.ckpt", "logs/version_0/checkpoints/step=2.ckpt")
+    assert found(tmp_path) == [("step=1.ckpt", 1), ("step=2.ckpt", 2)]
+    saved(tmp_path, "logs/version_1/checkpoints/step=1.ckpt")
+    with pytest.raises(CheckpointError, match=r"logs holds 2 runs \(version_0, version_1\), but one is needed"):
+        found(tmp_path)
 
 
 @pytest.fixture
