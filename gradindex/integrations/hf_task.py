@@ -83,14 +83,18 @@ def task(
     options.setdefault("columns", _labels(model, train))
     options.setdefault("query_columns", {} if asked is None else _labels(model, asked))
     options.setdefault("name", type(trainer).__name__ if not kind else f"{type(trainer).__name__} {kind}")
-    adapted = {"base": "model"} if hasattr(model, "peft_config") else {}
     return Task(
         model=model,
         loss=found,
         train=train,
         query=asked,
         collate=collate,
-        checkpoints=find_checkpoints(folder, learning_rate=learning_rate, weighting=weighting, **adapted),
+        checkpoints=find_checkpoints(
+            folder,
+            learning_rate=learning_rate,
+            weighting=weighting,
+            base="model" if hasattr(model, "peft_config") else None,
+        ),
         layers=None if layers == "trainable" else layers,
         **options,
     )
