@@ -150,6 +150,14 @@ def test_a_resumed_training_is_recorded_as_one_that_was_not(tmp_path):
     assert [record["loss"] for record in parts.values()] == pytest.approx([r["loss"] for r in whole.values()])
 
 
+def test_a_callback_that_joins_a_resumed_training_counts_from_there(tmp_path):
+    saving = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1, filename="at_{step}")
+    fit(tmp_path, saving, callbacks=[pl.callbacks.Timer()])
+    fit(tmp_path, RecorderCallback(tmp_path / "ck", every=4), ckpt_path=str(tmp_path / "at_step=6.ckpt"))
+    found = {step: record["groups"][0]["steps"] for step, record in records(tmp_path / "ck").items()}
+    assert found == {8: 2, 12: 4}
+
+
 def test_a_training_without_an_end_needs_every_or_at(tmp_path):
     with pytest.raises(ArgumentError, match="count=10 needs the number of optimizer steps"):
         fit(tmp_path, RecorderCallback(tmp_path / "ck"), max_epochs=-1)
