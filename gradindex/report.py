@@ -49,6 +49,31 @@ class Card:
 
 
 @dataclass(frozen=True)
+class TokenText:
+    """A text whose tokens are coloured by their shares: green above zero, orange below.
+
+    Args:
+        caption: what it is.
+        tokens: in their order, as a tokenizer names them.
+        shares: (len(tokens),) signed.
+    """
+
+    caption: str
+    tokens: Sequence[str]
+    shares: NDArray[np.float64]
+
+    @property
+    def spans(self) -> list[dict[str, Any]]:
+        """For each token its text, its share, and the colour behind it, the fuller the larger the share."""
+        largest = float(np.abs(self.shares).max(initial=0)) or 1.0
+        return [
+            {"text": _text_of(token), "share": share, "sign": "up" if share > 0 else "down",
+             "strength": f"{80 * abs(share) / largest:.0f}%"}
+            for token, share in zip(self.tokens, self.shares.tolist(), strict=True)
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of a page; what is empty is left out.
 
@@ -59,6 +84,7 @@ class Section:
         figure: a picture as a ``data:`` address.
         caption: the text below the figure, which also says what it shows to those who cannot see it.
         table: records of the same keys.
+        texts: texts with coloured tokens.
     """
 
     title: str
@@ -67,6 +93,7 @@ class Section:
     figure: str = ""
     caption: str = ""
     table: Sequence[Mapping[str, Any]] = field(default=())
+    texts: Sequence[TokenText] = ()
 
 
 def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -> None:
@@ -111,6 +138,20 @@ def cards_html(cards: Sequence[Card]) -> str:
         DependencyError: jinja2 or matplotlib is missing.
     """
     html: str = _template("cards.html").render(cards=cards)
+    return html
+
+
+def token_texts_html(texts: Sequence[TokenText], note: str) -> str:
+    """Texts with coloured tokens as a fragment of HTML with its own style, for a notebook.
+
+    Args:
+        texts: what to show.
+        note: a line below.
+
+    Raises:
+        DependencyError: jinja2 is missing.
+    """
+    html: str = _template("tokens.html").render(texts=texts, note=note)
     return html
 
 
@@ -197,6 +238,13 @@ def _is_picture(shown: Any) -> bool:
         and (hasattr(shown, "__array__") or hasattr(shown, "__array_interface__"))
         and np.ndim(shown) >= 2
     )
+
+
+def _text_of(token: str) -> str:
+    """A token as people read it: tokenizers write spaces and ends of lines as signs of their own."""
+    for sign, text in (("\u0120", " "), ("\u2581", " "), ("\u010a", "\n")):
+        token = token.replace(sign, text)
+    return printable(token)
 
 
 def _number(value: Any) -> str:

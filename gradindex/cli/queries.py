@@ -122,21 +122,24 @@ def query(
 @click.command()
 @_about_queries('Also write an HTML page with heat maps here (extra "demo").')
 @click.option("--id", "ids", multiple=True, type=int, required=True, help="Training example to explain; repeatable.")
+@click.option("--tokens", is_flag=True, help="By tokens of the query and of the training example instead.")
 @forms
-def explain(retriever: Retriever, queries: Queries, html: Path | None, ids: tuple[int, ...], form: Form) -> None:
-    """Show which checkpoints and layers the scores of training examples come from.
+def explain(
+    retriever: Retriever, queries: Queries, html: Path | None, ids: tuple[int, ...], tokens: bool, form: Form
+) -> None:
+    """Show which checkpoints and layers, or which tokens, the scores of training examples come from.
 
     Example: gradindex explain /tmp/mnist --task scripts/tasks/mnist.py:task --position 0 --id 5 --id 7
     """
-    explanation = retriever.explain(queries, list(ids))
+    explanation: Any = (retriever.explain_tokens if tokens else retriever.explain)(queries, list(ids))
     if html:
         explanation.save_html(html)
         say(str(html), err=True)
     show(
         explanation.records(),
         lambda: str(explanation).split("\n"),
-        {"note": explanation.note, "scored": explanation.scored},
-        ["query", "id", "checkpoint", "layer", "score"],
+        {"note": explanation.note, "scored": "exact" if tokens else explanation.scored},
+        ["query", "id", *(("side", "position", "token") if tokens else ("checkpoint", "layer")), "score"],
         form,
     )
 

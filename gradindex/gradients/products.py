@@ -213,7 +213,7 @@ class Products:
                     value, gradients = state[f"model.{name}"], queries[checkpoint][number]
                     direction = gradients.gradient[query] * engine.scales[checkpoint][name]
                     directions[f"model.{name}"] = as_direction(direction, value)
-                along = _ROUTES[self.route](wrapper, state, directions, engine.batch(examples), len(examples))
+                along = ROUTES[self.route](wrapper, state, directions, engine.batch(examples), len(examples))
                 yield along.to(engine.dtype)
 
     def _pick_route(self) -> str:
@@ -238,7 +238,7 @@ class Products:
             }
             expected, allowed = rows @ direction, TOLERANCE[engine.dtype] * norms * direction.norm()
             groups = list(examples) if engine.alone else [examples]
-            for route, along in _ROUTES.items():
+            for route, along in ROUTES.items():
                 try:
                     derivatives = [along(wrapper, state, directions, engine.batch(g), len(g)) for g in groups]
                 except Exception:  # an operation without the derivative; torch raises many types
@@ -296,7 +296,7 @@ def _double_backward(wrapper: LossModule, state: State, directions: Mapping[str,
 
 
 # In the order in which they are tried.
-_ROUTES: Mapping[str, Along] = {"forward mode": _forward_mode, "double backward": _double_backward}
+ROUTES: Mapping[str, Along] = {"forward mode": _forward_mode, "double backward": _double_backward}
 
 
 @contextlib.contextmanager

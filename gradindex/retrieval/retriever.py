@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +14,14 @@ from numpy.typing import NDArray
 
 from ..choices import Aggregate, AnswerKind, Precision, Source
 from ..deprecation import deprecated, in_order
-from ..errors import ArgumentError, StoreChangedError, StoreError
+from ..errors import ArgumentError, StoreError
 from ..forking import one_thread_in_children
 from ..gradients import HALF, Engine, check_routes, with_unit_norm
 from ..index import require
 from ..matching import check_task
 from ..output import as_html
 from ..rows import RowMaker, projection_of
-from ..store import GradientStore, asked_again, described, followed, runs
+from ..store import GradientStore, asked_again, described, runs
 from ..task import Task
 from ..tree import preserved_random_state
 from .answering import hits_of
@@ -32,9 +31,11 @@ from .explanation import Explanation
 from .filters import allow
 from .hits import Both, Hits
 from .question import Question, QuestionKeywords, SearchKeywords
-from .scoring import Scores, by_factors, joined, measured, scored_as, shares, shown, through_model
+from .scoring import Scores, joined, measured, scored_as, shares
 from .searcher import LocalSearcher
 from .stages import Search
+from .streaming import streamed
+from .tokens import TokenExplanation, explain_tokens
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -277,11 +278,7 @@ class Retriever:
         Raises:
             ArgumentError: there is no such id or position.
         """
-        store = self.store
-        chosen = np.atleast_1d(runs.as_ids(ids))
-        if chosen.ndim != 1 or not len(chosen):
-            raise ArgumentError(f"ids have shape {chosen.shape}, but must be a list of at least one training id.")
-        asked_again(lambda: self._now()[0].check_ids(chosen))
+        store, chosen = self.store, self._chosen(ids)
         asked = self._prepared(store, queries, source, aggregate)
 
         def scores() -> NDArray[np.float64]:
@@ -304,6 +301,39 @@ class Retriever:
             self._geometry.measure,
         )
 
+    def explain_tokens(
+        self, queries: int | Sequence[Any] | Queries, ids: Any, *, source: Source = "query"
+    ) -> TokenExplanation:
+        """The same by token, of losses that are sums over tokens, as those of language models are.
+
+            score = sum_t sum_c eta_c <grad l_t(w_c; q), grad l(w_c; z)>
+                  = sum_t sum_c eta_c <grad l(w_c; q), grad l_t(w_c; z)>
+
+        by tokens t of the query, and of the training example. Each takes one pass through the model for each pair and
+        checkpoint, and no gradient of a single token.
+
+        Args:
+            queries: as in :meth:`search`.
+            ids: (n_ids,) training ids.
+            source: as in :meth:`search`.
+
+        Raises:
+            ArgumentError: there is no such id or position, or the queries are a group.
+            TaskError: neither loss is a sum over tokens; see :class:`gradindex.losses.TokenLoss`.
+        """
+        chosen = self._chosen(ids)
+        asked = self._prepared(self.store, queries, source, None)
+        with self._computing() as engine:
+            return asked_again(lambda: explain_tokens(self._now()[0], asked, chosen, engine, self._geometry))
+
+    def _chosen(self, ids: Any) -> NDArray[np.int64]:
+        """Ids that have a row, as an array."""
+        chosen = np.atleast_1d(runs.as_ids(ids))
+        if chosen.ndim != 1 or not len(chosen):
+            raise ArgumentError(f"ids have shape {chosen.shape}, but must be a list of at least one training id.")
+        asked_again(lambda: self._now()[0].check_ids(chosen))
+        return chosen
+
     def split(self, queries: int | Sequence[Any] | Queries, ids: Any, **options: Any) -> Explanation:
         """The former name of :meth:`explain`."""
         deprecated("Retriever.split", "Retriever.explain")
@@ -323,7 +353,7 @@ class Retriever:
 
         def scores() -> NDArray[Any]:
             store = self._now()[0]
-            return joined(self._pieces(store, asked), len(asked), store.n_train, dtype)
+            return joined(streamed(store, asked, self._geometry, self._computing), len(asked), store.n_train, dtype)
 
         return asked_again(scores)
 
@@ -336,41 +366,7 @@ class Retriever:
             StoreChangedError: meanwhile rows were removed, or became other ones, so that the pieces to come would not
                 fit those that came; that shards were compacted does not matter.
         """
-        yield from self._pieces(self.store, queries)
-
-    def _pieces(self, store: GradientStore, queries: Queries) -> Scores:
-        """As :meth:`exact_pieces`, of the ids that a store has."""
-        if queries.factors is not None and scored_as(store) == "exact":
-            found = self._from_factors(store, queries)
-            yield from shown("exact scores", found, len(queries) * store.n_train)
-        else:
-            with self._computing() as engine:
-                for which, ids, products in through_model(engine, queries, store.ids, store.manifest.batch_size):
-                    args = products, queries.norms[which], ids
-                    try:
-                        scores = measured(store, self._geometry, *args)
-                    except StoreChangedError:
-                        scores = asked_again(partial(self._measured_later, store, *args))
-                    yield which, ids, scores
-
-    def _from_factors(self, store: GradientStore, queries: Queries) -> Scores:
-        """Goes on with the shards that a compaction made, where it takes those away that are read."""
-        assert queries.factors is not None
-        left, fresh = store.ids, True
-        while len(left):
-            try:
-                for which, ids, products in by_factors(store, queries.factors, len(queries), left):
-                    yield which, ids, measured(store, self._geometry, products, queries.norms[which], ids)
-                    left, fresh = left[len(ids) :], True
-            except StoreChangedError:
-                if not fresh:
-                    raise
-                store, fresh = asked_again(partial(followed, store, left)), False
-
-    def _measured_later(
-        self, store: GradientStore, products: NDArray[Any], norms: NDArray[np.float64], ids: NDArray[np.int64]
-    ) -> NDArray[Any]:
-        return measured(followed(store, ids), self._geometry, products, norms, ids)
+        yield from streamed(self.store, queries, self._geometry, self._computing)
 
 
 def load(

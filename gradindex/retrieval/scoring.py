@@ -78,10 +78,10 @@ def exact_scores(
     with Engine(task, precision, device, alone=batch_size == 1) as engine, preserved_random_state():
         check_routes(engine, ids)
         check_queries(engine, items, [f"Query {i} of {len(items)}" for i in range(len(items))], role)
-        at_once = _at_once(engine)
+        count = at_once(engine)
         turns = (
-            (slice(start, min(start + at_once, len(items))), Products(engine, items[start : start + at_once], role))
-            for start in range(0, len(items), at_once)
+            (slice(start, min(start + count, len(items))), Products(engine, items[start : start + count], role))
+            for start in range(0, len(items), count)
         )
         dtype = np.float64 if engine.dtype == torch.float64 else np.float32
         return joined(_compared(engine, turns, len(items), ids, batch_size), len(items), len(ids), dtype)
@@ -99,10 +99,11 @@ def through_model(engine: Engine, queries: Queries, ids: NDArray[np.int64], batc
     Raises:
         NonFiniteGradientError: names the example.
     """
-    return _compared(engine, queries.products(engine, _at_once(engine)), len(queries), ids, batch_size)
+    return _compared(engine, queries.products(engine, at_once(engine)), len(queries), ids, batch_size)
 
 
-def _at_once(engine: Engine) -> int:
+def at_once(engine: Engine) -> int:
+    """How many queries' whole gradients may be in memory."""
     each = sum(layer.size for layer in engine.layers) * engine.n_checkpoints * engine.dtype.itemsize
     return max(1, _QUERY_BYTES // each)
 
@@ -270,7 +271,7 @@ def shares(
                 split[:, start : start + len(piece), checkpoint, layer] = share
             start += len(piece)
         return split
-    for which, products in queries.products(engine, _at_once(engine)):
+    for which, products in queries.products(engine, at_once(engine)):
         start = 0
         size = store.manifest.batch_size
         for examples in _read(engine.task, ids, size):

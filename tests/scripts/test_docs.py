@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from frameworks import imported
 from places import DATA, TOP
 from toys import call
 
@@ -178,8 +179,32 @@ def test_a_recipe_goes_from_a_finished_training_to_an_answer_in_at_most_12_lines
     assert "positive score = training on this example lowered the loss" in printed
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of transformers
+def test_the_page_on_language_models_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    imported("transformers").GPT2LMHeadModel  # noqa: B018  # loaded here, where it is made to load
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    printed = []
+    names = {"print": printed.append}
+    for language, text in blocks(TOP / "docs" / "recipes" / "language-models.md"):
+        if text.startswith("# lm_"):
+            (tmp_path / text.splitlines()[0][2:]).write_text(text)
+        elif language == "python":
+            exec(compile(text, "language-models.md", "exec"), names)
+        else:
+            printed += [said(line, tmp_path, monkeypatch) for line in shell_lines(text)]
+    hits, by_command, explanation, _, own = printed
+    assert str(hits).startswith('item 0 ("the owl chased the mouse"): proponents')
+    assert hits.ids[0, 0] == 18  # the same text
+    assert str(hits).splitlines()[1:4] == by_command.splitlines()[1:4]
+    assert explanation.query_tokens == (("the", "owl", "chased", "the", "mouse"),)
+    assert "gi-tokens" in (tmp_path / "tokens.html").read_text()
+    assert len(own[0]) == 5
+
+
 def test_other_pages_hold_no_block_that_nothing_runs():
-    run_above = ("README.md", "tasks.md", "captum.md", "huggingface.md", "lightning.md", *BY_TASK)
+    run_above = ("README.md", "tasks.md", "captum.md", "huggingface.md", "lightning.md", "language-models.md", *BY_TASK)
     assert [page.name for page in PAGES if page.name not in run_above and blocks(page)] == []
 
 
