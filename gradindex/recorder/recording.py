@@ -62,7 +62,7 @@ class Recorder:
         overwrite: delete an earlier training's ``step_*.pt`` in ``directory`` (those after ``first_step``) instead of
             refusing to mix two trainings.
         only_trained: save the parameters that the optimizer holds and the buffers, and leave out the rest, such as the
-            base of an adapter (LoRA), which must then come from the model that the checkpoint is loaded into.
+            base of an adapter (LoRA), which then comes from the task's model: ``find_checkpoints(base="model")``.
         clipping_unknown: gradients are clipped where :meth:`clipped` cannot be called, so record nothing for
             ``weighting="effective"``.
 

@@ -156,6 +156,12 @@ def test_only_the_adapter_of_a_lora_training_is_saved(tmp_path):
     assert all(torch.equal(content["model"][name], trainer.model.state_dict()[name]) for name in trained)
     others = set(content["model"]) - trained
     assert others <= {name for name, _ in trainer.model.named_buffers()}
+    fresh = peft.get_peft_model(classifier(), config)
+    (found,) = gradindex.find_checkpoints(tmp_path / "ck", base="model")
+    weights = found.load(fresh)
+    expected = trainer.model.state_dict()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert found.learning_rates(sorted(trained)) == pytest.approx(dict.fromkeys(trained, 0.01 / 4))
 
 
 def test_trls_trainer_is_recorded(tmp_path):

@@ -184,3 +184,23 @@ def test_only_what_is_trained_is_saved_with_all_buffers(tmp_path):
     step()
     # What was trained once is not what the base has.
     assert saved() == {"6.weight", "6.bias", "4.weight"} | buffers
+
+
+def test_what_is_not_saved_comes_from_the_model(tmp_path):
+    model = toys.mlp()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model[2].parameters(), 0.5)
+    recorder = gradindex.Recorder(model, optimizer, tmp_path, only_trained=True)
+    model(torch.randn(4, 6)).square().mean().backward()
+    optimizer.step()
+    trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    recorder.save()
+    fresh = toys.mlp()
+    fresh.load_state_dict(base)
+    (found,) = gradindex.find_checkpoints(tmp_path, base="model")
+    weights = found.load(fresh)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in trained.items())
+    assert not torch.equal(weights["2.weight"], base["2.weight"])
+    (alone,) = gradindex.find_checkpoints(tmp_path)
+    with pytest.raises(CheckpointError, match=r"0\.weight"):
+        alone.load(fresh)
