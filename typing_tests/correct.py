@@ -11,13 +11,14 @@ from torch.utils.data import TensorDataset
 from typing_extensions import assert_type
 
 import gradindex
-from gradindex import BuildOptions, GradientStore, Hits, Question, Recorder, Retriever, Task, evaluation, growth
+from gradindex import BuildOptions, GradientStore, Hits, Question, Recorder, Retriever, Task, evaluation, growth, losses
 from gradindex.building import build_part, estimate
 from gradindex.errors import ArgumentError, GradIndexError
 from gradindex.projection import Projection
 from gradindex.retrieval.asking import Queries
 from gradindex.retrieval.explanation import Explanation
 from gradindex.retrieval.hits import Both
+from gradindex.retrieval.tokens import TokenExplanation
 
 
 def loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -36,7 +37,9 @@ def training(model: nn.Module) -> None:
 
 def described(model: nn.Module, train: TensorDataset) -> Task:
     """A task from a folder of checkpoints."""
-    return Task(model=model, loss=loss, train=train, checkpoints=gradindex.find_checkpoints("checkpoints"))
+    checkpoints = gradindex.find_checkpoints("checkpoints")
+    print(Task(model, losses.causal_lm("sum"), train, checkpoints, query_loss="predicted"))
+    return Task(model=model, loss=loss, train=train, checkpoints=checkpoints)
 
 
 def built(task: Task) -> GradientStore:
@@ -71,6 +74,7 @@ def asked(retriever: Retriever) -> Hits:
     assert_type(Question.from_dict(question.to_dict()), Question)
     assert_type(retriever.answer(queries, question), Hits)
     assert_type(retriever.explain(0, hits.ids[0]), Explanation)
+    assert_type(retriever.explain_tokens(0, hits.ids[0]), TokenExplanation)
     return hits
 
 

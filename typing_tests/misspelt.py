@@ -1,7 +1,7 @@
 """What people mistype. Mypy must refuse each line with an ignore: strict, it reports one that ignores nothing."""
 
 import gradindex
-from gradindex import BuildOptions, Hits, Question, Retriever, Task, evaluation
+from gradindex import BuildOptions, Hits, Question, Retriever, Task, evaluation, losses
 from gradindex.building import build
 from gradindex.projection import Projection
 
@@ -23,6 +23,13 @@ def options_of_a_build(task: Task) -> None:
     gradindex.add(task, "store", worker=2)  # type: ignore[call-arg]
     gradindex.load("store", task)  # type: ignore[arg-type]
     Projection("kroneker", 512)  # type: ignore[arg-type]
+
+
+def losses_of_a_task(task: Task) -> None:
+    """Values that losses do not take."""
+    losses.causal_lm("average")  # type: ignore[arg-type]
+    losses.sequence_classification("ranking")  # type: ignore[arg-type]
+    Task(task.model, task.loss, task.train, task.checkpoints, query_loss="predict")  # type: ignore[arg-type]
 
 
 def options_of_a_question(retriever: Retriever) -> None:

@@ -46,7 +46,7 @@ def task(
 
     Model, data, collator and the columns that the trainer drops are the trainer's. The loss is that which the model's
     class trains with, an example at a time; examples of a masked language model get masks that stay the same. Examples
-    show as their text, and a column of labels is stored as ``label``.
+    show as their text, and a column of labels is stored as ``label``. Texts are queries by way of the tokenizer.
 
     Args:
         trainer: after training, or made as for training.
@@ -80,6 +80,7 @@ def task(
         asked = None if asked is None else losses.Masked(asked, tokenizer, probability, seed)
         collate = trainer._get_collator_with_removed_columns(DataCollatorForTokenClassification(tokenizer))
     options.setdefault("show", partial(_shown, tokenizer))
+    options.setdefault("tokenizer", tokenizer if hasattr(tokenizer, "convert_ids_to_tokens") else None)
     options.setdefault("columns", _labels(model, train))
     options.setdefault("query_columns", {} if asked is None else _labels(model, asked))
     options.setdefault("name", type(trainer).__name__ if not kind else f"{type(trainer).__name__} {kind}")

@@ -1,6 +1,7 @@
 """hf.task: from a trainer to a task, against the model's own loss and naive autograd."""
 
 import warnings
+from dataclasses import replace
 
 import frameworks
 import numpy as np
@@ -98,6 +99,13 @@ def test_a_classifier_in_one_line(classifier, tmp_path):
     hits = gradindex.load(task, store.folder).proponents([0], k=3)
     assert "good film" in str(hits)
     assert "label" in store.columns
+    # A text without a label is a query about the model's own answer.
+    (text,) = task.read_texts(["good film"])
+    assert task.token_names(text["input_ids"])[1:3] == ["good", "film"]
+    asked = gradindex.load(replace(task, query_loss="predicted"), store.folder)
+    found = asked.exact_scores(text)
+    answer = int(task.model(**task.collate([text])).logits.argmax(1))
+    np.testing.assert_allclose(found, gradindex.exact_scores(task, [text | {"label": answer}]), rtol=1e-4, atol=1e-7)
 
 
 def test_masks_of_a_masked_language_model_stay_the_same(tokenizer, tmp_path):
