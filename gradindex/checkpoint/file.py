@@ -17,7 +17,7 @@ from ..digests import digest
 from ..errors import ArgumentError, CheckpointError, user_code
 from ..recorder import recorded_groups, recorded_training
 from ..weights import Base, Rate, aligned, as_rate, fitted, found_weights, rate_for, read
-from .sources import ALL, UNNAMED, Source, opened, recorded
+from .sources import ALL, UNKNOWN, Source, opened, recorded
 from .sources.layouts import place_of
 
 # What a user's own loader is: from the path and a copy of the model to weights by name.
@@ -283,11 +283,10 @@ class Checkpoint:
         return {name: rate_for(self.path, rates, name, _WAY_OUT) for name in parameters}
 
     def _recorded_rates(self, record: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, float]:
-        if UNNAMED in record:
-            shown = " and ".join(f"{rate:g}" for rate in dict.fromkeys(record[UNNAMED]))
+        if UNKNOWN in record:
             raise CheckpointError(
-                f"{self.path} has learning rates {shown} for groups of parameters whose names are not known. Give "
-                "learning_rate={pattern: rate}, or train with gradindex.Recorder."
+                f"{self.path} {record[UNKNOWN]}, so its weight eta is unknown. Give learning_rate= (a number, or "
+                "{pattern: rate}), or train with gradindex.Recorder."
             )
         wanted = _RECORDED_FIELD[self.weighting]
         if not any(wanted in group for group in record["groups"]) and self.weighting == "effective":
@@ -314,7 +313,7 @@ class Checkpoint:
         optimizer did not hold are left out.
         """
         record = self._record(model)
-        if record is None or UNNAMED in record:
+        if record is None or UNKNOWN in record:
             return None
         found = recorded_training(dict(record))
         if ALL in found:

@@ -6,6 +6,7 @@ A mapped file that is overwritten changes tensors that were loaded from it, and 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import os
@@ -271,10 +272,25 @@ def _torch(path: Path, file: _Checked, size: int, kind: str, map_location: str) 
         raise
     except Exception as error:  # whatever damaged bytes make torch and pickle raise
         text = str(error)
+        if "argparse.Namespace" in text and (value := _of_timm(file, map_location)) is not None:
+            return value
         if map_location == "meta":  # some things cannot be there, such as sparse tensors
             file.seek(0)
             return _torch(path, file, size, kind, "cpu")
         raise CheckpointError(_objects(path, text) or _damaged(path, _reason(error))) from None
+
+
+def _of_timm(file: _Checked, map_location: str) -> Any:
+    """What timm's trainer saved, whose command line is a Namespace, which holds plain values; else ``None``."""
+    file.seek(0)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            value = torch.load(cast(IO[bytes], file), map_location=map_location, weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception:  # it holds other objects as well, which the caller names
+        return None
+    return value if isinstance(value, Mapping) and {"arch", "args", "state_dict"} <= value.keys() else None
 
 
 def _check_archive(path: Path, file: _Checked, size: int) -> None:

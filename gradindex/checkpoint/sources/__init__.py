@@ -2,6 +2,7 @@
 
 from . import adapters as adapters
 from . import files as files
+from . import loops as loops
 from . import trainer as trainer
 from .base import SOURCES as SOURCES
 from .base import Source as Source
@@ -12,4 +13,4 @@ from .layouts import Layout as Layout
 from .layouts import layout_of as layout_of
 from .layouts import place_of as place_of
 from .records import ALL as ALL
-from .records import UNNAMED as UNNAMED
+from .records import UNKNOWN as UNKNOWN

@@ -101,6 +101,12 @@ class Optimizer:
                 moments[name] = state["exp_avg_sq"].detach().float() / (1.0 - float(betas[1]) ** taken)
         return moments
 
+    def taken(self) -> int | None:
+        """How many steps it took, where it counts them, of a state with numbers."""
+        counts = [_number(state.get("step")) for state in self._state.values() if isinstance(state, Mapping)]
+        known = [count for count in counts if count is not None]
+        return int(max(known)) if known else None
+
     def trained(self, groups: Sequence[Sequence[str]]) -> set[str]:
         """Names of the parameters that it has a state of, so that took a step; of an optimizer without any, all."""
         return {

@@ -12,8 +12,8 @@ from .schedules import Schedule
 
 # Stands for all parameters that no other group names.
 ALL = "*"
-# Rates of groups whose parameters are not known.
-UNNAMED = "unnamed"
+# Why rates are not known, where they are not.
+UNKNOWN = "unknown"
 
 
 def record_of(
@@ -64,7 +64,8 @@ def record_of(
         groups.append({"parameters": [ALL], "learning_rate": rates[0], "learning_rate_sum": sums[0]})
     record: dict[str, Any] = {"version": 1, "step": step, "groups": groups}
     if not groups:
-        record[UNNAMED] = rates
+        shown = " and ".join(f"{rate:g}" for rate in dict.fromkeys(rates))
+        record[UNKNOWN] = f"has learning rates {shown} for groups of parameters whose names are not known"
     if loss is not None:
         record["loss"] = loss
     if moments is not None and model is not None:

@@ -127,13 +127,15 @@ def _made(kind: type[Any], state: Mapping[str, Any], optimizer: torch.optim.Opti
     if kind is lr_scheduler.OneCycleLR:
         for group in optimizer.param_groups:
             group.setdefault("max_lr", group["lr"])
+        own = [dict(group) for group in optimizer.param_groups]
         made = lr_scheduler.OneCycleLR(
             optimizer, [g["max_lr"] for g in optimizer.param_groups], int(state["total_steps"]), cycle_momentum=False
         )
         # Its own phases instead of those of the default arguments.
         made.load_state_dict({**state, "last_epoch": 0, "_step_count": 1, "cycle_momentum": False})
-        for group, rate in zip(optimizer.param_groups, state["base_lrs"], strict=True):
-            group["initial_lr"] = group["lr"] = float(rate)
+        for group, before in zip(optimizer.param_groups, own, strict=True):
+            group |= {name: value for name, value in before.items() if name.endswith("_lr")}
+            group["lr"] = group["initial_lr"]
         return made
     takes = [name for name in inspect.signature(kind).parameters if name != "last_epoch" and name in state]
     given = {name: state[name] for name in takes}

@@ -103,7 +103,7 @@ class TrainerRun(Source):
     def record(self, model: nn.Module | None, since: int | None, moments: bool = False) -> Mapping[str, Any] | None:
         """See :class:`Source`: rates as they were logged, else as the scheduler's state has them."""
         earlier = [source.step for source in self._beside() if source.step < self.step]
-        since = max(earlier, default=0) if since is None else since
+        since = max([since or 0, *earlier])
         logged = [self.log[step]["loss"] for step in sorted(self.log) if step <= self.step and "loss" in self.log[step]]
         path = self.optimizer_path
 
