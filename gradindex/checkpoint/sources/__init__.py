@@ -1,6 +1,7 @@
 """Where checkpoints come from: each trainer's files in a file of its own, known by what lies on disk."""
 
 from . import adapters as adapters
+from . import distributed as distributed
 from . import files as files
 from . import loops as loops
 from . import trainer as trainer
