@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from frameworks import imported
+from pages import RECIPES, blocks
 from places import DATA, TOP
 from toys import call
 
@@ -37,10 +38,6 @@ model = make_model()
 optimizer = torch.optim.SGD(model.parameters(), 0.1)
 loader = DataLoader(train_set, 8, shuffle=True)
 """
-
-
-def blocks(page):
-    return re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def shell_lines(text):
@@ -205,7 +202,8 @@ def test_the_page_on_language_models_runs_from_top_to_bottom(tmp_path, monkeypat
 
 def test_other_pages_hold_no_block_that_nothing_runs():
     run_above = ("README.md", "tasks.md", "captum.md", "huggingface.md", "lightning.md", "language-models.md", *BY_TASK)
-    assert [page.name for page in PAGES if page.name not in run_above and blocks(page)] == []
+    run = {*run_above, *RECIPES}
+    assert [page.name for page in PAGES if page.name not in run and blocks(page)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,0 +1,145 @@
+"""Recipes run from top to bottom, give answers that make sense, and exact scores as plain autograd has them.
+
+The last is in float64, on a few examples of each page's own task: within 1e-6 of every score, and within 1e-10 of the
+product of the gradients' norms.
+"""
+
+import math
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from frameworks import imported
+from pages import RECIPES, blocks
+from places import DATA, TOP
+from reference import gradients, scores
+
+import gradindex
+
+SIGN = "positive score = training on this example lowered the loss"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Run a page in an empty folder of its own, in this process; its names, and what its blocks printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def page(name):
+        names, printed = {"__name__": "recipe"}, []
+        for language, text in blocks(TOP / "docs" / "recipes" / name):
+            assert language == "python"
+            exec(compile(text, name, "exec"), names)
+            printed.append(capsys.readouterr().out)
+        return names, printed
+
+    return page
+
+
+def check_scores(task, rates, n=8):
+    """Scores of three queries and ``n`` training examples against autograd.
+
+    Args:
+        rates: for each checkpoint, a number or (parameters,) numbers; not read from what gradindex recorded.
+    """
+    few = replace(
+        task, train=[task.train[i] for i in range(n)], query=[task.query[i] for i in range(3)], columns={},
+        query_columns={},
+    )  # fmt: skip
+    truth, scale = scores(few, gradients(few, few.query, "query"), gradients(few, few.train), rates)
+    found = gradindex.exact_scores(few, list(few.query), precision="float64")
+    assert np.abs(truth).min() > 0
+    np.testing.assert_array_less(np.abs(found - truth), 1e-10 * scale)
+    np.testing.assert_allclose(found, truth, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_first_answer_is_at_most_12_lines_after_the_training(name):
+    (part,) = re.findall(r"^## Ask\n(.*?)(?=^## )", (TOP / "docs" / "recipes" / name).read_text(), re.M | re.S)
+    (block,) = re.findall(r"^```python\n(.*?)^```", part, re.M | re.S)
+    assert 5 <= len([line for line in block.splitlines() if line.strip()]) <= 12
+    assert "gradindex.build" in block
+    assert "proponents(" in block
+
+
+@pytest.mark.slow
+def test_a_folder_that_timm_wrote(run):
+    with torch.serialization.safe_globals([]):  # what the page allows is forgotten afterwards
+        names, printed = run("folder.md")
+        assert SIGN in printed[1]
+        found = int(re.match(r"(\d+) of the first 40 have a wrong label, of 40", printed[2])[1])
+        assert found > 20  # four by chance
+        check_scores(names["task"], [0.1 * (1 + math.cos(math.pi * epoch / 6)) / 2 for epoch in range(5)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["the census", "made up"])
+def test_a_table(run, tmp_path, monkeypatch, given):
+    pytest.importorskip("pandas")
+    if given == "made up":
+        monkeypatch.syspath_prepend(TOP / "scripts" / "tasks")
+        import stand_in
+
+        stand_in.california_housing(tmp_path / "california_housing.csv")
+    elif not (DATA / "california_housing.csv").exists():
+        pytest.skip(f"needs {DATA}/california_housing.csv (GRADINDEX_DATA)")
+    else:
+        shutil.copy(DATA / "california_housing.csv", tmp_path)
+    names, printed = run("table.md")
+    assert SIGN in printed[1]
+    inland = names["inland"]
+    assert list(inland["kind"]) == ["proponents"] * 5 + ["opponents"] * 5
+    train = names["train"]
+    assert set(train["ocean_proximity"].iloc[inland["id"]]) == {"INLAND"}
+    np.testing.assert_array_equal(train["price"].iloc[inland["id"]], inland["price"])  # by place, not by index
+    moved = gradindex.load(names["predicted"], "store").both([0], k=1)
+    # The one that lowered the prediction most was overestimated, the one that raised it most underestimated.
+    (up, down), model = (hits.ids[0, 0] for hits in moved), names["task"].model
+    with torch.no_grad():
+        errors = model(names["x"][:400]) - names["y"][:400]
+    assert errors[up] > 0 > errors[down]
+    check_scores(names["task"], [0.01] * 5)
+
+
+@pytest.mark.slow
+def test_graphs(run):
+    imported("torch_geometric")
+    names, printed = run("graphs.md")
+    assert SIGN in printed[1]
+    hits = names["retriever"].both(range(10), k=5)
+    labels = np.array([[int(graph.y)] for graph in names["test_set"]])
+    assert np.mean(hits.proponents.columns["label"] == labels) > 0.9
+    assert np.mean(hits.opponents.columns["label"] == labels) < 0.1
+    check_scores(names["task"], [0.05] * 3)
+
+
+@pytest.mark.slow
+def test_a_detector(run):
+    names, printed = run("detection.md")
+    assert SIGN in printed[1]
+    retriever = gradindex.load(replace(names["task"], query_loss=names["class_loss"]), "store")
+    first = [str(int(target["labels"][0])) for _, target in names["test_set"]]
+    shares = []
+    for hits in retriever.both(range(10), k=5):
+        pairs = zip(first, hits.columns["labels"], strict=True)
+        shares.append(np.mean([[label in text for text in row] for label, row in pairs]))
+    assert shares[0] > shares[1] + 0.3  # proponents show a thing of the query's class
+    check_scores(names["task"], [0.1] * 6)
+
+
+@pytest.mark.slow
+def test_two_optimizers(run):
+    names, printed = run("optimizers.md")
+    assert SIGN in printed[1]
+    assert re.search(r"^at checkpoint +backbone.0 +head +all layers$", printed[2], re.M)
+    rates, share = [], 0.0
+    for epoch in range(10):
+        shares = []
+        for _ in range(10):
+            share = 1 + 0.9 * share
+            shares.append(share)
+        rates.append((0.02 * 0.9**epoch * sum(shares), 0.2 * 10))
+    backbone, head = (sum(p.numel() for p in part.parameters()) for part in names["model"])
+    check_scores(names["task"], [[slow] * backbone + [fast] * head for slow, fast in rates[::2]])
