@@ -117,7 +117,7 @@ class Engine:
             return {f"model.{name}": self._weight(name, tensor) for name, tensor in tensors.items() if name in unique}
 
         def read_again(number: int) -> dict[str, Tensor]:
-            loaded = task.checkpoints[number].read(self.model, base, moments)
+            loaded = task.checkpoints[number].read(self.model, base)
             if loaded.sha256 != self.loaded[number].sha256:
                 raise CheckpointError(
                     f"{loaded.checkpoint.path} was changed while it was in use. Try again once it is fully written."

@@ -110,7 +110,7 @@ def negligible(paths: Sequence[str | os.PathLike[str]], rates: Sequence[Mapping[
     largest = [max(each.values(), default=0.0) for each in rates]
     way_out = (
         "Give the rates of the steps before with learning_rate= (a list or {step: rate}), choose "
-        "weighting='integrated' for checkpoints that Recorder saved, or 'uniform'"
+        "weighting='integrated' where a schedule was recorded or logged, or 'uniform'"
     )
     if not any(largest):
         raise CheckpointError(

@@ -8,6 +8,7 @@ import torch
 import toys
 from reference import gradients, scores
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gradindex
 from gradindex import Checkpoint, find_checkpoints
@@ -217,3 +218,20 @@ def test_a_list_of_checkpoints_with_loaders_is_copied_with_other_rates(tmp_path,
     assert found == [Checkpoint(str(tmp_path / "w_4.npz"), 0.5, step=4, load=load_arrays)]
     with pytest.raises(TaskError, match="checkpoints"):
         gradindex.Task(model, toys.cross_entropy, [1], [load_arrays])
+
+
+def test_averages_that_torch_keeps_are_found_and_named(tmp_path, model):
+    averages = []
+    for step in (1, 2):
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        for _ in range(step + 1):
+            toys.randomise(model)
+            averaged.update_parameters(model)
+        averages.append(averaged.module)
+        torch.save(averaged.state_dict(), tmp_path / f"ema_{step}.pt")
+    found = find_checkpoints(tmp_path, learning_rate=0.1)
+    assert [item.read(toys.mlp()).kind for item in found] == ["AveragedModel"] * 2
+    assert all(same(item.load(toys.mlp()), averaged) for item, averaged in zip(found, averages, strict=True))
+    torch.save({"model": model.state_dict(), "ema": averages[0].state_dict()}, tmp_path / "both.pt")
+    assert same(Checkpoint(tmp_path / "both.pt", 0.1).load(toys.mlp()), model)
+    assert same(Checkpoint(tmp_path / "both.pt", 0.1, key="ema").load(toys.mlp()), averages[0])

@@ -350,3 +350,15 @@ def test_the_weights_file_of_a_checkpoint_is_the_checkpoint(run):
     folders = find_checkpoints(run[0])
     assert [item.learning_rates([name]) for item in found] == [item.learning_rates([name]) for item in folders]
     assert [item.sha256() for item in found] == [item.sha256() for item in folders]
+
+
+def test_a_folder_with_an_optimizer_of_ones_own_loop_is_no_unfinished_run(own_run):
+    folder = own_run.parent / "own" / "step_2"
+    folder.mkdir(parents=True)
+    for name in ("model.safetensors", "optimizer.pt"):
+        shutil.copy(own_run / "checkpoint-2" / name, folder / name)
+    (found,) = find_checkpoints(folder.parent, learning_rate=0.1)
+    assert (found.step, found.read(gpt2()).kind) == (2, "weights")
+    shutil.copy(own_run / "checkpoint-2" / "training_args.bin", folder / "training_args.bin")
+    with pytest.raises(CheckpointError, match="which the Trainer writes last"):
+        find_checkpoints(folder.parent, learning_rate=0.1)

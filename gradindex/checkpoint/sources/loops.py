@@ -79,8 +79,9 @@ class Loop(Source):
             why = f"was saved after {self.taken} steps of its optimizer, but {count} of its scheduler do not match them"
             return {"version": 1, "step": self.taken, "groups": [], UNKNOWN: why}
         schedules, whole = found
-        earlier = [other.taken for other in self.beside() if whole]
-        since = max([since or 0, *(step for step in earlier if step is not None and step < self.taken)])
+        if since is None and whole:
+            steps = [other.taken for other in self.beside()]
+            since = max((step for step in steps if step is not None and step < self.taken), default=0)
         return record_of(
             self.taken,
             since,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from .schedules import Schedule, replayed
 
 STATE = "trainer_state.json"
 _OPTIMIZERS, _SCHEDULER = ("optimizer.pt", "optimizer.bin"), "scheduler.pt"
+# Beside the weights also where Trainer.save_model wrote them, but then without an optimizer.
+_ARGUMENTS = "training_args.bin"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _SHOWN_DIGITS = 1e-9
 
@@ -41,7 +43,9 @@ class TrainerRun(Source):
         folder = place.folder
         if folder is None or (folder / STATE).is_file():
             return folder is not None
-        begun = any((folder / name).is_file() for name in (_SCHEDULER, _OPTIMIZERS[0]))
+        begun = (folder / _ARGUMENTS).is_file() and any(
+            (folder / name).is_file() for name in (_SCHEDULER, _OPTIMIZERS[0])
+        )
         if begun or (_FOLDER.fullmatch(folder.name) and _has_state_beside(folder)):
             raise CheckpointError(
                 f"{folder} has no {STATE}, which the Trainer writes last: it is still being written, or was cut short. "
@@ -61,7 +65,8 @@ class TrainerRun(Source):
     @cached_property
     def state(self) -> dict[str, Any]:
         """What the Trainer wrote of itself."""
-        return json_of(self.folder / STATE)
+        path = self.folder / STATE
+        return _state_of(path, _stamp(path))
 
     @property
     def step(self) -> int:
@@ -74,19 +79,14 @@ class TrainerRun(Source):
     @cached_property
     def log(self) -> dict[int, dict[str, float]]:
         """What was logged at each step that logged a rate."""
-        entries = self.state.get("log_history")
-        found = {}
-        for entry in entries if isinstance(entries, list) else []:
-            rate, step = (entry.get("learning_rate"), entry.get("step")) if isinstance(entry, dict) else (None, None)
-            if isinstance(step, int) and isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0:
-                found[step] = {k: v for k, v in entry.items() if isinstance(v, int | float)}
-        return found
+        path = self.folder / STATE
+        return _log_of(path, _stamp(path))
 
     @cached_property
     def scheduler(self) -> Mapping[str, Any]:
         """The state of the scheduler; empty where none was saved."""
         path = self.folder / _SCHEDULER
-        value = read(path).value if path.is_file() else {}
+        value = _scheduler_of(path, _stamp(path)) if path.is_file() else {}
         return value if isinstance(value, Mapping) else {}
 
     @cached_property
@@ -102,8 +102,8 @@ class TrainerRun(Source):
 
     def record(self, model: nn.Module | None, since: int | None, moments: bool = False) -> Mapping[str, Any] | None:
         """See :class:`Source`: rates as they were logged, else as the scheduler's state has them."""
-        earlier = [source.step for source in self._beside() if source.step < self.step]
-        since = max([since or 0, *earlier])
+        if since is None:
+            since = max((source.step for source in self._beside if source.step < self.step), default=0)
         logged = [self.log[step]["loss"] for step in sorted(self.log) if step <= self.step and "loss" in self.log[step]]
         path = self.optimizer_path
 
@@ -128,7 +128,7 @@ class TrainerRun(Source):
         """Of each group: the log has the first group's rate; others are as much larger as they began."""
         shift = 1 if self._logs_next() else 0
         logged = {step + shift: entry["learning_rate"] for step, entry in self.log.items()}
-        states = [(source.step, source.scheduler.get("_last_lr")) for source in (self, *self._beside())]
+        states = [(source.step, source.scheduler.get("_last_lr")) for source in (self, *self._beside)]
         reached = {
             step + 1: [float(rate) for rate in rates] for step, rates in states if isinstance(rates, list) and rates
         }
@@ -169,7 +169,7 @@ class TrainerRun(Source):
         holds, though the schedule moves. Later versions log what the step used.
         """
         equal, moving = 0, False
-        for source in (self, *self._beside()):
+        for source in (self, *self._beside):
             last, entry = source.scheduler.get("_last_lr"), source.log.get(source.step)
             if not isinstance(last, list) or not last or entry is None:
                 continue
@@ -180,6 +180,7 @@ class TrainerRun(Source):
             moving = moving or bool(before and before[-1] != entry["learning_rate"])
         return equal > 0 and moving
 
+    @cached_property
     def _beside(self) -> list[TrainerRun]:
         """The other checkpoints of its run, as far as they are there now."""
         found = []
@@ -203,6 +204,33 @@ class TrainerRun(Source):
                     f"{one.folder} and {other.folder} are of different runs: they are in different folders, or their "
                     f"{STATE} tells of different losses at the same step. Give the folder of one run, or a pattern."
                 )
+
+
+# A run's files are read once and not anew for each of its checkpoints, unless they change.
+@lru_cache(maxsize=512)
+def _state_of(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
+    return json_of(path)
+
+
+@lru_cache(maxsize=512)
+def _log_of(path: Path, stamp: tuple[int, int]) -> dict[int, dict[str, float]]:
+    entries = _state_of(path, stamp).get("log_history")
+    found = {}
+    for entry in entries if isinstance(entries, list) else []:
+        rate, step = (entry.get("learning_rate"), entry.get("step")) if isinstance(entry, dict) else (None, None)
+        if isinstance(step, int) and isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0:
+            found[step] = {k: v for k, v in entry.items() if isinstance(v, int | float)}
+    return found
+
+
+@lru_cache(maxsize=512)
+def _scheduler_of(path: Path, stamp: tuple[int, int]) -> Any:
+    return read(path).value
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_mtime_ns, about.st_size
 
 
 def _has_state_beside(folder: Path) -> bool:
