@@ -72,8 +72,9 @@ def info(folder: Path, as_json: bool) -> None:
 
 
 def _source(sources: Sequence[Mapping[str, Any]], number: int) -> dict[str, str]:
-    """A cell on what wrote a checkpoint; none of stores that do not say it, which are older."""
-    if len(sources) <= number:
+    """A cell on what wrote a checkpoint; none of stores that do not say it, or where all are plain weights."""
+    plain = all(source["kind"] == "weights" and not source["from_model"]["parameters"] for source in sources)
+    if plain or len(sources) <= number:
         return {}
     own = sources[number]["from_model"]["parameters"]
     lent = f" ({own:,} parameter{'s' * (own != 1)} from the model)" if own else ""
