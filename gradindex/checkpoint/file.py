@@ -40,7 +40,8 @@ class Loaded:
 
     Args:
         checkpoint: what was read.
-        tensors: the weights, by the names of ``model.state_dict()``, on the CPU; no file is mapped.
+        tensors: the weights, by the names of ``model.state_dict()``: on the CPU, but for what the model itself lends;
+            no file is mapped.
         record: what ``Recorder`` or another trainer saved beside them.
         sha256: of the bytes that all this was read from; of tensors, where a loader of the user's own or a converter
             read them, and with those that are the model's own.

@@ -104,7 +104,8 @@ class Engine:
         unsaved = {name: tensor.clone() for name, tensor in self.model.named_buffers() if name not in saved}
 
         packed = packed_parameters(self.model, self._frozen)
-        base, moments = Base(self.model, self.parameters), task.preconditioner is not None
+        self._base = base = Base(self.model, self.parameters)
+        moments = task.preconditioner is not None
 
         def state_of(loaded: Loaded) -> dict[str, Tensor]:
             tensors = unsaved | loaded.tensors
@@ -168,6 +169,11 @@ class Engine:
             lock = _LOCKS.setdefault(self.model, threading.RLock())
         lock.acquire()  # while hooks are on a model and other tensors in it, no other thread may use it
         self._lock = lock
+        try:
+            self._base.check()
+        except CheckpointError:
+            lock.release()
+            raise
         self._training = [(module, module.training) for module in self.model.modules()]
         self._attributes = [(module, dict(vars(module))) for module in self.model.modules()]
         for module in self.model.modules():  # what a train() or eval() of the model's own does besides is left out

@@ -52,7 +52,9 @@ class Fitted:
 
 
 class Base:
-    """A model's own weights, which stand in for what checkpoints lack: copied once, for all of them.
+    """A model's own weights, which stand in for what checkpoints lack: lent as they lie in the model, buffers copied.
+
+    A copy would double the memory of a large model. So whoever computes with them asks :meth:`check` first.
 
     Args:
         model: as it is when a weight is first asked for.
@@ -61,15 +63,31 @@ class Base:
 
     def __init__(self, model: nn.Module, tracked: Collection[str] = ()) -> None:
         self._model, self.tracked = model, frozenset(tracked)
+        self._lent = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._tensors: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
         self._digests: dict[tuple[str, ...], str] = {}
 
     def tensor(self, name: str, first: str, own: Tensor) -> Tensor:
-        """The copy of a tensor of the model, on the CPU; ``first`` is the first of the names that it has there."""
+        """A tensor of the model, where it is; ``first`` is the first of the names that it has there."""
         if first not in self._tensors:
-            self._tensors[first] = own.detach().cpu().clone()
+            self._tensors[first] = own.detach() if first in self._lent else own.detach().clone()
+            self._versions[first] = self._tensors[first]._version
         self._tensors[name] = self._tensors[first]
         return self._tensors[name]
+
+    def check(self) -> None:
+        """Refuse weights that were changed in place after they were lent.
+
+        Raises:
+            CheckpointError: names one.
+        """
+        for name, version in self._versions.items():
+            if self._tensors[name]._version != version:
+                raise CheckpointError(
+                    f"{name} of the model was changed after it was read as the base of the checkpoints. Load the store "
+                    "again, or give the task a copy of the model (copy.deepcopy)."
+                )
 
     def digest(self, names: Sequence[str]) -> str:
         """SHA-256 over the copies of these names, in hexadecimal."""

@@ -21,7 +21,7 @@ from harness import Anonymous, Bench
 import gradindex
 from gradindex.projection import Projection
 
-EXAMPLES, TOKENS, CHECKPOINTS = 8, 16, 3
+EXAMPLES, TOKENS, CHECKPOINTS = 4, 8, 3
 
 
 def make_model(quick: bool) -> torch.nn.Module:

@@ -170,6 +170,27 @@ def test_weights_that_a_checkpoint_lacks_are_the_models_once_for_all(tuned, tmp_
     assert states[0]["model.head.weight"] is not states[2]["model.head.weight"]
 
 
+def test_a_base_is_lent_and_must_stay_as_it_is(tuned, tmp_path):
+    task, _ = tuned
+    found = find_checkpoints(tmp_path / "h_*.pt", learning_rate=0.1, base="model")
+    task = gradindex.Task(task.model, task.loss, task.train, found)
+    first = Engine(task).states[0]
+    assert first["model.backbone.weight"].data_ptr() == task.model.backbone.weight.data_ptr()
+    assert first["model.norm.running_var"].data_ptr() != task.model.norm.running_var.data_ptr()  # models write to these
+    gradindex.build(task, tmp_path / "store")
+    retriever = gradindex.load(task, tmp_path / "store")
+    retriever.proponents([0], source="train", k=2)
+    toys.randomise(task.model.head)  # is not of the base
+    retriever.proponents([0], source="train", k=2)
+    with torch.no_grad():
+        task.model.backbone.weight += 1
+    for _ in range(2):
+        with pytest.raises(
+            CheckpointError, match=r"backbone\.weight of the model was changed after it was read as the"
+        ):
+            retriever.proponents([0], source="train", k=2)
+
+
 def test_a_base_is_part_of_what_a_store_was_built_from_and_is_said(tuned, tmp_path, capsys):
     task, _ = tuned
     found = find_checkpoints(tmp_path / "h_*.pt", learning_rate=0.1, base="model")
