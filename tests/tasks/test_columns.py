@@ -546,7 +546,7 @@ def test_dates_and_gaps_survive_all_that_happens_to_a_store(gaps, tmp_path):
     np.testing.assert_array_equal(store.column("number", ids), [NAN, 0.0, 1.0])
     gradindex.store.export(store, tmp_path / "out.parquet")
     table = pyarrow.parquet.read_table(tmp_path / "out.parquet")
-    assert str(table["columns.day"].type) == "timestamp[us]"
-    assert table["columns.day"].to_pylist() == store.column("day").tolist()
+    assert str(table["day"].type) == "timestamp[us]"
+    assert table["day"].to_pylist() == store.column("day").tolist()
     gradindex.store.export(store, tmp_path / "out")
     assert np.load(tmp_path / "out" / "columns" / "day.npy").tolist() == store.column("day").tolist()
