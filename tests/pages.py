@@ -3,7 +3,7 @@
 import re
 
 # Pages of docs/recipes/ that tests/scripts/test_recipes.py runs.
-RECIPES = ("folder.md", "table.md", "graphs.md", "detection.md", "optimizers.md")
+RECIPES = ("lora.md", "folder.md", "table.md", "graphs.md", "detection.md", "optimizers.md")
 
 
 def blocks(page):

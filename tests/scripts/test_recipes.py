@@ -39,13 +39,13 @@ def run(monkeypatch, tmp_path, capsys):
 
 
 def check_scores(task, rates, n=8):
-    """Scores of three queries and ``n`` training examples against autograd.
+    """Scores of two queries and ``n`` training examples against autograd.
 
     Args:
         rates: for each checkpoint, a number or (parameters,) numbers; not read from what gradindex recorded.
     """
     few = replace(
-        task, train=[task.train[i] for i in range(n)], query=[task.query[i] for i in range(3)], columns={},
+        task, train=[task.train[i] for i in range(n)], query=[task.query[i] for i in range(2)], columns={},
         query_columns={},
     )  # fmt: skip
     truth, scale = scores(few, gradients(few, few.query, "query"), gradients(few, few.train), rates)
@@ -59,19 +59,31 @@ def check_scores(task, rates, n=8):
 def test_the_first_answer_is_at_most_12_lines_after_the_training(name):
     (part,) = re.findall(r"^## Ask\n(.*?)(?=^## )", (TOP / "docs" / "recipes" / name).read_text(), re.M | re.S)
     (block,) = re.findall(r"^```python\n(.*?)^```", part, re.M | re.S)
-    assert 5 <= len([line for line in block.splitlines() if line.strip()]) <= 12
+    assert 4 <= len([line for line in block.splitlines() if line.strip()]) <= 12
     assert "gradindex.build" in block
     assert "proponents(" in block
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of transformers
+def test_an_adapter(run):
+    imported("peft")
+    imported("transformers").GPT2LMHeadModel  # noqa: B018  # loaded here, where it is made to load
+    names, printed = run("lora.md")
+    assert SIGN in printed[1]
+    hits = names["retriever"].proponents([0, 1], k=1)
+    assert hits.columns["text"].ravel().tolist() == ["anna lives in paris", "david works in lima"]
+    assert printed[2].count("lora_A.default") == 4  # two matrices in each of two layers, and no base
+    check_scores(names["task"], [0.01] * 4)
+
+
+@pytest.mark.slow
 def test_a_folder_that_timm_wrote(run):
-    with torch.serialization.safe_globals([]):  # what the page allows is forgotten afterwards
-        names, printed = run("folder.md")
-        assert SIGN in printed[1]
-        found = int(re.match(r"(\d+) of the first 40 have a wrong label, of 40", printed[2])[1])
-        assert found > 20  # four by chance
-        check_scores(names["task"], [0.1 * (1 + math.cos(math.pi * epoch / 6)) / 2 for epoch in range(5)])
+    names, printed = run("folder.md")
+    assert SIGN in printed[1]
+    found = int(re.match(r"(\d+) of the first 40 have a wrong label, of 40", printed[2])[1])
+    assert found > 20  # four by chance
+    check_scores(names["task"], [0.1 * (1 + math.cos(math.pi * epoch / 6)) / 2 for epoch in range(5)])
 
 
 @pytest.mark.slow
