@@ -275,17 +275,6 @@ def test_a_file_of_timms_layout(tmp_path):
     assert torch.equal(averaged["0.weight"], net(seed=9).state_dict()["0.weight"])
 
 
-def test_epoch_0_of_timm_is_the_first_that_trained(tmp_path):
-    model, (x, y) = net(), next(iter(batches()))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    cross_entropy(model(x), y).backward()
-    optimizer.step()
-    torch.save(timm_content(model, optimizer, 0), tmp_path / "checkpoint-0.pth.tar")
-    (found,) = find_checkpoints(tmp_path)
-    assert found.step == 0
-    assert found.recorded_training(["0.weight", "2.bias"], net()) == {"0.weight": True, "2.bias": True}
-
-
 def test_a_run_that_timm_saved(tmp_path):
     utils = pytest.importorskip("timm.utils", reason="needs timm, whose torchvision must fit torch")
     saver = []

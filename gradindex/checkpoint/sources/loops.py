@@ -279,9 +279,9 @@ class Timm(Loop):
 
     @property
     def taken(self) -> int | None:
-        """See :class:`Loop`: in epochs, of which the first, after which it saves, is number 0."""
+        """See :class:`Loop`: in epochs."""
         epoch = self.content.value.get("epoch")
-        return epoch + 1 if isinstance(epoch, int) else None
+        return epoch if isinstance(epoch, int) else None
 
     @property
     def optimizers(self) -> Sequence[tuple[Path, Any]]:
