@@ -3,7 +3,16 @@
 import re
 
 # Pages of docs/recipes/ that tests/scripts/test_recipes.py runs.
-RECIPES = ("lora.md", "folder.md", "table.md", "graphs.md", "detection.md", "optimizers.md")
+RECIPES = (
+    "huggingface.md",
+    "lightning.md",
+    "lora.md",
+    "folder.md",
+    "table.md",
+    "graphs.md",
+    "detection.md",
+    "optimizers.md",
+)
 
 
 def blocks(page):

@@ -1,6 +1,5 @@
 """Every command and code block of README and docs runs, and what they name exists."""
 
-import importlib.util
 import os
 import re
 import shlex
@@ -161,22 +160,6 @@ def test_the_page_on_captum_runs_from_top_to_bottom(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "package"), [("huggingface.md", "transformers"), ("lightning.md", "lightning")])
-def test_a_recipe_goes_from_a_finished_training_to_an_answer_in_at_most_12_lines(tmp_path, page, package):
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"needs {package}")
-    told = blocks(TOP / "docs" / "recipes" / page)
-    assert {language for language, _ in told} == {"python"}
-    after_training = [line for line in told[-1][1].splitlines() if line.strip()]
-    assert len(after_training) <= 12
-    (tmp_path / "session.py").write_text("".join(text for _, text in told))
-    printed = run("python session.py", tmp_path)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 10
-    assert printed.count("proponents") >= 2
-    assert "positive score = training on this example lowered the loss" in printed
-
-
-@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of transformers
 def test_the_page_on_language_models_runs_from_top_to_bottom(tmp_path, monkeypatch):
     imported("transformers").GPT2LMHeadModel  # noqa: B018  # loaded here, where it is made to load
@@ -201,7 +184,7 @@ def test_the_page_on_language_models_runs_from_top_to_bottom(tmp_path, monkeypat
 
 
 def test_other_pages_hold_no_block_that_nothing_runs():
-    run_above = ("README.md", "tasks.md", "captum.md", "huggingface.md", "lightning.md", "language-models.md", *BY_TASK)
+    run_above = ("README.md", "tasks.md", "captum.md", "language-models.md", *BY_TASK)
     run = {*run_above, *RECIPES}
     assert [page.name for page in PAGES if page.name not in run and blocks(page)] == []
 

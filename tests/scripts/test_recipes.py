@@ -57,11 +57,32 @@ def check_scores(task, rates, n=8):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_first_answer_is_at_most_12_lines_after_the_training(name):
-    (part,) = re.findall(r"^## Ask\n(.*?)(?=^## )", (TOP / "docs" / "recipes" / name).read_text(), re.M | re.S)
+    (part,) = re.findall(r"^## Ask\n(.*?)(?=^## |\Z)", (TOP / "docs" / "recipes" / name).read_text(), re.M | re.S)
     (block,) = re.findall(r"^```python\n(.*?)^```", part, re.M | re.S)
     assert 4 <= len([line for line in block.splitlines() if line.strip()]) <= 12
     assert "gradindex.build" in block
     assert "proponents(" in block
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of transformers
+def test_a_trainer_of_transformers(run, tmp_path):
+    imported("transformers").BertForSequenceClassification  # noqa: B018  # loaded here, where it is made to load
+    names, printed = run("huggingface.md")
+    assert SIGN in printed[-1]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 10
+    # 24 steps of a linear schedule; a step uses the rate that the steps before it led to.
+    check_scores(names["task"], [0.01 * (1 - (one.step - 1) / 24) for one in names["checkpoints"]])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning
+def test_a_trainer_of_lightning(run, tmp_path):
+    imported("lightning")
+    names, printed = run("lightning.md")
+    assert SIGN in printed[-1]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 10
+    check_scores(names["task"], [0.1] * 5)
 
 
 @pytest.mark.slow
