@@ -82,9 +82,7 @@ def _linear(inputs: Tensor, weight: Narrow, bias: Tensor | None) -> Tensor:
     narrow, kind = weight.plain(), inputs.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == narrow.dtype:
         return functional.linear(inputs, narrow, bias)  # what autocast would make of the wide one
-    # Transforms of functions and forward mode need more of an operation than its backward pass.
-    level: int = torch.autograd.forward_ad._current_level
-    if torch.is_autocast_enabled(kind) or torch._C._are_functorch_transforms_active() or level >= 0:
+    if torch.is_autocast_enabled(kind):
         return functional.linear(inputs, narrow.to(weight._wide), bias)
     found: Tensor = _Linear.apply(inputs, narrow, bias, weight._wide)  # type: ignore[no-untyped-call]
     return found
@@ -93,19 +91,34 @@ def _linear(inputs: Tensor, weight: Narrow, bias: Tensor | None) -> Tensor:
 class _Linear(torch.autograd.Function):
     """A linear layer that keeps its narrow weight for the backward pass, not the wide copy."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
+    def forward(inputs: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
         """As ``functional.linear``."""
-        ctx.save_for_backward(weight)
-        ctx.wide = wide
         return functional.linear(inputs, weight.to(wide), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the narrow weight."""
+        _, weight, _, ctx.wide = inputs
+        ctx.save_for_backward(weight)
+        ctx.save_for_forward(weight)
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         """Of the input and the bias; the weight is frozen."""
         (weight,) = ctx.saved_tensors
         of_input = delta @ weight.to(ctx.wide) if ctx.needs_input_grad[0] else None
-        of_bias = delta.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] and delta.ndim > 1 else None
-        if ctx.needs_input_grad[2] and delta.ndim == 1:
-            of_bias = delta
+        of_bias = delta.reshape(-1, delta.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return of_input, None, of_bias, None
+
+    @staticmethod
+    def jvp(ctx: Any, inputs: Tensor | None, weight: None, bias: Tensor | None, wide: None) -> Tensor:
+        """Along directions of the input and the bias."""
+        (narrow,) = ctx.saved_tensors
+        along = None if inputs is None else functional.linear(inputs, narrow.to(ctx.wide))
+        if bias is None:
+            assert along is not None
+            return along
+        return bias if along is None else along + bias

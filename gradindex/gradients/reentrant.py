@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from ..errors import TaskError
-from ..tree import tensors
+from ..tree import map_tensors, tensors
 from .functional import LossModule, State
+from .narrow import Narrow
 
 # The node that torch.utils.checkpoint leaves in the graph with use_reentrant=True.
 _NODE = "CheckpointFunctionBackward"
@@ -34,12 +35,18 @@ def refuse_reentrant(wrapper: LossModule, state: State, parameters: Sequence[str
         TaskError: names what is run so.
     """
     own = {f"model.{name}" for name, _ in wrapper.model.named_parameters()}
-    # As in training, where the layers before it are trained as well.
+    # As in training, where the layers before it are trained as well. Of frozen weights that are held narrow, and would
+    # all become wide, those of embeddings are enough, and the inputs.
+    first = {
+        f"model.{name}.weight" for name, module in wrapper.model.named_modules() if isinstance(module, nn.Embedding)
+    }
     leaves = {
         name: tensor.detach().requires_grad_()
         for name, tensor in state.items()
-        if name in own and (tensor.is_floating_point() or tensor.is_complex())
+        if name in own and _differentiable(tensor) and (name in first or not isinstance(tensor, Narrow))
     }
+    if any(isinstance(tensor, Narrow) for tensor in state.values()):
+        single = map_tensors(single, lambda tensor: tensor.requires_grad_() if _differentiable(tensor) else tensor)
 
     tracked = {parameter: leaves[f"model.{parameter}"] for parameter in parameters}
 
@@ -63,13 +70,17 @@ def refuse_reentrant(wrapper: LossModule, state: State, parameters: Sequence[str
             )
 
 
+def _differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _lost(roots: Iterable[Any]) -> dict[int, Any]:
     """By the id of a leaf inside or before what is checkpointed, the function that is run there."""
     functions: dict[int, Any] = {}
     for node in reversed([node for node in _nodes(roots) if node.name() == _NODE]):
         inputs = list(node.inputs)
         for place, tensor in zip(node.tensor_indices, node.saved_tensors, strict=True):
-            inputs[place] = tensor.detach().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
+            inputs[place] = tensor.detach().requires_grad_(_differentiable(tensor))
         inside = [output.grad_fn for output in tensors(node.run_function(*inputs))]
         functions = _lost(inside) | functions
         for leaf in (*_variables(_nodes(inside)), *_variables(_nodes([node]))):

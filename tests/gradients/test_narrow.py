@@ -6,8 +6,10 @@ import torch
 import toys
 from torch import nn
 from torch.nn import functional
+from torch.utils import checkpoint
 
 import gradindex
+from gradindex.errors import TaskError
 from gradindex.gradients import Engine, engine
 from gradindex.gradients.narrow import Narrow
 from gradindex.projection import Projection
@@ -28,7 +30,9 @@ class Adapted(nn.Module):
             parameter.requires_grad_(False)
 
     def forward(self, x):
-        x = self.embedding(x)
+        return self.rest(self.embedding(x))
+
+    def rest(self, x):
         x = x + functional.linear(x, self.base.weight, self.base.bias) + self.up(self.down(x.to(self.up.weight.dtype)))
         x = torch.addmm(self.base.bias, self.norm(x).flatten(0, 1), self.base.weight).view_as(x)
         return (x @ self.embedding.weight.t()).mean(1)
@@ -68,6 +72,25 @@ def test_frozen_matrices_take_two_bytes_a_number_once_for_all_checkpoints(task):
     assert not isinstance(first["model.norm.weight"], Narrow)  # few numbers, of which much is made
     matrices, others = 9 * 6 + 6 * 6, 6 + 6 + 6
     assert states.nbytes == 2 * matrices + 4 * others + 4 * 12 + 3 * 4 * 12
+
+
+class Checkpointed(Adapted):
+    """The same, of which all but the embedding runs again on the way back."""
+
+    def forward(self, x):
+        return checkpoint.checkpoint(self.rest, self.embedding(x), use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpointing_over_frozen_narrow_weights_is_refused(tmp_path):
+    torch.manual_seed(0)
+    model = Checkpointed()
+    data = torch.utils.data.TensorDataset(torch.randint(9, (12, 3)), torch.randint(9, (12,)))
+    torch.save(model.state_dict(), tmp_path / "step_1.pt")
+    checkpoints = gradindex.find_checkpoints(tmp_path, learning_rate=0.1)
+    task = gradindex.Task(model, toys.cross_entropy, data, checkpoints, data)
+    with pytest.raises(TaskError, match="is run by torch.utils.checkpoint with use_reentrant=True"):
+        gradindex.build(task, tmp_path / "store")
 
 
 def test_an_operation_sees_the_wide_weight():

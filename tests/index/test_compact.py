@@ -282,7 +282,8 @@ def test_the_gpu_answers_as_the_cpu_does(shape, tmp_path):
         CompactIndex.load(tmp_path, gpus).search(QUERIES, 20, probes=32, removed=LeftOut(removed))[1], removed
     ).any()
     on_gpu = CompactIndex.build(shape, ROWS, blocks, 0, gpus)
-    assert toys.share(on_gpu.search(QUERIES, 200, probes=32)[1], top(QUERIES @ ROWS.T, 100)) > 0.99
+    least = 0.97 if shape.kind == "pq" else 0.99  # of 200 by codes of two bits a number
+    assert toys.share(on_gpu.search(QUERIES, 200, probes=32)[1], top(QUERIES @ ROWS.T, 100)) > least
     all_rows = SearchIndex(40, 4000, blocks, gpus).search(QUERIES, 50)
     np.testing.assert_array_equal(all_rows[1], SearchIndex(40, 4000, blocks).search(QUERIES, 50)[1])
 
