@@ -226,14 +226,14 @@ def test_a_task_that_is_not_the_stores_changes_nothing(task, tmp_path, case):
 @pytest.fixture
 def broken(monkeypatch):
     """What to call to have the computation of example 22 fail, or not."""
-    rows = gradindex.rows.RowMaker.rows
+    blocks = gradindex.rows.RowMaker.blocks
 
-    def failing(self, examples):
+    def failing(self, examples, checkpoints):
         if 22 in examples.ids:
             raise OSError("the network drive is gone")
-        return rows(self, examples)
+        return blocks(self, examples, checkpoints)
 
-    return lambda yes: monkeypatch.setattr(gradindex.rows.RowMaker, "rows", failing if yes else rows)
+    return lambda yes: monkeypatch.setattr(gradindex.rows.RowMaker, "blocks", failing if yes else blocks)
 
 
 @pytest.mark.slow

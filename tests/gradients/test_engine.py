@@ -133,9 +133,9 @@ def test_each_example_is_read_once_but_for_spot_checks_and_each_checkpoint_once(
     task = gradindex.Task(task.model, task.loss, Counting(*task.train.tensors), task.checkpoints)
     read = Checkpoint.read
 
-    def counted(self, model):
+    def counted(self, model, *shared):
         loads.append(self.step)
-        return read(self, model)
+        return read(self, model, *shared)
 
     monkeypatch.setattr(Checkpoint, "read", counted)
     with Engine(task) as engine:

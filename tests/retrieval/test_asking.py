@@ -10,12 +10,11 @@ from torch.utils.data import Subset, TensorDataset
 
 import gradindex
 from gradindex.errors import ArgumentError
-from gradindex.examples import RowBatch
 from gradindex.index import CompactIndex, Shape
 from gradindex.projection import Projection
 from gradindex.retrieval import candidates, searcher
 from gradindex.retrieval.candidates import INDEX_FOLDER
-from gradindex.rows import RowMaker
+from gradindex.rows import Blocks, RowMaker
 
 
 @pytest.mark.slow
@@ -151,15 +150,15 @@ def test_a_groups_threshold_leaves_out_what_is_just_below(request, kept):
 
 def store_of_equal_rows(task, folder, monkeypatch):
     """One row for all, made once: rows that are computed in batches of other sizes can differ in their last bits."""
-    rows, made = RowMaker.rows, {}
+    blocks, made = RowMaker.blocks, {}
 
-    def repeated(self, examples):
+    def repeated(self, examples, checkpoints):
         kind = self.dim, self._factors  # what is made on the way is without factors
         if kind not in made:
-            made[kind] = rows(self, examples[:1])
-        return RowBatch.joined([made[kind]] * len(examples))
+            made[kind] = blocks(self, examples[:1], checkpoints)
+        return Blocks.below([made[kind]] * len(examples))
 
-    monkeypatch.setattr(RowMaker, "rows", repeated)
+    monkeypatch.setattr(RowMaker, "blocks", repeated)
     return gradindex.build(task, folder, projection=Projection(dim=37), factors="float32")
 
 

@@ -145,7 +145,6 @@ def test_one_pass_gives_the_shares_of_all_tokens_where_there_is_a_rule(tmp_path,
     assert len(kept[-1]._ways) == count
 
 
-@GEOMETRIES.register("first half of queries")
 class OfQueries(TracIn):
     """Maps queries alone, and not by a symmetric matrix."""
 
@@ -170,9 +169,17 @@ class OfQueries(TracIn):
         return Formed(gradient)
 
 
+@pytest.fixture
+def of_queries():
+    """Registered under its name for the time of a test."""
+    GEOMETRIES.register("of queries")(OfQueries)
+    yield "of queries"
+    del GEOMETRIES._implementations["of queries"]
+
+
 @pytest.mark.slow
-def test_shares_follow_the_geometry_of_queries(tmp_path):
-    task = make(tmp_path, Plain(), preconditioner="first half of queries")
+def test_shares_follow_the_geometry_of_queries(tmp_path, of_queries):
+    task = make(tmp_path, Plain(), preconditioner=of_queries)
     retriever = opened(task, tmp_path)
     found = retriever.explain_tokens(range(N_QUERY), IDS)
     scores = retriever.explain(range(N_QUERY), IDS).scores.sum((2, 3))
