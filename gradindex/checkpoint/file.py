@@ -242,14 +242,17 @@ class Checkpoint:
     def load(self, model: nn.Module) -> dict[str, Tensor]:
         """The weights, by the names of ``model.state_dict()``.
 
-        A tied parameter that the file leaves out comes from its twin, a buffer that it lacks from the model.
+        A tied parameter that the file leaves out comes from its twin, a buffer that it lacks from the model. Of the
+        model's own weights, which stand in as the base, these are copies.
 
         Raises:
             CheckpointError: the file is missing or damaged, or its names or shapes are not
                 the model's; the message names the first that differ.
             UserCodeError: a loader of your own failed.
         """
-        return self.read(model).tensors
+        found = self.read(model)
+        lent = set(found.from_base)
+        return {name: tensor.clone() if name in lent else tensor for name, tensor in found.tensors.items()}
 
     def learning_rates(self, parameters: Sequence[str], model: nn.Module | None = None) -> dict[str, float]:
         """Eta of each named parameter.

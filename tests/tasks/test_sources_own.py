@@ -173,6 +173,9 @@ def test_weights_that_a_checkpoint_lacks_are_the_models_once_for_all(tuned, tmp_
 def test_a_base_is_lent_and_must_stay_as_it_is(tuned, tmp_path):
     task, _ = tuned
     found = find_checkpoints(tmp_path / "h_*.pt", learning_rate=0.1, base="model")
+    handed_out, own = found[0].load(task.model), task.model.backbone.weight
+    handed_out["backbone.weight"] += 1  # is the caller's
+    assert not torch.equal(handed_out["backbone.weight"], own)
     task = gradindex.Task(task.model, task.loss, task.train, found)
     first = Engine(task).states[0]
     assert first["model.backbone.weight"].data_ptr() == task.model.backbone.weight.data_ptr()

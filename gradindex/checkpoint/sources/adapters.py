@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from ...weights import Content, digest_of_file, outline, read
-from .layouts import LAYOUTS, Layout, is_folder, json_of
+from .layouts import LAYOUTS, OneFile, is_folder, json_of
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -27,8 +26,8 @@ _WAY_OUT = "Make it with PeftModel.from_pretrained(base, path, is_trainable=True
 
 
 @LAYOUTS.register("adapter")
-class Adapter(Layout):
-    """An adapter's weights, and how it was configured."""
+class Adapter(OneFile):
+    """An adapter's weights in one file, and how it was configured in another."""
 
     label = "PEFT adapter"
 
@@ -45,18 +44,6 @@ class Adapter(Layout):
                 "the whole folder again."
             )
         return cls(path, [files[0], folder / CONFIG])
-
-    def outline(self) -> Content:
-        """See :class:`Layout`."""
-        return outline(self.files[0])
-
-    def read(self) -> Content:
-        """See :class:`Layout`."""
-        return read(self.files[0])
-
-    def digest(self) -> str:
-        """See :class:`Layout`."""
-        return digest_of_file(self.files[0])
 
     @property
     def of_model(self) -> bool:
