@@ -142,8 +142,8 @@ def causal_lm(reduction: Reduction = "mean", completion_only: bool = False) -> T
 
     Args:
         reduction: ``"mean"`` over an example's labelled tokens, which is what the model's own loss is for one example;
-            ``"sum"`` where training divided by the tokens of a whole batch, as recent versions of ``Trainer`` do, so
-            that long texts weigh more.
+            ``"sum"`` where training divided by the tokens of a whole batch, as ``Trainer`` does, so that long texts
+            weigh more.
         completion_only: leaves out tokens outside the batch's ``completion_mask`` (TRL). Where labels of the prompt
             are -100 already, it is not needed.
 
