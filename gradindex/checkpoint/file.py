@@ -6,7 +6,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -15,19 +15,14 @@ from torch import Tensor, nn
 from ..choices import WEIGHTINGS, Weighting
 from ..digests import digest
 from ..errors import ArgumentError, CheckpointError, user_code
-from ..recorder import recorded_groups, recorded_training
-from ..weights import Base, Rate, aligned, as_rate, fitted, found_weights, rate_for, read
-from .sources import ALL, UNKNOWN, Source, opened, recorded
+from ..weights import Base, Rate, Trained, as_rate, fitted, found_weights, rate_for, read
+from .recorded import Recorded, no_moments
+from .sources import Source, opened, recorded
 from .sources.layouts import place_of
 
 # What a user's own loader is: from the path and a copy of the model to weights by name.
 Load: TypeAlias = Callable[[Any, nn.Module], Mapping[str, Tensor]]
 
-_RECORDED_FIELD = {
-    "learning_rate": "learning_rate",
-    "integrated": "learning_rate_sum",
-    "effective": "effective_sum",
-}
 _WAY_OUT = (
     "Give learning_rate= to Checkpoint or find_checkpoints, train with gradindex.Recorder, "
     "or choose weighting='uniform'."
@@ -42,7 +37,7 @@ class Loaded:
         checkpoint: what was read.
         tensors: the weights, by the names of ``model.state_dict()``: on the CPU, but for what the model itself lends;
             no file is mapped.
-        record: what ``Recorder`` or another trainer saved beside them.
+        record: what ``Recorder`` or another trainer saved beside them, by the names of what was trained.
         sha256: of the bytes that all this was read from; of tensors, where a loader of the user's own or a converter
             read them, and with those that are the model's own.
         filled: names of the model that the file does not have: tied to one that it has, or a buffer of the model.
@@ -59,6 +54,7 @@ class Loaded:
     passed_over: tuple[str, ...] = ()
     from_base: tuple[str, ...] = ()
     kind: str = ""
+    _recorded: Recorded | None = field(default=None, repr=False, compare=False)
 
     def check_rates(self, rates: Mapping[str, float]) -> None:
         """Refuse a file that took the place of the one whose learning rates were read before.
@@ -67,15 +63,21 @@ class Loaded:
             CheckpointError: it has others for the parameters that have one.
         """
         known = {name: rate for name, rate in rates.items() if rate != 0}
-        if self.checkpoint._rates(self.record, list(known)) != known:
+        if self.checkpoint._rates(self._recorded, list(known)) != known:
             raise CheckpointError(
                 f"{self.checkpoint.path} has different learning rates than when its record was read, so it was "
                 "changed in between. Try again once it is fully written."
             )
 
+    def without_numbers(self) -> Loaded:
+        """The same without what is as large as the model."""
+        return replace(self, tensors={}, record=None, _recorded=None)
+
     def second_moments(self) -> dict[str, Tensor]:
         """As :meth:`Checkpoint.second_moments`, by the names of the model."""
-        return _moments(self.checkpoint, self.record, list(self.tensors))
+        if self._recorded is None:
+            raise no_moments(Path(self.checkpoint.path))
+        return self._recorded.second_moments(list(self.tensors))
 
     def described(self) -> dict[str, Any]:
         """What of the file a store must remember."""
@@ -211,17 +213,23 @@ class Checkpoint:
             weights = self._given(self._loader, model)
             sha256 = digest(sorted(weights.items())).hex()
         else:
-            weights = found_weights(path, source.content.value, source.key() if self.key is None else self.key)
-            weights, sha256 = source.place.layout.fitting(weights, model), source.content.sha256
-        lends = self.base is not None or source.place.layout.of_model
-        base = (base or Base(model)) if lends else None
+            weights, sha256 = self._weights(source, model), source.content.sha256
+        base = (base or Base(model)) if self._lends(source) else None
         found = fitted(path, weights, model, self.prefix, base)
         if base is not None and found.from_base:
             sha256 = hashlib.sha256(f"{sha256} {base.digest(found.from_base)}".encode()).hexdigest()
-        record = source.record(model, self._since, moments)
-        return Loaded(
-            self, found.tensors, record, sha256, found.filled, found.passed_over, found.from_base, source.kind
-        )
+        recorded = self._record(source, model, moments, weights, base)
+        record = None if recorded is None else recorded.record
+        names = found.filled, found.passed_over, found.from_base
+        return Loaded(self, found.tensors, record, sha256, *names, source.kind, recorded)
+
+    def _weights(self, source: Source, model: nn.Module) -> dict[str, Any]:
+        """By the names in the file, with or without their numbers."""
+        key = source.key() if self.key is None else self.key
+        return source.place.layout.fitting(found_weights(source.path, source.content.value, key), model)
+
+    def _lends(self, source: Source) -> bool:
+        return self.base is not None or source.place.layout.of_model
 
     def _opened(self, data: bool) -> Source:
         return opened(Path(self.path), data, self._loader is not None)
@@ -265,47 +273,44 @@ class Checkpoint:
             CheckpointError: no weight is known for one of them.
         """
         needed = self.learning_rate is None and self.weighting != "uniform"
-        return self._rates(self._record(model) if needed else None, parameters)
+        return self._rates(self._record(self._opened(data=False), model) if needed else None, parameters)
 
-    def _record(self, model: nn.Module | None, moments: bool = False) -> Mapping[str, Any] | None:
-        return self._opened(data=False).record(model, self._since, moments)
+    def _record(
+        self,
+        source: Source,
+        model: nn.Module | None,
+        moments: bool = False,
+        weights: Mapping[str, Any] | None = None,
+        base: Base | None = None,
+    ) -> Recorded | None:
+        """What was recorded, with what was trained: the task's model, or more."""
+        trained = None
+        if model is not None:
+            read = None
+            if self._loader is None and source.content.value is not None:
+                read = (lambda: self._weights(source, model)) if weights is None else (lambda: weights)
+            tracked = None if not self._lends(source) else () if base is None else base.tracked
+            trained = Trained(source.path, model, read, source.content.ordered, self.prefix, tracked)
+            if weights is not None:
+                trained.own  # noqa: B018 - now, so that the numbers can go
+        record = source.record(trained, self._since, moments)
+        return None if record is None else Recorded(source.path, record, trained, self.prefix)
 
-    def _rates(self, record: Mapping[str, Any] | None, parameters: Sequence[str]) -> dict[str, float]:
+    def _rates(self, recorded: Recorded | None, parameters: Sequence[str]) -> dict[str, float]:
         given = self.learning_rate
         if given is None and self.weighting == "uniform":
             return dict.fromkeys(parameters, 1.0)
         if given is None:
-            if record is None:
+            if recorded is None:
                 raise CheckpointError(
                     f"{self.path} has no recorded learning rate, so its weight eta is unknown. {_WAY_OUT}"
                 )
-            rates = self._recorded_rates(record, parameters)
+            rates = recorded.rates(self.weighting, parameters)
         elif isinstance(given, Mapping):
             rates = {name: float(rate) for name, rate in given.items()}
         else:
             return dict.fromkeys(parameters, float(given))  # type: ignore[arg-type]  # a number since __init__
         return {name: rate_for(self.path, rates, name, _WAY_OUT) for name in parameters}
-
-    def _recorded_rates(self, record: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, float]:
-        if UNKNOWN in record:
-            raise CheckpointError(
-                f"{self.path} {record[UNKNOWN]}, so its weight eta is unknown. Give learning_rate= (a number, or "
-                "{pattern: rate}), or train with gradindex.Recorder."
-            )
-        wanted = _RECORDED_FIELD[self.weighting]
-        if not any(wanted in group for group in record["groups"]) and self.weighting == "effective":
-            raise CheckpointError(
-                f"{self.path} has no effective rates: they are recorded for torch.optim.SGD where the clipping is "
-                "known. Choose weighting='integrated'."
-            )
-        if any(wanted in group and group[wanted] is None for group in record["groups"]):
-            raise CheckpointError(
-                f"{self.path} has no logged schedule, so the sum of its learning rates since the previous checkpoint "
-                "is unknown. Choose weighting='learning_rate' or 'uniform', or give learning_rate=."
-            )
-        known = recorded_groups(dict(record), wanted)
-        rates = {name: known[place] for name, place in _recorded(known, parameters).items()}
-        return {**rates, ALL: known[ALL]} if ALL in known else rates
 
     def recorded_training(
         self, parameters: Sequence[str], model: nn.Module | None = None
@@ -316,13 +321,8 @@ class Checkpoint:
         ``Recorder``, or a trainer whose groups say no names, tells only that there was training. Parameters that the
         optimizer did not hold are left out.
         """
-        record = self._record(model)
-        if record is None or UNKNOWN in record:
-            return None
-        found = recorded_training(dict(record))
-        if ALL in found:
-            return dict.fromkeys(parameters, found[ALL])
-        return {name: found[recorded] for name, recorded in _recorded(found, parameters).items()}
+        recorded = self._record(self._opened(data=False), model)
+        return None if recorded is None else recorded.training(parameters)
 
     def second_moments(self, model: nn.Module | None = None) -> dict[str, Tensor]:
         """Adam's bias-corrected second moments v by parameter name, as they were recorded.
@@ -333,7 +333,10 @@ class Checkpoint:
         Raises:
             CheckpointError: they were not recorded.
         """
-        return _moments(self, self._opened(data=True).record(model, self._since, True), None)
+        recorded = self._record(self._opened(data=True), model, True)
+        if recorded is None:
+            raise no_moments(Path(self.path))
+        return recorded.second_moments(None)
 
     def loss(self) -> float:
         """The training loss that ``Recorder.save(loss)`` recorded, or a trainer logged last.
@@ -341,7 +344,7 @@ class Checkpoint:
         Raises:
             CheckpointError: it was not recorded.
         """
-        record = self._record(None) or {}
+        record = self._opened(data=False).record(None, self._since) or {}
         if "loss" not in record:
             raise CheckpointError(
                 f"{self.path} has no recorded training loss. Train with gradindex.Recorder and save(loss), "
@@ -371,24 +374,3 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """What ``Recorder`` saved beside the weights, or ``None`` in other files."""
     record = recorded(read(path))
     return None if record is None else dict(record)
-
-
-def _recorded(names: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, str]:
-    """Of each parameter the name that it was recorded by, where it was: by a wrapped model, or one under ``model.``."""
-    found = aligned(names, parameters)
-    under = aligned(names, [f"model.{name}" for name in parameters if name not in found])
-    return found | {name.removeprefix("model."): recorded for name, recorded in under.items()}
-
-
-def _moments(
-    checkpoint: Checkpoint, record: Mapping[str, Any] | None, names: Sequence[str] | None
-) -> dict[str, Tensor]:
-    if "second_moments" not in (record or {}):
-        raise CheckpointError(
-            f"{checkpoint.path} has no recorded second moments. Train with "
-            "gradindex.Recorder(..., second_moments=True), or drop preconditioner from the task."
-        )
-    found: dict[str, Tensor] = dict((record or {})["second_moments"])
-    if names is None:
-        return found
-    return {name: found[recorded] for name, recorded in _recorded(found, names).items()}

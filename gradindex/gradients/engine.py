@@ -6,7 +6,6 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -135,7 +134,7 @@ class Engine:
             loaded = checkpoint.read(self.model, base, moments)
             loaded.check_rates(rates)
             self.geometry.read(loaded, tracked_tensors, rates)
-            self.loaded.append(replace(loaded, tensors={}, record=None))
+            self.loaded.append(loaded.without_numbers())
             self.states.keep(number, state_of(loaded))
             del loaded  # its tensors are as large as the model
         self.notes = differing_names(self.loaded)

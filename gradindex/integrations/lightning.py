@@ -38,8 +38,8 @@ class RecorderCallback(Callback):  # type: ignore[misc]  # types of Lightning ar
     checkpoint was saved; checkpoints from behind that step are replaced. Where several processes train together, the
     first one writes.
 
-    Give at most one of ``every``, ``at`` and ``count``. Names are those of the LightningModule, so a task takes it as
-    its model, or what it calls ``model``.
+    Give at most one of ``every``, ``at`` and ``count``. Names are those of the LightningModule; a task takes it as
+    its model, or a part of it.
 
     Clipping by norm (``gradient_clip_val``) is recorded for ``weighting="effective"``. Clipping by value, in
     ``configure_gradient_clipping``, under manual optimization or of shards is not observed, and nothing is recorded for

@@ -1,9 +1,11 @@
 """Weights in files: read once and safely, fitted to a model by name, and placed by their step."""
 
 from .fitting import Base as Base
-from .fitting import aligned as aligned
 from .fitting import fitted as fitted
 from .fitting import found_weights as found_weights
+from .naming import Trained as Trained
+from .naming import aligned as aligned
+from .naming import recorded_as as recorded_as
 from .rates import Rate as Rate
 from .rates import and_others as and_others
 from .rates import as_rate as as_rate

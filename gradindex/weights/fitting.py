@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,10 @@ from torch import Tensor, nn
 from ..digests import digest
 from ..errors import CheckpointError
 from ..recorder import MODEL_KEY
+from .naming import IDLE_BUFFERS, STATISTICS, aligned, shape_groups, start_of, twins
 
 # Where people keep weights inside a file.
 _USUAL_KEYS = (MODEL_KEY, "state_dict", "model_state_dict", "module", "net", "model_state", "weights", "params")
-# What wrappers put into names, at any place: DataParallel and averaged models, torch.compile, FSDP, checkpointing.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-_USUAL_PREFIX = "model."
-# Buffers that hold no training, by the last part of their names; versions of libraries have or lack them.
-_IDLE_BUFFERS = {
-    "num_batches_tracked", "position_ids", "token_type_ids", "inv_freq", "original_inv_freq", "cos_cached",
-    "sin_cached", "freqs_cis", "masked_bias", "attn_mask", "attention_mask", "causal_mask", "mask",
-    "relative_position_index", "relative_coords_table", "n_averaged", "_float_tensor", "embed_positions",
-}  # fmt: skip
-# Statistics that training leaves in a model: its own are no stand-in.
-_STATISTICS = {"running_mean", "running_var", "running_std", "weight_u", "weight_v", "_u", "_v"}
 _BESIDE = re.compile(r"criteri(on|a)|loss|metric|accuracy|(train|val|valid|test)_(acc|f1|auc|auroc)", re.IGNORECASE)
 _EXTRA = "_extra_state"
 _SHOWN = 3
@@ -156,32 +145,30 @@ def fitted(
             )
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(_EXTRA)}
     expected = {name: tensor for name, tensor in own_state.items() if isinstance(tensor, Tensor)}
-    twins = _twins(model, expected)
+    firsts = twins(model, expected)
     shared: dict[str, list[str]] = {}
-    for name, first in twins.items():
+    for name, first in firsts.items():
         shared.setdefault(first, []).append(name)
-    groups = [{name: expected[name].shape for name in names} for names in shared.values()]
-    if base is not None:  # what stands before what there is
-        groups = [group for group in groups if base.tracked & group.keys() or _ends_in(weights, group)]
-    chosen, others = _under_prefix(path, weights, groups, prefix)
+    groups = shape_groups(model, weights, None if base is None else base.tracked)
+    chosen, others = start_of(path, weights, groups, prefix).under(path, weights)
     places = aligned(chosen, expected)
     problems, filled, tensors = [], [], {}
     from_base: list[str] = []
     for name, own in expected.items():
         if name in places:
             tensors[name] = chosen[places[name]]
-        elif name not in twins and name.rpartition(".")[2] not in _STATISTICS:
+        elif name not in firsts and name.rpartition(".")[2] not in STATISTICS:
             tensors[name] = own.detach().clone()
             filled.append(name)
-        elif (twin := next((places[n] for n in shared.get(twins.get(name, ""), ()) if n in places), None)) is not None:
+        elif (twin := next((places[n] for n in shared.get(firsts.get(name, ""), ()) if n in places), None)) is not None:
             tensors[name] = chosen[twin]
             filled.append(name)
         elif base is None:
             problems.append(f"{name} is missing")
-        elif base.tracked.intersection(shared.get(twins.get(name, name), (name,))):
+        elif base.tracked.intersection(shared.get(firsts.get(name, name), (name,))):
             problems.append(f"{name} is missing and tracked, so the model's own cannot stand in")
         else:
-            tensors[name] = base.tensor(name, twins.get(name, name), own)
+            tensors[name] = base.tensor(name, firsts.get(name, name), own)
             from_base.append(name)
     if base is not None and not places:
         problems.insert(0, "none of its names is the model's")
@@ -198,125 +185,18 @@ def fitted(
         raise CheckpointError(_misfit(path, problems, weights))
     for name, own in expected.items():
         if name in places:
-            tensors[name] = _checked(path, name, tensors[name], own, twins.get(name))
+            tensors[name] = _checked(path, name, tensors[name], own, firsts.get(name))
     for first, names in shared.items():
         _check_alike(path, {name: tensors[name] for name in names}, first)
     passed_over = [name for name in superfluous if name not in unknown] + others
     return Fitted(tensors, tuple(filled), tuple(passed_over), tuple(from_base))
 
 
-def aligned(have: Iterable[str], want: Iterable[str]) -> dict[str, str]:
-    """Of each wanted name the one that means it: the same, or the same but for the parts of wrappers."""
-    have, want = list(have), list(want)
-    found = {name: name for name in set(have) & set(want)}
-    plain_have: dict[str, list[str]] = {}
-    for name in have:
-        if name not in found:
-            plain_have.setdefault(_plain(name), []).append(name)
-    plain_want: dict[str, list[str]] = {}
-    for name in want:
-        plain_want.setdefault(_plain(name), []).append(name)
-    for plain, names in plain_want.items():
-        if len(names) == 1 and names[0] not in found and len(plain_have.get(plain, ())) == 1:
-            found[names[0]] = plain_have[plain][0]
-    return found
-
-
-def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def _twins(model: nn.Module, expected: Collection[str]) -> dict[str, str]:
-    """Of each parameter the first name of the same tensor."""
-    first: dict[int, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: first.setdefault(id(parameter), name) for name, parameter in named if name in expected}
-
-
-def _under_prefix(
-    path: Path, weights: Mapping[str, Tensor], groups: Sequence[Mapping[str, torch.Size]], prefix: str | None
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights that have the prefix, without it, and the names of the others.
-
-    Args:
-        path: for errors.
-        weights: by their names in the file.
-        groups: names and shapes of the model's parameters, those of one tensor together.
-        prefix: the one that was given.
-    """
-    if prefix is not None:
-        return _without(path, weights, prefix)
-    plain = {_plain(name): tensor for name, tensor in weights.items()}
-    wanted = [{_plain(name): shape for name, shape in group.items()} for group in groups]
-    named = _prefixes(plain.keys(), wanted)
-    fitting = [
-        start
-        for start in named
-        if all(
-            start + name not in plain or plain[start + name].shape == shape for g in wanted for name, shape in g.items()
-        )
-    ]
-    candidates = fitting or named
-    if len(candidates) > 1 and not {"", _USUAL_PREFIX} & set(candidates):
-        raise CheckpointError(
-            f"{path} has the model's weights {len(candidates)} times, under {' and '.join(map(repr, candidates))}. "
-            f"Choose one: Checkpoint(..., prefix={candidates[0]!r})."
-        )
-    # Where nothing fits, the nearest, for the error to name what differs.
-    candidates = candidates or [_nearest(plain.keys(), wanted)]
-    start = next((usual for usual in ("", _USUAL_PREFIX) if usual in candidates), candidates[0])
-    copies = tuple(other for other in candidates if other != start)
-
-    def has(name: str) -> bool:
-        return _plain(name).startswith(start) and not _plain(name).startswith(copies)
-
-    # Without a prefix wrappers' parts stay, for the model may have them as well.
-    chosen = {_plain(name)[len(start) :] if start else name: tensor for name, tensor in weights.items() if has(name)}
-    if len(chosen) != sum(map(has, weights)):
-        raise CheckpointError(
-            f"{path} has names that differ only in wrapper prefixes ({_some(list(weights))}). Choose one with prefix=."
-        )
-    return chosen, [name for name in weights if not has(name)]
-
-
-def _ends_in(names: Collection[str], group: Collection[str]) -> bool:
-    plain = {_plain(name) for name in names}
-    return any(found == own or found.endswith(f".{own}") for own in map(_plain, group) for found in plain)
-
-
-def _without(path: Path, weights: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[str]]:
-    for start in dict.fromkeys((prefix if prefix.endswith(".") or not prefix else f"{prefix}.", prefix)):
-        chosen = {name[len(start) :]: tensor for name, tensor in weights.items() if name.startswith(start)}
-        if chosen:
-            return chosen, [name for name in weights if not name.startswith(start)]
-    raise CheckpointError(
-        f"{path} has no name that starts with prefix {prefix!r}; its names are {_some(list(weights))}. "
-        "Give another prefix, or none to have it detected."
-    )
-
-
-def _prefixes(names: Collection[str], wanted: Sequence[Collection[str]]) -> list[str]:
-    """What stands before the names of all the model's parameters."""
-    if not wanted:
-        return [""]
-    anchors = max(wanted, key=lambda group: max(map(len, group)))
-    found = {name[: -len(a)] for a in anchors for name in names if name == a or name.endswith(f".{a}")}
-    return sorted(p for p in found if all(any(p + name in names for name in group) for group in wanted))
-
-
-def _nearest(names: Collection[str], wanted: Sequence[Collection[str]]) -> str:
-    """What stands before most of the model's parameters."""
-    counts: Counter[str] = Counter({"": 0})
-    for a in (name for group in wanted for name in group):
-        counts.update(name[: -len(a)] for name in names if name == a or name.endswith(f".{a}"))
-    return counts.most_common(1)[0][0]
-
-
 def _is_beside(name: str, tensor: Tensor, model: nn.Module) -> bool:
     """Whether a name that the model does not have changes nothing of what it computes."""
     first, last = name.partition(".")[0], name.rpartition(".")[2]
-    if last in _IDLE_BUFFERS or not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized):
-        return last not in _STATISTICS
+    if last in IDLE_BUFFERS or not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized):
+        return last not in STATISTICS
     return not hasattr(model, first) and _BESIDE.search(first) is not None
 
 
@@ -383,7 +263,3 @@ def _check_alike(path: Path, tensors: Mapping[str, Tensor], first: str) -> None:
                 f"{path} has different numbers in {first} and {name}, but they are one parameter of the model. "
                 "Check that the task builds the model this checkpoint was saved from (tied weights)."
             )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (" and others" if len(names) > _SHOWN else "")

@@ -42,11 +42,13 @@ class Content:
         value: what was saved; of safetensors a mapping of names to tensors. On the CPU.
         sha256: of the very bytes that ``value`` was parsed from; empty of an outline.
         metadata: the texts beside the tensors of safetensors.
+        ordered: whether tensors stand in the order in which they were saved.
     """
 
     value: Any
     sha256: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    ordered: bool = False
 
 
 def read(path: Path, part: bool = False) -> Content:
@@ -67,7 +69,7 @@ def read(path: Path, part: bool = False) -> Content:
             return Content(*_safetensors(path, number, size, True))
         digest, sums = _digests(number, size)
         checked = _Checked(path, number, size, sums)
-        return Content(_torch(path, checked, size, kind, map_location="cpu"), digest)
+        return Content(_torch(path, checked, size, kind, map_location="cpu"), digest, ordered=True)
 
 
 def outline(path: Path, part: bool = False) -> Content:
@@ -80,7 +82,8 @@ def outline(path: Path, part: bool = False) -> Content:
         kind = _kind(path, number, size)
         if kind == "safetensors":
             return Content(*_safetensors(path, number, size, False))
-        return Content(_torch(path, _Checked(path, number, size, None), size, kind, map_location="meta"))
+        value = _torch(path, _Checked(path, number, size, None), size, kind, map_location="meta")
+        return Content(value, ordered=True)
 
 
 def digest_of_file(path: Path, part: bool = False) -> str:

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
-
 from ...registry import Registry
-from ...weights import Content, numbers_of
+from ...weights import Content, Trained, numbers_of
 from .layouts import Given, Place, is_folder, place_of
 
 
@@ -50,15 +48,15 @@ class Source(ABC):
         """Where in the content the weights are, if not in one of the usual places."""
         return None
 
-    def record(self, model: nn.Module | None, since: int | None, moments: bool = False) -> Mapping[str, Any] | None:
+    def record(self, trained: Trained | None, since: int | None, moments: bool = False) -> Mapping[str, Any] | None:
         """What is known of the steps before it, in the form that ``Recorder`` saves.
 
         ``learning_rate`` of a group is what the last step before the checkpoint used, ``learning_rate_sum`` the sum
         since step ``since``, or ``None`` where no schedule is known. A group that stands for all parameters that no
-        other one names has the parameter ``"*"``.
+        other one names has the parameter ``"*"``. Names are those of the training, as of the weights in the file.
 
         Args:
-            model: whose parameters the optimizer held; without it, a record that needs their names tells less.
+            trained: whose parameters the optimizer held; without it, a record that needs their names tells less.
             since: the step of the previous checkpoint; ``None`` if it is to be found out.
             moments: whether second moments are read as well.
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from ...recorder import RECORD_KEY
-from ...weights import Content
+from ...weights import Content, Trained
 from .base import SOURCES, Source
 from .layouts import Place
 
@@ -24,7 +22,7 @@ class Recorded(Source):
         """See :class:`Source`."""
         return recorded(content) is not None
 
-    def record(self, model: nn.Module | None, since: int | None, moments: bool = False) -> Mapping[str, Any] | None:
+    def record(self, trained: Trained | None, since: int | None, moments: bool = False) -> Mapping[str, Any] | None:
         """See :class:`Source`."""
         return recorded(self.content)
 

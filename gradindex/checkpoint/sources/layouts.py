@@ -177,7 +177,7 @@ class Shards(Layout):
                 f"({len(lacking)} such weights in all). Copy the whole folder again."
             )
         digests = zip((file.name for file in self.files), (part.sha256 for part in parts), strict=True)
-        return Content(value, joined_digest(digests))
+        return Content(value, joined_digest(digests), ordered=all(part.ordered for part in parts))
 
 
 def joined_digest(digests: Any) -> str:

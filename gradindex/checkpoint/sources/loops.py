@@ -13,9 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from ...weights import Content, numbers_of, outline, read
+from ...weights import Content, Trained, numbers_of, outline, read
 from .base import SOURCES, Source
 from .layouts import Place
 from .optimizers import Optimizer
@@ -64,7 +62,7 @@ class Loop(Source):
         """The state of the only optimizer, with its numbers."""
         return self.optimizers[0][1]
 
-    def record(self, model: nn.Module | None, since: int | None, moments: bool = False) -> Mapping[str, Any] | None:
+    def record(self, trained: Trained | None, since: int | None, moments: bool = False) -> Mapping[str, Any] | None:
         """See :class:`Source`."""
         if len(self.optimizers) != 1 or self.taken is None:
             return None
@@ -87,8 +85,10 @@ class Loop(Source):
             since,
             schedules,
             optimizer,
-            model,
-            moments=(lambda model: Optimizer(path, self.whole_optimizer()).second_moments(model)) if moments else None,
+            trained,
+            moments=(lambda trained: Optimizer(path, self.whole_optimizer()).second_moments(trained))
+            if moments
+            else None,
             totals=whole,
         )
 
@@ -311,9 +311,9 @@ class Timm(Loop):
         """See :class:`Loop`."""
         return []
 
-    def record(self, model: nn.Module | None, since: int | None, moments: bool = False) -> Mapping[str, Any] | None:
+    def record(self, trained: Trained | None, since: int | None, moments: bool = False) -> Mapping[str, Any] | None:
         """See :class:`Source`."""
         arguments = self.content.value.get("args")
         if getattr(arguments, "sched_on_updates", False):
             return None  # the rate is then that of the next step
-        return super().record(model, since, moments)
+        return super().record(trained, since, moments)

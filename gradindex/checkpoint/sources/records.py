@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
-
+from ...weights import Trained
 from .optimizers import Optimizer
 from .schedules import Schedule
 
@@ -21,9 +20,9 @@ def record_of(
     since: int | None,
     schedules: Sequence[Schedule],
     optimizer: Optimizer | None,
-    model: nn.Module | None,
+    trained: Trained | None,
     *,
-    moments: Callable[[nn.Module], Any] | None = None,
+    moments: Callable[[Trained], Any] | None = None,
     loss: float | None = None,
     totals: bool = True,
 ) -> dict[str, Any] | None:
@@ -34,7 +33,7 @@ def record_of(
         since: the step of the previous checkpoint; without it, sums are not known.
         schedules: of each of the optimizer's groups.
         optimizer: its state, where it was saved.
-        model: whose parameters it held.
+        trained: whose parameters it held.
         moments: what reads the second moments, if these are asked for.
         loss: of the training, where it was logged.
         totals: whether the schedules hold for all steps, not only for the last.
@@ -45,14 +44,14 @@ def record_of(
     rates = [schedule.at(step) for schedule in schedules]
     sums = [None if since is None or not totals else schedule.total(since, step) for schedule in schedules]
     names: list[list[str]] | None = None
-    if optimizer is not None and model is not None:
-        names = optimizer.names(model)
+    if optimizer is not None and trained is not None:
+        names = optimizer.names(trained)
     groups: list[dict[str, Any]] = []
     if names is not None and optimizer is not None and len(names) == len(rates):
-        trained = optimizer.trained(names)
+        stepped = optimizer.trained(names)
         for held, rate, total in zip(names, rates, sums, strict=True):
             for took in (True, False):
-                told = [name for name in held if (name in trained) == took]
+                told = [name for name in held if name and (name in stepped) == took]
                 if told:
                     group = {"parameters": told, "learning_rate": rate, "learning_rate_sum": total}
                     if not took:
@@ -68,6 +67,6 @@ def record_of(
         record[UNKNOWN] = f"has learning rates {shown} for groups of parameters whose names are not known"
     if loss is not None:
         record["loss"] = loss
-    if moments is not None and model is not None:
-        record["second_moments"] = moments(model)
+    if moments is not None and trained is not None:
+        record["second_moments"] = moments(trained)
     return record

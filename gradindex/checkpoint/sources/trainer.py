@@ -13,10 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ...errors import CheckpointError
-from ...weights import Content, numbers_of, outline, read
+from ...weights import Content, Trained, numbers_of, outline, read
 from .base import SOURCES, Source
 from .layouts import Place, json_of
 from .optimizers import Optimizer
@@ -100,26 +98,26 @@ class TrainerRun(Source):
         path = self.optimizer_path
         return None if path is None else Optimizer(path, outline(path).value)
 
-    def record(self, model: nn.Module | None, since: int | None, moments: bool = False) -> Mapping[str, Any] | None:
+    def record(self, trained: Trained | None, since: int | None, moments: bool = False) -> Mapping[str, Any] | None:
         """See :class:`Source`: rates as they were logged, else as the scheduler's state has them."""
         if since is None:
             since = max((source.step for source in self._beside if source.step < self.step), default=0)
         logged = [self.log[step]["loss"] for step in sorted(self.log) if step <= self.step and "loss" in self.log[step]]
         path = self.optimizer_path
 
-        def read_moments(model: nn.Module) -> Any:
+        def read_moments(trained: Trained) -> Any:
             if path is None:
                 raise CheckpointError(
                     f"{self.folder} has no optimizer.pt, so no second moments. Drop preconditioner from the task."
                 )
-            return Optimizer(path, read(path).value).second_moments(model)
+            return Optimizer(path, read(path).value).second_moments(trained)
 
         return record_of(
             self.step,
             since,
             self._schedules(),
             self.optimizer,
-            model,
+            trained,
             moments=read_moments if moments else None,
             loss=logged[-1] if logged else None,
         )
