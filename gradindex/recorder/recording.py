@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, CheckpointError, GradIndexError
 from ..files import replacing
 from .counting import StepCounter, Steps
+from .folders import check_sharding, remove, remove_unfinished, save_together, written_in
 from .optimizers import held_by, listened_to, rate_of
-from .records import MODEL_KEY, RECORD_KEY
-from .weights import from_all, is_flat, weights_of, whole, without_wrappers, writes_here
+from .records import MODEL_KEY, MOMENTS_KEY, RECORD_KEY
+from .weights import from_all, is_flat, shards_of, weights_of, whole, without_wrappers, writes_here
 
 # As torch.nn.utils.clip_grad_norm_ divides.
 _CLIPPING_EPSILON = 1e-6
@@ -41,7 +42,8 @@ class Recorder:
     several batches, a step is the optimizer's.
 
     Processes that train together (DistributedDataParallel, ``fully_shard``, FullyShardedDataParallel with
-    ``use_orig_params=True``) each make a Recorder and all call ``save``; the first one writes whole weights.
+    ``use_orig_params=True``) each make a Recorder and all call ``save``; the first one writes whole weights, or with
+    ``sharded=True`` each writes its own.
 
     For ``torch.optim.SGD`` a checkpoint also holds what ``weighting="effective"`` weighs by: the sum over the steps of
     the learning rate times the share of gradients in the step. That is 1 without momentum, grows to 1 / (1 - mu) with
@@ -59,10 +61,13 @@ class Recorder:
         directory: where to write checkpoints; created if missing.
         second_moments: also save Adam's bias-corrected second moments.
         first_step: the number of steps already taken, when a training run is resumed.
-        overwrite: delete an earlier training's ``step_*.pt`` in ``directory`` (those after ``first_step``) instead of
-            refusing to mix two trainings.
+        overwrite: delete an earlier training's checkpoints (``step_*``) in ``directory`` (those after ``first_step``)
+            instead of refusing to mix two trainings.
         only_trained: save the parameters that the optimizer holds and the buffers, and leave out the rest, such as the
             base of an adapter (LoRA), which then comes from the task's model: ``find_checkpoints(base="model")``.
+        sharded: each process writes the weights that it holds, by ``torch.distributed.checkpoint``, into a folder
+            ``step_<n>`` with the record beside them (``gradindex.json``), so that no process ever holds the whole
+            model. ``directory`` must lie on a disk that all of them share. A folder appears when it is whole.
         clipping_unknown: gradients are clipped where :meth:`clipped` cannot be called, so record nothing for
             ``weighting="effective"``.
 
@@ -81,6 +86,7 @@ class Recorder:
         first_step: int = 0,
         overwrite: bool = False,
         only_trained: bool = False,
+        sharded: bool = False,
         clipping_unknown: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -97,7 +103,9 @@ class Recorder:
                 "Shard the model with fully_shard (FSDP2), or leave them out."
             )
         self._directory = Path(directory)
-        self._second_moments, self._only_trained = second_moments, only_trained
+        self._second_moments, self._only_trained, self._sharded = second_moments, only_trained, sharded
+        if sharded:
+            check_sharding()
         self._clipping_unknown = clipping_unknown
         # What was ever trained stays in a checkpoint of what is trained, also when the optimizer lets go of it.
         self._trained: dict[int, Tensor] = {}
@@ -107,9 +115,8 @@ class Recorder:
 
     def _clear_directory(self, first_step: int, overwrite: bool) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
-        earlier = [path for path in self._directory.glob("step_*.pt") if _step_of(path) > first_step]
-        if first_step == 0:
-            earlier = list(self._directory.glob("step_*.pt"))
+        written = [*self._directory.glob("step_*.pt"), *written_in(self._directory)]
+        earlier = [path for path in written if first_step == 0 or _step_of(path) > first_step]
         if earlier and not overwrite:
             raise ArgumentError(
                 f"{self._directory} already holds {len(earlier)} checkpoints of another training. "
@@ -117,7 +124,8 @@ class Recorder:
                 "overwrite=True to delete them."
             )
         for path in earlier:
-            path.unlink()
+            remove(path)
+        remove_unfinished(self._directory)
 
     @property
     def step(self) -> int:
@@ -182,16 +190,23 @@ class Recorder:
             record["loss"] = float(loss)
         if self._only_trained:
             record["only_trained"] = True
-        if self._second_moments:
-            record["second_moments"] = self._read_second_moments()
         for one in self._optimizers:
             self._trained |= {id(parameter): parameter for parameter in held_by(one)}
         self._trained |= {id(parameter): parameter for parameter in self._counter.stepped()}
-        state = weights_of(self._model, self._trained if self._only_trained else None)
-        path = self._directory / f"step_{self.step:08d}.pt"
-        if writes_here():
-            with replacing(path) as temporary:
-                torch.save({MODEL_KEY: state, RECORD_KEY: record}, temporary)
+        trained = self._trained if self._only_trained else None
+        path = self._directory / f"step_{self.step:08d}{'' if self._sharded else '.pt'}"
+        if self._sharded:
+            content = {MODEL_KEY: shards_of(self._model, trained)}
+            if self._second_moments:
+                content[MOMENTS_KEY] = self._read_second_moments()
+            save_together(path, content, record)
+        else:
+            if self._second_moments:
+                record[MOMENTS_KEY] = self._read_second_moments()
+            state = weights_of(self._model, trained)
+            if writes_here():
+                with replacing(path) as temporary:
+                    torch.save({MODEL_KEY: state, RECORD_KEY: record}, temporary)
         self._counter.clear()
         return path
 
@@ -240,7 +255,7 @@ class Recorder:
         return group
 
     def _read_second_moments(self) -> dict[str, Tensor]:
-        """Adam's v / (1 - beta2^t) by parameter name, of parameters that took steps."""
+        """Adam's v / (1 - beta2^t) by parameter name, of parameters that took steps; where shards are saved, theirs."""
         names, moments, stepped = self._names(), dict[str, Tensor](), self._counter.stepped()
         for one in self._optimizers:
             for group in one.param_groups:
@@ -256,7 +271,8 @@ class Recorder:
                             f"{names[id(parameter)]}. Use an optimizer of the Adam family, or second_moments=False."
                         )
                     correction = 1.0 - float(group["betas"][1]) ** float(taken)
-                    moments[names[id(parameter)]] = (whole(state["exp_avg_sq"]) / correction).cpu()
+                    v = state["exp_avg_sq"].detach()
+                    moments[names[id(parameter)]] = v / correction if self._sharded else (whole(v) / correction).cpu()
         return moments
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,9 @@ from typing import Any
 
 RECORD_KEY = "gradindex"
 MODEL_KEY = "model"
+MOMENTS_KEY = "second_moments"
+# The record, as JSON, in a folder of a distributed checkpoint.
+RECORD_FILE = "gradindex.json"
 
 
 def recorded_groups(record: dict[str, Any], field: str) -> dict[str, float]:

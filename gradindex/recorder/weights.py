@@ -76,34 +76,53 @@ def weights_of(model: nn.Module, trained: Collection[int] | None) -> dict[str, T
         model: as it trains.
         trained: ids of the parameters to take, with all buffers; ``None`` for everything.
     """
-    strip, writes = without_wrappers(model), writes_here()
+    writes, found = writes_here(), {}
+    with _gathered(model):
+        for name, tensor in _named(model, trained):
+            tensor = whole(tensor)
+            if writes:
+                found[name] = tensor.cpu()
+    return found
+
+
+def shards_of(model: nn.Module, trained: Collection[int] | None) -> dict[str, Tensor]:
+    """The weights that this process holds: shards of FSDP, whole tensors of other models; arguments as above."""
+    with _gathered(model, whole_here=False):
+        return dict(_named(model, trained))
+
+
+def _named(model: nn.Module, trained: Collection[int] | None) -> Iterator[tuple[str, Tensor]]:
+    strip = without_wrappers(model)
     wanted: set[str] | None = None
     if trained is not None:
         named = model.named_parameters(remove_duplicate=False)
         wanted = {strip(name) for name, parameter in named if id(parameter) in trained}
         wanted |= {strip(name) for name, _ in model.named_buffers(remove_duplicate=False)}
-    found = {}
-    with _gathered(model):
-        for name, tensor in model.state_dict().items():
-            if isinstance(tensor, Tensor) and (wanted is None or strip(name) in wanted):
-                tensor = whole(tensor)
-                if writes:
-                    found[strip(name)] = tensor.cpu()
-    return found
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and (wanted is None or strip(name) in wanted):
+            yield strip(name), tensor
 
 
 @contextmanager
-def _gathered(model: nn.Module) -> Iterator[None]:
-    """Let ``FullyShardedDataParallel`` give whole weights, in the process that writes."""
+def _gathered(model: nn.Module, whole_here: bool = True) -> Iterator[None]:
+    """Let ``FullyShardedDataParallel`` give whole weights, in the process that writes, or its shards."""
     if not is_flat(model):
         yield
         return
-    from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+    from torch.distributed.fsdp import (
+        FullStateDictConfig,
+        FullyShardedDataParallel,
+        ShardedStateDictConfig,
+        StateDictType,
+    )
 
     # On the CPU, torch 2.13 ends the process if it is to bring there what is there.
     elsewhere = next(model.parameters()).device.type != "cpu"
-    how = FullStateDictConfig(offload_to_cpu=elsewhere, rank0_only=elsewhere)
+    how: Any = FullStateDictConfig(offload_to_cpu=elsewhere, rank0_only=elsewhere)
+    kind = StateDictType.FULL_STATE_DICT
+    if not whole_here:
+        how, kind = ShardedStateDictConfig(), StateDictType.SHARDED_STATE_DICT
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of a newer way that needs the above
-        with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, how):
+        with FullyShardedDataParallel.state_dict_type(model, kind, how):
             yield

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...registry import Registry
-from ...weights import Content, Trained, numbers_of
+from ...weights import Content, Trained, numbers_of, outline, read
 from .layouts import Given, Place, is_folder, place_of
+
+# Of a parameter's state in an optimizer, what second moments are made of.
+STEPS_AND_MOMENTS = ("step", "exp_avg_sq")
 
 
 class Source(ABC):
@@ -76,7 +79,7 @@ class Source(ABC):
 
 
 SOURCES: Registry[type[Source]] = Registry(
-    "source", order=("recorder", "trainer", "accelerate", "lightning", "timm", "file")
+    "source", order=("recorder", "trainer", "accelerate", "lightning", "timm", "distributed", "file")
 )
 
 
@@ -94,3 +97,21 @@ def opened(path: Path, data: bool, own: bool = False) -> Source:
     place = Place(path, path if is_folder(path) else None, Given(path, [])) if own else place_of(path)
     content = place.layout.read() if data else place.layout.outline()
     return next(kind(place, content) for kind in SOURCES.values() if kind.recognises(place, content))
+
+
+def optimizer_at(path: Path, whole: bool) -> Any:
+    """The state of an optimizer that is alone in a file, or in a folder of a distributed checkpoint.
+
+    Args:
+        path: of the file or the folder.
+        whole: whether the numbers of second moments and steps are read.
+
+    Raises:
+        CheckpointError: it cannot be read, or a folder holds several.
+    """
+    if not is_folder(path):
+        return (read if whole else outline)(path).value
+    from .parts import optimizers_in  # takes time to import
+
+    found = optimizers_in(path, STEPS_AND_MOMENTS if whole else ())
+    return found[0] if len(found) == 1 else None

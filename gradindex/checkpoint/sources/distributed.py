@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ...digests import digest
 from ...errors import CheckpointError
+from ...recorder import RECORD_FILE, RECORD_KEY
 from ...weights import Content
-from .layouts import LAYOUTS, Layout, is_folder
+from .layouts import LAYOUTS, METADATA, Layout, is_folder, json_of
 
-_METADATA = ".metadata"
 # Where accelerate and the Trainer keep a model that FSDP saved in parts.
 _INSIDE = ("pytorch_model_fsdp_0", "pytorch_model_fsdp", "model")
 
@@ -33,11 +33,11 @@ class Distributed(Layout):
         if not is_folder(path):
             return None
         for folder in (path, *(path / name for name in _INSIDE)):
-            if (folder / _METADATA).is_file():
+            if (folder / METADATA).is_file():
                 return cls(path, [folder])
             if is_folder(folder) and next(folder.glob("*.distcp"), None) is not None:
                 raise CheckpointError(
-                    f"{folder} has no {_METADATA}, which is written last: it is still being written, or was cut short. "
+                    f"{folder} has no {METADATA}, which is written last: it is still being written, or was cut short. "
                     "Wait, or copy the whole folder again."
                 )
         return None
@@ -59,7 +59,8 @@ class Distributed(Layout):
                 f"{self.path} is a distributed checkpoint, but this build of torch has no torch.distributed. Join it "
                 "elsewhere: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUTPUT."
             ) from None
-        return joined(self.files[0], data)
+        found, record = joined(self.files[0], data), self.files[0] / RECORD_FILE
+        return {**found, RECORD_KEY: json_of(record)} if record.is_file() else found
 
 
 @LAYOUTS.register("zero")

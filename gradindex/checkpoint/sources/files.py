@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...recorder import RECORD_KEY
+from ...recorder import MOMENTS_KEY, RECORD_KEY
 from ...weights import Content, Trained
 from .base import SOURCES, Source
-from .layouts import Place
+from .layouts import METADATA, Place
 
 
 @SOURCES.register("recorder")
 class Recorded(Source):
-    """A file of ``gradindex.Recorder``."""
+    """A file of ``gradindex.Recorder``, or a folder that its processes wrote together."""
 
     label = "gradindex.Recorder"
 
@@ -24,7 +24,14 @@ class Recorded(Source):
 
     def record(self, trained: Trained | None, since: int | None, moments: bool = False) -> Mapping[str, Any] | None:
         """See :class:`Source`."""
-        return recorded(self.content)
+        found = recorded(self.content)
+        folder = self.place.layout.files[0]
+        if found is None or not moments or not (folder / METADATA).is_file():
+            return found
+        from .parts import tensors_under  # as in the layout, which could import it
+
+        second_moments = tensors_under(folder, MOMENTS_KEY)
+        return {**found, MOMENTS_KEY: second_moments} if second_moments else found
 
 
 @SOURCES.register("file")

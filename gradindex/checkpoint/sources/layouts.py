@@ -23,6 +23,8 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"(.+)-(\d{3,})-of-(\d{3,})\.(safetensors|bin)")
 _LONGEST_JSON = 1 << 28
+# What torch writes last into the folder of a distributed checkpoint.
+METADATA = ".metadata"
 
 
 class Layout(ABC):

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ...weights import Content, Trained, numbers_of, outline, read
-from .base import SOURCES, Source
-from .layouts import Place
+from .base import SOURCES, STEPS_AND_MOMENTS, Source, optimizer_at
+from .layouts import METADATA, Place
 from .optimizers import Optimizer
 from .records import UNKNOWN, record_of
 from .schedules import Schedule, replayed
@@ -231,11 +231,13 @@ class Accelerate(Loop):
     @cached_property
     def optimizers(self) -> Sequence[tuple[Path, Any]]:
         """See :class:`Loop`."""
-        return [(path, outline(path).value) for path in self._files("optimizer")]
+        parts = (path for path in self.folder.glob("optimizer_*") if (path / METADATA).is_file())
+        paths = self._files("optimizer") or sorted(parts)
+        return [(path, optimizer_at(path, whole=False)) for path in paths]
 
     def whole_optimizer(self) -> Any:
         """See :class:`Loop`."""
-        return read(self.optimizers[0][0]).value
+        return optimizer_at(self.optimizers[0][0], whole=True)
 
     @cached_property
     def schedulers(self) -> Sequence[Mapping[str, Any]]:
@@ -317,3 +319,73 @@ class Timm(Loop):
         if getattr(arguments, "sched_on_updates", False):
             return None  # the rate is then that of the next step
         return super().record(trained, since, moments)
+
+
+@SOURCES.register("distributed")
+class Parts(Loop):
+    """A folder of a distributed checkpoint with an optimizer's state beside the weights, as torch's guide saves it."""
+
+    @classmethod
+    def recognises(cls, place: Place, content: Content) -> bool:
+        """See :class:`Source`."""
+        files = place.layout.files
+        if not files or not (files[0] / METADATA).is_file():
+            return False
+        from .parts import holds_optimizer  # takes time to import; the layout says where it cannot be
+
+        return holds_optimizer(files[0])
+
+    @property
+    def folder(self) -> Path:
+        """Of the parts."""
+        return self.place.layout.files[0]
+
+    @cached_property
+    def taken(self) -> int | None:
+        """See :class:`Loop`: what Adam counted, else what is said; without a scheduler an epoch does as well."""
+        states, said = _optimizers(self.folder, ("step",)), self.numbers()
+        counted = Optimizer(self.folder, states[0]).taken() if states else None
+        return counted or said.get("step") or (None if self.schedulers else next(iter(said.values()), None))
+
+    @cached_property
+    def optimizers(self) -> Sequence[tuple[Path, Any]]:
+        """See :class:`Loop`."""
+        return [(self.folder, state) for state in _optimizers(self.folder)]
+
+    def whole_optimizer(self) -> Any:
+        """See :class:`Loop`."""
+        return _optimizers(self.folder, STEPS_AND_MOMENTS)[0]
+
+    @cached_property
+    def schedulers(self) -> Sequence[Mapping[str, Any]]:
+        """See :class:`Loop`."""
+        from .parts import schedulers_in
+
+        return schedulers_in(self.folder)
+
+    @property
+    def keeps_schedulers(self) -> bool:
+        """See :class:`Loop`: not by itself, so that sums are not known without one."""
+        return False
+
+    def periods(self, count: int) -> tuple[int, bool] | None:
+        """See :class:`Loop`: schedulers step after each step, or after an epoch, before or after it is saved."""
+        taken = self.taken or 0
+        if taken % count == 0:
+            return taken // count, True
+        return (taken // (count + 1), False) if taken % (count + 1) == 0 else None
+
+    def beside(self) -> Sequence[Parts]:
+        """See :class:`Loop`."""
+        found = []
+        for folder in sorted(path for path in self.path.parent.iterdir() if (path / METADATA).is_file()):
+            place = Place(folder, folder, type(self.place.layout)(folder, [folder]))
+            if folder.name != self.path.name and self.recognises(place, Content(None)):
+                found.append(Parts(place, place.layout.outline()))
+        return found
+
+
+def _optimizers(folder: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+    from .parts import optimizers_in
+
+    return optimizers_in(folder, fields)

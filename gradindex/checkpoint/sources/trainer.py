@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
-from ...weights import Content, Trained, numbers_of, outline, read
-from .base import SOURCES, Source
-from .layouts import Place, json_of
+from ...weights import Content, Trained, numbers_of, read
+from .base import SOURCES, Source, optimizer_at
+from .layouts import METADATA, Place, json_of
 from .optimizers import Optimizer
 from .records import record_of
 from .schedules import Schedule, replayed
 
 STATE = "trainer_state.json"
+# Where FSDP keeps the optimizer in parts.
+_OPTIMIZER_PARTS = "optimizer_0"
 _OPTIMIZERS, _SCHEDULER = ("optimizer.pt", "optimizer.bin"), "scheduler.pt"
 # Beside the weights also where Trainer.save_model wrote them, but then without an optimizer.
 _ARGUMENTS = "training_args.bin"
@@ -90,13 +92,15 @@ class TrainerRun(Source):
     @cached_property
     def optimizer_path(self) -> Path | None:
         """Where the optimizer's state is, if it was saved."""
-        return next((self.folder / name for name in _OPTIMIZERS if (self.folder / name).is_file()), None)
+        parts = self.folder / _OPTIMIZER_PARTS
+        files = (self.folder / name for name in _OPTIMIZERS if (self.folder / name).is_file())
+        return next(files, parts if (parts / METADATA).is_file() else None)
 
     @cached_property
     def optimizer(self) -> Optimizer | None:
         """The optimizer's state, without its numbers."""
         path = self.optimizer_path
-        return None if path is None else Optimizer(path, outline(path).value)
+        return None if path is None else Optimizer(path, optimizer_at(path, whole=False))
 
     def record(self, trained: Trained | None, since: int | None, moments: bool = False) -> Mapping[str, Any] | None:
         """See :class:`Source`: rates as they were logged, else as the scheduler's state has them."""
@@ -110,7 +114,7 @@ class TrainerRun(Source):
                 raise CheckpointError(
                     f"{self.folder} has no optimizer.pt, so no second moments. Drop preconditioner from the task."
                 )
-            return Optimizer(path, read(path).value).second_moments(trained)
+            return Optimizer(path, optimizer_at(path, whole=True)).second_moments(trained)
 
         return record_of(
             self.step,
