@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import TaskError
-from .tree import APART, APART_PACKAGES, SCALARS, attributes
+from .tree import APART, APART_PACKAGES, SCALARS, attributes, made_of
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 # How often containers are come to again before they are taken for knots, whose paths have no end.
@@ -159,6 +159,8 @@ class _Digest:
             self._state.update(f"meta{tensor.dtype}{tuple(tensor.shape)}".encode())
         elif tensor.is_nested:
             self._feed(("nested", list(tensor.unbind())))
+        elif (parts := made_of(tensor))[0] is not None:
+            self._feed((type(tensor).__qualname__, *parts))
         elif tensor.layout == torch.sparse_coo:
             tensor = tensor.coalesce()
             self._feed(("sparse", tuple(tensor.shape), tensor.indices(), tensor.values()))

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .errors import TaskError
@@ -114,6 +115,17 @@ def tensors(tree: Any) -> list[Tensor]:
         else:
             stack += reversed(_parts(node))
     return found
+
+
+def made_of(tensor: Any) -> tuple[dict[str, Tensor] | None, Any]:
+    """The tensors inside a tensor that is made of several, such as a weight that torchao quantised, and how it is made.
+
+    ``(None, None)`` for a tensor with memory of its own.
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        return None, None
+    names, how = tensor.__tensor_flatten__()
+    return {name: getattr(tensor, name) for name in names}, how
 
 
 def attributes(value: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .answers import PREDICTIONS, Answers
 from .functional import COLLATE, LOSS, QUERY_LOSS, LossModule, loop_gradients, vmap_gradients
 from .geometry import geometry_of
 from .hooks import Consume, Hooks
-from .layers import packed_parameters, plan_layers, refuse_what_hides
+from .layers import packed_parameters, plan_layers, refuse_what_hides, same_packed
 from .narrow import NARROW, Narrow
 from .precision import HALF, LOSS_SCALES, check_precision, full_float32, usable
 from .states import State, States
@@ -109,7 +109,7 @@ class Engine:
         def state_of(loaded: Loaded) -> dict[str, Tensor]:
             tensors = unsaved | loaded.tensors
             for name, parameter in packed.items():
-                if not torch.equal(tensors.pop(name).to(parameter.device), parameter.detach().as_subclass(Tensor)):
+                if not same_packed(tensors.pop(name), parameter.detach()):
                     raise CheckpointError(
                         f"{loaded.checkpoint.path} has another {name} than the model, which is quantised and stays as "
                         "it is. Load the model that was trained."

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ..errors import TaskError
 from ..factors import Layer
+from ..tree import made_of
 from . import uses
 from .functional import as_real
 from .rules import RULES
 
-# Packages whose layers hold quantised weights and pass gradients on.
+# Packages whose layers (bitsandbytes.nn) or weights (torchao.quantization) are quantised, and pass gradients on.
 _PACKING = {"bitsandbytes", "torchao"}
 
 
@@ -135,6 +136,15 @@ def packed_parameters(model: nn.Module, frozen: Collection[str]) -> dict[str, Te
             if name in frozen and homes & _PACKING:
                 found[name] = parameter
     return found
+
+
+def same_packed(one: Tensor, other: Tensor) -> bool:
+    """Whether two quantised weights are the same; those of torchao are made of tensors and compare by these."""
+    (inside, how), (inside_other, how_other) = made_of(one), made_of(other)
+    if inside is None or inside_other is None:
+        return inside is inside_other and torch.equal(one.to(other.device), other.as_subclass(Tensor))
+    alike = how == how_other and inside.keys() == inside_other.keys()
+    return alike and all(same_packed(tensor, inside_other[name]) for name, tensor in inside.items())
 
 
 def refuse_what_hides(model: nn.Module, tracked: Collection[str]) -> None:

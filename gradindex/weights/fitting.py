@@ -154,10 +154,12 @@ def fitted(
     places = aligned(chosen, expected)
     problems, filled, tensors = [], [], {}
     from_base: list[str] = []
+    # What is neither parameter nor buffer belongs to a base: the scales of quantised weights (bitsandbytes).
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     for name, own in expected.items():
         if name in places:
             tensors[name] = chosen[places[name]]
-        elif name not in firsts and name.rpartition(".")[2] not in STATISTICS:
+        elif name not in firsts and name.rpartition(".")[2] not in STATISTICS and (base is None or name in buffers):
             tensors[name] = own.detach().clone()
             filled.append(name)
         elif (twin := next((places[n] for n in shared.get(firsts.get(name, ""), ()) if n in places), None)) is not None:

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import socket
 import sys
 import types
 
@@ -122,7 +123,8 @@ def zero(folder, step):
 
 
 def test_zero_without_deepspeed_names_the_ways_out(tmp_path, monkeypatch, model):
-    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    for name in ("deepspeed", "deepspeed.utils.zero_to_fp32"):
+        monkeypatch.setitem(sys.modules, name, None)
     zero(tmp_path / "run", 5)
     for act in (lambda: find_checkpoints(tmp_path / "run", learning_rate=0.1),
                 lambda: Checkpoint(tmp_path / "run", 0.1).load(model)):  # fmt: skip
@@ -130,12 +132,13 @@ def test_zero_without_deepspeed_names_the_ways_out(tmp_path, monkeypatch, model)
             act()
 
 
-def test_zero_is_converted_by_deepspeeds_own_function(tmp_path, monkeypatch, model):
+def test_zero_is_converted_by_deepspeeds_own_function(tmp_path, monkeypatch, capsys, model):
     """With a stand-in for the function, which is called as DeepSpeed documents it."""
     called = []
 
     def convert(checkpoint_dir, tag=None, **_):
         called.append((checkpoint_dir, tag))
+        print("Processing zero checkpoint")
         return dict(model.state_dict())
 
     module = types.ModuleType("deepspeed.utils.zero_to_fp32")
@@ -151,13 +154,48 @@ def test_zero_is_converted_by_deepspeeds_own_function(tmp_path, monkeypatch, mod
     assert same(loaded.tensors, model)
     assert loaded.kind == "DeepSpeed ZeRO"
     assert called == [(str(tmp_path / "run"), "global_step5")]
+    assert capsys.readouterr().out == ""  # which belongs to what the command line answers
 
 
-def test_deepspeed_writes_what_is_read_here():
+@pytest.mark.slow
+def test_a_run_that_deepspeed_wrote(tmp_path, capfd):
+    """ZeRO-2 in bfloat16, in a process of its own; DeepSpeed compiles an operator when it runs for the first time."""
     pytest.importorskip("deepspeed", reason="needs deepspeed, which is not in the extra dev")
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    process = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    toys.python(DEEPSPEED, tmp_path / "run", tmp_path / "weights.pt", DS_ACCELERATOR="cpu", **process)
+    expected = torch.load(tmp_path / "weights.pt")
+    capfd.readouterr()
+    model = toys.mlp()
+    (found,) = find_checkpoints(tmp_path / "run", learning_rate=0.1)
+    loaded = found.read(model)
+    assert (found.step, loaded.kind) == (3, "DeepSpeed ZeRO")
+    assert loaded.tensors.keys() == expected.keys()
+    for name, weight in expected.items():  # whose master copies in float32 are what was saved
+        assert loaded.tensors[name].dtype == torch.float32
+        torch.testing.assert_close(loaded.tensors[name], weight.float(), rtol=2**-8, atol=0)
+    assert capfd.readouterr().out == ""
 
-    assert callable(get_fp32_state_dict_from_zero_checkpoint)
+
+DEEPSPEED = """
+import sys
+import deepspeed, torch
+from torch import nn
+
+deepspeed.init_distributed(dist_backend="gloo")
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+optimizer = {"type": "Adam", "params": {"lr": 0.1, "torch_adam": True}}
+options = {"train_batch_size": 4, "optimizer": optimizer, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=options)[0]
+for _ in range(3):
+    engine.backward(engine(torch.randn(4, 6).bfloat16()).float().square().mean())
+    engine.step()
+engine.save_checkpoint(sys.argv[1])
+torch.save({name: weight.detach() for name, weight in engine.module.named_parameters()}, sys.argv[2])
+"""
 
 
 def test_a_latest_that_was_not_written_yet_is_named(tmp_path):

@@ -5,7 +5,9 @@ ZeRO needs DeepSpeed, whose converter joins the parts.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,8 @@ class Zero(Layout):
         folder = self.files[0]
         convert = self._converter()
         try:
-            weights = convert(str(folder.parent), tag=folder.name)
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does, among what a command answers
+                weights = convert(str(folder.parent), tag=folder.name)
         except Exception as error:  # whatever DeepSpeed finds wrong with it
             reason = " ".join(str(error).split())[:160]
             raise CheckpointError(
