@@ -5,12 +5,15 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from frameworks import imported
 from pages import RECIPES, blocks
 from places import DATA, TOP
+from reference import check_scores, gradients, scores
 from toys import call
 
 PAGES = [
@@ -148,15 +151,26 @@ def test_the_pages_by_task_run_after_readmes_first_steps(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_page_on_captum_runs_from_top_to_bottom(tmp_path):
-    (tmp_path / "my_training.py").write_text(MY_TRAINING)
+def test_the_page_on_captum_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     told = blocks(TOP / "docs" / "recipes" / "captum.md")
     assert {language for language, _ in told} == {"python"}
-    (tmp_path / "session.py").write_text(LOOP + "".join(text for _, text in told))
-    printed = dict(line.rsplit(" [[", 1) for line in run("python session.py", tmp_path).splitlines() if " [[" in line)
+    names = {}
+    exec(MY_TRAINING + LOOP.replace("from my_training import *\n", ""), names)
+    for _, text in told:
+        exec(compile(text, "captum.md", "exec"), names)
+    printed = dict(line.rsplit(" [[", 1) for line in capsys.readouterr().out.splitlines() if " [[" in line)
     assert set(printed) == {"proponents", "opponents", "with the bias", "from the store"}
     assert printed["with the bias"] == printed["from the store"]
     assert printed["proponents"] != printed["opponents"]
+    task, rates = names["task"], [0.1] * 3
+    check_scores(task, rates, prefixes=("2.",))
+    of_queries, of_train = (
+        gradients(task, [data[i] for i in range(n)], prefixes=("2.weight",))
+        for data, n in ((task.query, 2), (task.train, 40))
+    )
+    truth, scale = scores(task, of_queries, of_train, rates)
+    assert np.all(np.abs(names["scores"].numpy() - truth) < 1e-6 * scale)  # in float32, without the bias
 
 
 @pytest.mark.slow
@@ -181,6 +195,20 @@ def test_the_page_on_language_models_runs_from_top_to_bottom(tmp_path, monkeypat
     assert explanation.query_tokens == (("the", "owl", "chased", "the", "mouse"),)
     assert "gi-tokens" in (tmp_path / "tokens.html").read_text()
     assert len(own[0]) == 5
+    check_scores(replace(names["task"], query=names["task"].train), [0.5] * 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [("language-models.md", "# lm_task.py", "print(hits)"), ("captum.md", "from", "scores =")],
+)
+def test_the_first_answer_is_at_most_12_lines_after_the_training(name, first, last):
+    """As those of the other recipes, which test_recipes.py counts."""
+    page = "".join(text for _, text in blocks(TOP / "docs" / "recipes" / name))
+    text = re.split(r"recorder\.save\(\)|return saved\[\"rate\"\]", page)[1]
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    assert next(line for line in text.splitlines() if line.strip()).startswith(first)
+    assert next(i for i, line in enumerate(lines, 1) if line.startswith(last)) <= 12
 
 
 def test_other_pages_hold_no_block_that_nothing_runs():
