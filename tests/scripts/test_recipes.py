@@ -132,13 +132,16 @@ def test_a_trainer_of_lightning(run, tmp_path, monkeypatch, given):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers
-def test_an_adapter(run):
+@GIVEN
+def test_an_adapter(run, tmp_path, monkeypatch, given):
     imported("peft")
     imported("transformers").GPT2LMHeadModel  # noqa: B018  # loaded here, where it is made to load
+    data_file("ag_news_7600.csv", given, monkeypatch, tmp_path / "ag_news.csv")
     names, printed = run("lora.md")
     assert SIGN in printed[1]
-    hits = names["retriever"].proponents([0, 1], k=1)
-    assert hits.columns["text"].ravel().tolist() == ["anna lives in paris", "david works in lima"]
+    hits = names["retriever"].proponents(range(10), k=5)
+    topics = np.array([text.split()[-1] for text in names["texts"][120:130]])
+    assert np.mean(hits.columns["topic"] == topics[:, None]) > 0.6
     assert printed[2].count("lora_A.default") == 4  # two matrices in each of two layers, and no base
     check_scores(names["task"], [0.01] * 4)
 
