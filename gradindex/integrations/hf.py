@@ -36,8 +36,11 @@ class RecorderCallback(TrainerCallback, ExportableState):  # type: ignore[misc] 
 
     Give at most one of ``every``, ``at`` and ``count``.
 
-    ``Trainer`` does not tell by how much it clipped the gradients of a step, so ``weighting="effective"`` needs
-    ``max_grad_norm=0`` in its arguments.
+    ``Trainer`` clips gradients to ``max_grad_norm``, 1 by default, and tells their norm before that only in its log. So
+    ``weighting="effective"`` and the factors of clipping, ``min(1, max_grad_norm / (norm + 1e-6))``, need every step to
+    be logged (``logging_steps=1``), or ``max_grad_norm=0``. The log comes after the step: a checkpoint that is due is
+    saved when its log has come. Once a step had none, nothing more is recorded of clipping. DeepSpeed clips by itself
+    and tells nothing.
 
     Args:
         directory: where to write checkpoints; created if missing.
@@ -73,6 +76,8 @@ class RecorderCallback(TrainerCallback, ExportableState):  # type: ignore[misc] 
         )
         # What an earlier run had counted: set by the trainer when it restores callbacks itself.
         self.counted: dict[str, Any] | None = None
+        # Whether logs tell the factors of clipping, up to which step they did, and whether a checkpoint waits for one.
+        self._logs_tell, self._told, self._waiting = False, 0, False
 
     def state(self) -> dict[str, Any]:
         """What the trainer keeps in its own checkpoints."""
@@ -81,19 +86,53 @@ class RecorderCallback(TrainerCallback, ExportableState):  # type: ignore[misc] 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Start to listen to the optimizer."""
         resumed = state.global_step > 0
+        each = args.logging_strategy == "steps" and state.logging_steps == 1 and not getattr(args, "deepspeed", None)
+        self._logs_tell, self._waiting = bool(args.max_grad_norm) and each, False
         self._session.begin(
             objects["model"],
             objects["optimizer"],
             total=state.max_steps,
             taken=state.global_step,
             state=(self.counted or self._counted(state.stateful_callbacks)) if resumed else None,
-            clipping_unknown=bool(args.max_grad_norm),
+            clipping_unknown=bool(args.max_grad_norm) and not self._logs_tell,
         )
+        self._told = self._session.recorder.step if self._session.recorder is not None else 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        """Save where it is due."""
-        if self._session.due() and self._session.recorder is not None:
-            self._session.recorder.save()
+        """Save where it is due, or when the step's log has come."""
+        if self._session.due():
+            self._waiting = True
+            if not (self._logs_tell and control.should_log):
+                self._settle()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **objects: Any) -> None:
+        """Take the norm of the latest step's gradients before clipping."""
+        recorder, norm = self._session.recorder, (logs or {}).get("grad_norm")
+        if self._logs_tell and recorder is not None and norm is not None:
+            if recorder.step == self._told + 1:  # a gradient scaler skips steps, which are logged all the same
+                recorder.clipped(float(norm), args.max_grad_norm, late=True)
+                self._told = recorder.step
+            self._settle()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Save what waited for a log in vain."""
+        self._settle()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """The same."""
+        self._settle()
+
+    def _settle(self) -> None:
+        """Save what waits. Once a step had no log, nothing more is said of clipping."""
+        recorder = self._session.recorder
+        if recorder is None:
+            return
+        if self._logs_tell and recorder.step > self._told:
+            recorder.lose_clipping()
+            self._logs_tell = False
+        if self._waiting:
+            self._waiting = False
+            recorder.save()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Save the end of the training, unless the model is no longer the one that was trained last."""

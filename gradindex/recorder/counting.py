@@ -47,12 +47,13 @@ class StepCounter:
     Attributes:
         step: how many steps were taken in all.
         clipping_told: whether a factor of clipping was ever told.
+        clipping_unknown: whether gradients were clipped by factors that nobody told.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], first_step: int) -> None:
         self._optimizers = optimizers
         self.step = first_step
-        self.clipping_told = False
+        self.clipping_told = self.clipping_unknown = False
         # Since the previous save: what each parameter's steps were, and those of groups by (optimizer, number).
         self._steps: dict[Tensor, Steps] = {}
         self._group_steps: dict[tuple[int, int], Steps] = {}
@@ -61,6 +62,8 @@ class StepCounter:
         # How much gradient is in each momentum buffer; clipping of the coming step, by optimizer.
         self._shares: dict[Tensor, float] = {}
         self._factors: dict[int, float] = {}
+        # Of the latest step, for a factor that is told late: its parameters, SGD's settings, what buffers held, rates.
+        self._latest: list[tuple[Tensor, Mapping[str, Any] | None, float | None, float]] = []
         # Optimizers that stepped since the latest step was counted, and parameters with a gradient in a step under way.
         self._stepped: set[int] = set()
         self._begun: dict[int, set[Tensor]] = {}
@@ -90,19 +93,21 @@ class StepCounter:
         none, sgd = Steps(), is_sgd(optimizer)
         if number in self._stepped or not self._stepped:
             self.step += 1
-            self._stepped = set()
+            self._stepped, self._latest = set(), []
         self._stepped.add(number)
         for place, group in enumerate(optimizer.param_groups):
             rate = rate_of(optimizer, group)
             self._settings[number, place] = settings_of(group)
+            momentum = {name: group[name] for name in ("momentum", "dampening", "nesterov")} if sgd else None
             self._group_steps[number, place] = self._group_steps.get((number, place), none).and_one(rate, factor, 0.0)
             for parameter in group["params"]:
                 # A closure, as LBFGS has, computes gradients inside the step; other steps may clear them.
                 if parameter not in begun and not has_gradient(parameter):
                     continue
-                share = factor
+                share, before = factor, self._shares.get(parameter)
+                self._latest.append((parameter, momentum, before, rate))
                 if sgd:
-                    buffer, share = share_after(group, self._shares.get(parameter), factor)
+                    buffer, share = share_after(group, before, factor)
                     if buffer is not None:
                         self._shares[parameter] = buffer
                 if rate != 0:
@@ -112,6 +117,23 @@ class StepCounter:
         """Clipping shrank the gradients of each optimizer's coming step by this factor."""
         self.clipping_told = True
         self._factors = dict.fromkeys(range(len(self._optimizers)), factor)
+
+    def was_clipped(self, factor: float) -> None:
+        """Clipping shrank the gradients of the latest step, which nobody had told, by this factor."""
+        self.clipping_told = True
+        for parameter, group, before, rate in self._latest:
+            share, whole = factor, 1.0
+            if group is not None:
+                whole = share_after(group, before, 1.0)[1]
+                buffer, share = share_after(group, before, factor)
+                if buffer is not None:
+                    self._shares[parameter] = buffer
+            if rate != 0:
+                steps = self._steps[parameter]
+                self._steps[parameter] = steps._replace(
+                    factors=steps.factors + factor - 1, effective=steps.effective + rate * (share - whole)
+                )
+        self._latest = []
 
     @property
     def any_taken(self) -> bool:
@@ -152,12 +174,14 @@ class StepCounter:
         self._steps.clear()
         self._group_steps.clear()
         self._stepped.clear()
+        self._latest.clear()
 
     def state_dict(self, names: Mapping[int, str]) -> dict[str, Any]:
         """What was counted, as JSON can hold it."""
         return {
             "step": self.step,
             "clipping_told": self.clipping_told,
+            "clipping_unknown": self.clipping_unknown,
             "stepped": sorted(self._stepped),
             "steps": {names[id(p)]: list(steps) for p, steps in self._steps.items() if id(p) in names},
             "group_steps": [[*where, *steps] for where, steps in self._group_steps.items()],
@@ -170,6 +194,7 @@ class StepCounter:
             names[id(parameter)]: parameter for one in self._optimizers for parameter in held_by(one)
         }
         self.step, self.clipping_told = state["step"], state["clipping_told"]
+        self.clipping_unknown |= state.get("clipping_unknown", False)
         self._stepped = set(state["stepped"])
         self._steps = {by_name[name]: _as_steps(values) for name, values in state["steps"].items() if name in by_name}
         self._group_steps = {(number, place): _as_steps(rest) for number, place, *rest in state["group_steps"]}

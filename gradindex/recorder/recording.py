@@ -106,12 +106,12 @@ class Recorder:
         self._second_moments, self._only_trained, self._sharded = second_moments, only_trained, sharded
         if sharded:
             check_sharding()
-        self._clipping_unknown = clipping_unknown
         # What was ever trained stays in a checkpoint of what is trained, also when the optimizer lets go of it.
         self._trained: dict[int, Tensor] = {}
         if writes_here():
             self._clear_directory(first_step, overwrite)
         self._counter = StepCounter(self._optimizers, first_step)
+        self._counter.clipping_unknown = clipping_unknown
 
     def _clear_directory(self, first_step: int, overwrite: bool) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ class Recorder:
         """Whether no step was taken since the last ``save``."""
         return not self._counter.any_taken
 
-    def clipped(self, norm: float | Tensor, max_norm: float) -> None:
+    def clipped(self, norm: float | Tensor, max_norm: float, *, late: bool = False) -> None:
         """Tell that the gradients of the coming step were clipped, after ``clip_grad_norm_`` and before the step.
 
         An optimizer sees gradients after clipping, so nothing else tells the factor by which they shrank::
@@ -151,6 +151,7 @@ class Recorder:
             norm: the norm before clipping, which ``clip_grad_norm_`` of torch, accelerate or Lightning's Fabric
                 returns.
             max_norm: what it was clipped to.
+            late: they were those of the latest step, which was taken already; before the next step and ``save``.
 
         Raises:
             ArgumentError: ``max_norm`` is not a positive number.
@@ -159,7 +160,15 @@ class Recorder:
             raise ArgumentError(f"max_norm is {max_norm}, but must be a positive number, as for clip_grad_norm_.")
         size = float(norm)
         # Infinite gradients are clipped to nothing, or are those of a step that a scaler skips.
-        self._counter.clipped(min(1.0, max_norm / (size + _CLIPPING_EPSILON)) if math.isfinite(size) else 0.0)
+        factor = min(1.0, max_norm / (size + _CLIPPING_EPSILON)) if math.isfinite(size) else 0.0
+        if late:
+            self._counter.was_clipped(factor)
+        else:
+            self._counter.clipped(factor)
+
+    def lose_clipping(self) -> None:
+        """Tell that gradients were clipped by a factor that is not known: from here on nothing is said of clipping."""
+        self._counter.clipping_unknown = True
 
     def save(self, loss: float | None = None) -> Path:
         """Write a checkpoint of the current weights and return its path.
@@ -248,9 +257,9 @@ class Recorder:
             "steps": steps.taken,
         }
         group |= {name: settings[name] for name in ("optimizer", "settings") if name in settings}
-        if self._counter.clipping_told and steps.taken:
+        if self._counter.clipping_told and steps.taken and not self._counter.clipping_unknown:
             group["clipping_factor"] = steps.factors / steps.taken
-        if settings.get("effective") and not self._clipping_unknown:
+        if settings.get("effective") and not self._counter.clipping_unknown:
             group["effective_sum"] = steps.effective
         return group
 

@@ -99,9 +99,86 @@ def test_settings_of_the_optimizer_are_recorded(tmp_path):
     assert (head["settings"]["weight_decay"], bias["settings"]["weight_decay"]) == (0.25, 0.0)
     # The buffer holds 1, 1 + 1/2 and 1 + 1/2 + 1/4 gradients.
     assert head["effective_sum"] == pytest.approx(0.01 * (1 + 1.5 + 1.75))
-    trainer_of(tmp_path, RecorderCallback(tmp_path / "clipped", at=[3]), **options).train()
+    trainer_of(tmp_path, RecorderCallback(tmp_path / "clipped", at=[3]), **options, logging_steps=2).train()
     (path,) = (tmp_path / "clipped").iterdir()
     assert not any("effective_sum" in group for group in read_record(path)["groups"])  # clipped, nobody knows how much
+
+
+def clipping(folder):
+    """What checkpoints hold of the head: the mean factor of clipping and the effective sum."""
+    found = {}
+    for path in sorted(folder.glob("*.pt")):
+        record = read_record(path)
+        group = next(g for g in record["groups"] if "classifier.weight" in g["parameters"])
+        found[record["step"]] = (group.get("clipping_factor"), group.get("effective_sum"))
+    return found
+
+
+def clipped_run(tmp_path, *callbacks, **options):
+    """A run of SGD with momentum that is clipped much, and the factors by which accelerate clipped."""
+    sgd = {"optim": "sgd", "optim_args": "momentum=0.5", "learning_rate": 0.1, "max_grad_norm": 0.5}
+    recorder = RecorderCallback(tmp_path / "ck", every=5)
+    trainer = trainer_of(tmp_path, recorder, *callbacks, lr_scheduler_type="constant", **sgd | options)
+    factors, clip = [], trainer.accelerator.clip_grad_norm_
+
+    def watched(parameters, max_norm, *rest):
+        before = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+        norm = clip(parameters, max_norm, *rest)
+        after = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        factors.append(float(sum(a.norm() ** 2 for a in after) / sum(b.norm() ** 2 for b in before)) ** 0.5)
+        return norm
+
+    trainer.accelerator.clip_grad_norm_ = watched
+    trainer.train()
+    assert min(factors) < 0.9
+    return factors, trainer
+
+
+@pytest.mark.parametrize("several", [1, 2])
+def test_factors_of_clipping_are_those_of_the_steps_where_each_is_logged(tmp_path, several):
+    factors, trainer = clipped_run(tmp_path, gradient_accumulation_steps=several, num_train_epochs=2 * several)
+    buffer, shares = 0.0, []
+    for number, factor in enumerate(factors):
+        buffer = factor if number == 0 else 0.5 * buffer + factor
+        shares.append(buffer)
+    spans = {5: slice(0, 5), 10: slice(5, 10), 12: slice(10, 12)}
+    expected = {
+        step: (
+            pytest.approx(sum(factors[span]) / len(factors[span]), rel=1e-4),
+            pytest.approx(0.1 * sum(shares[span]), rel=1e-4),
+        )
+        for step, span in spans.items()
+    }
+    assert clipping(tmp_path / "ck") == expected
+    last = gradindex.Checkpoint(tmp_path / "ck" / "step_00000012.pt").load(classifier())
+    assert all(torch.equal(last[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_once_a_step_is_not_logged_nothing_is_said_of_clipping(tmp_path):
+    class Silent(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_log = state.global_step != 10
+
+    clipped_run(tmp_path, Silent())
+    first, *others = clipping(tmp_path / "ck").items()
+    assert first[0] == 5 and None not in first[1]
+    assert others == [(10, (None, None)), (12, (None, None))]
+    second = tmp_path / "seldom"
+    clipped_run(second, logging_steps=2)
+    assert clipping(second / "ck") == dict.fromkeys((5, 10, 12), (None, None))
+
+
+def test_factors_of_clipping_are_kept_where_a_training_is_resumed(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 6}
+    clipped_run(tmp_path / "whole", **options)
+    clipped_run(tmp_path / "parts", **options)
+    trainer = trainer_of(
+        tmp_path / "parts", RecorderCallback(tmp_path / "parts" / "ck", every=5), lr_scheduler_type="constant",
+        optim="sgd", optim_args="momentum=0.5", learning_rate=0.1, max_grad_norm=0.5, **options,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=str(tmp_path / "parts" / "out" / "checkpoint-6"))
+    whole, parts = clipping(tmp_path / "whole" / "ck"), clipping(tmp_path / "parts" / "ck")
+    assert {step: pytest.approx(pair, rel=1e-5) for step, pair in whole.items()} == parts
 
 
 @pytest.mark.parametrize("restore", [False, True])

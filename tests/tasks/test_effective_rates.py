@@ -28,8 +28,10 @@ SGD = {
 }
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("case", SGD)
-def test_effective_rates_are_how_far_equal_gradients_move_the_weights(tmp_path, case):
+def test_effective_rates_are_how_far_equal_gradients_move_the_weights(tmp_path, case, late):
+    """Whether clipping is told before a step or after it, when a schedule has changed the group already."""
     model = toys.mlp().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, **SGD[case])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -39,9 +41,15 @@ def test_effective_rates_are_how_far_equal_gradients_move_the_weights(tmp_path, 
         for step in range(taken):
             factor = 0.25 if step % 2 else 1.0
             constant_gradients(model, factor)
-            recorder.clipped(4.0 - 1e-6 if step % 2 else 0.5, 1.0)
+            told = (4.0 - 1e-6 if step % 2 else 0.5, 1.0)
+            if not late:
+                recorder.clipped(*told)
             optimizer.step()
             schedule.step()
+            if late:
+                optimizer.param_groups[0]["momentum"], kept = 0.1, optimizer.param_groups[0]["momentum"]
+                recorder.clipped(*told, late=True)
+                optimizer.param_groups[0]["momentum"] = kept
         moved = (before - model[0].weight.detach()).flatten()
         path = recorder.save()
         assert effective(path)["0.weight"] == pytest.approx(float(moved[0]), rel=1e-12)
