@@ -137,17 +137,16 @@ def batches(
     """Examples and their rows, batch by batch; each is read once, and the digests of some are added to ``samples``."""
     wanted = set(sampled(ids).tolist())
     spot_check = SpotCheck(maker, task, ids)
-    *before, last = range(maker.engine.n_checkpoints)
+    *before, last = maker.turns
     earlier: list[list[Blocks]] = []
-    if maker.engine.states.one_at_a_time:  # all of these ids at one checkpoint, then all at the next
-        for checkpoint in before:
-            passes = read(task, ids, manifest.batch_size, workers)
-            earlier.append([maker.blocks(examples, [checkpoint]) for examples in passes])
+    for turn in before:  # all of these ids at one checkpoint, then all at the next, each read for rows and checks once
+        earlier.append([])
+        for number, examples in enumerate(read(task, ids, manifest.batch_size, workers)):
+            earlier[-1].append(maker.blocks(examples, turn))
+            spot_check.check(number, examples, earlier[-1][-1], turn)
     for number, examples in enumerate(read(task, ids, manifest.batch_size, workers)):
         read_now = zip(examples.ids.tolist(), examples.items, strict=True)
         samples += [(i, task.example_digest(item)) for i, item in read_now if i in wanted]
-        known = [blocks[number] for blocks in earlier]
-        rest = maker.blocks(examples, [last] if known else [*before, last])
-        rows = maker.finished([*known, rest], examples.role)
-        spot_check.check(examples, rows)
-        yield examples, rows
+        blocks = maker.blocks(examples, last)
+        spot_check.check(number, examples, blocks, last)
+        yield examples, maker.finished([*(turn[number] for turn in earlier), blocks], examples.role)

@@ -113,6 +113,12 @@ class RowMaker:
         """Numbers in a row."""
         return self._block_dim * len(self._maps)
 
+    @property
+    def turns(self) -> list[list[int]]:
+        """Numbers of checkpoints whose weights are held together, one turn after the other."""
+        checkpoints = list(range(len(self._maps)))
+        return [[c] for c in checkpoints] if self.engine.states.one_at_a_time else [checkpoints]
+
     def rows(self, examples: Examples) -> RowBatch:
         """Rows of examples, and what stands beside them; they go through the engine as :func:`in_batches` says.
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from .digests import digest
 from .errors import LossError, TaskError, UserCodeError
-from .examples import Examples, RowBatch
+from .examples import Examples
 from .gradients import HALF, mixed
 from .projection import hash64, key
-from .rows import RowMaker
+from .rows import Blocks, RowMaker
 from .task import Task
 from .tree import extent, preserved_random_state, shapes
 
@@ -45,14 +45,27 @@ class SpotCheck:
         chosen = hash64(key(0, "spot check", int(ids[0])), len(ids)).argsort()[:_RANDOM]
         self._random = set(ids[chosen].tolist())
         self._uneven, self._collated = _UNEVEN, _COLLATED
+        self._places: dict[int, list[int]] = {}
 
-    def check(self, examples: Examples, rows: RowBatch) -> None:
-        """Check the chosen ones among the examples of a batch.
+    def check(self, number: int, examples: Examples, blocks: Blocks, checkpoints: Sequence[int]) -> None:
+        """Check the chosen ones among the examples of a batch, which may come again at other checkpoints.
+
+        Args:
+            number: of the batch in the shard.
+            examples: of the batch.
+            blocks: what was made of them at ``checkpoints``.
+            checkpoints: their numbers; where one is held at a time, the one that is held.
 
         Raises:
             LossError: an example has another loss or gradient in its batch than alone.
             TaskError: an example is another one when it is read again.
         """
+        if number not in self._places:
+            self._places[number] = self._chosen(examples)
+        check_alone(self._maker, examples, blocks, self._places[number], checkpoints)
+
+    def _chosen(self, examples: Examples) -> list[int]:
+        """Places in a batch, of examples that are the same when they are read again."""
         places = [place for place, i in enumerate(examples.ids.tolist()) if i in self._random]
         smallest = self._smallest(examples) if self._uneven else None
         if smallest is not None:
@@ -67,7 +80,7 @@ class SpotCheck:
                     "augmented at random, or the loss or collate changes what it hands out. Give Task the same data "
                     "without that."
                 )
-        check_alone(self._maker, examples, rows, places)
+        return places
 
     def _smallest(self, examples: Examples) -> int | None:
         """The place of the smallest example, if they are of several shapes, or collate makes several of some."""
@@ -87,14 +100,17 @@ def smallest_of_uneven(items: Sequence[Any]) -> int | None:
     return min(range(len(items)), key=lambda place: extent(item_shapes[place]))
 
 
-def check_alone(maker: RowMaker, examples: Examples, rows: RowBatch, places: Sequence[int]) -> None:
+def check_alone(
+    maker: RowMaker, examples: Examples, blocks: Blocks, places: Sequence[int], checkpoints: Sequence[int]
+) -> None:
     """Compare the losses and norms of some examples of a batch with those of each alone.
 
     Args:
-        maker: made the rows.
+        maker: made the blocks.
         examples: of the batch.
-        rows: what was made of them.
+        blocks: what was made of them at ``checkpoints``.
         places: which of them are checked.
+        checkpoints: numbers.
 
     Raises:
         LossError: they differ by more than rounding.
@@ -103,18 +119,19 @@ def check_alone(maker: RowMaker, examples: Examples, rows: RowBatch, places: Seq
         return
     tolerance = _HALF_TOLERANCE if maker.engine.precision in HALF else _TOLERANCE
     for place in places:
-        alone = maker.rows(examples[place : place + 1])
+        alone = maker.blocks(examples[place : place + 1], checkpoints)
         for what, one, all_ in (
-            ("loss", alone.losses, rows.losses),
-            ("norm of the gradient", np.sqrt(alone.self_influence), np.sqrt(rows.self_influence)),
+            ("loss", alone.losses.numpy(), blocks.losses.numpy()),
+            ("norm of the gradient", alone.squares.sqrt().numpy(), blocks.squares.sqrt().numpy()),
         ):
             apart, largest = np.abs(one[0] - all_[place]), np.maximum(np.abs(one[0]), np.abs(all_[place]))
             wrong = apart > np.maximum(tolerance * largest, _OF_LARGEST * np.abs(all_).max(0))
-            for checkpoint in np.flatnonzero(wrong).tolist():
-                rough = apart[checkpoint] > _ROUGH * np.abs(all_[:, checkpoint]).max()
+            for column in np.flatnonzero(wrong).tolist():
+                checkpoint = checkpoints[column]
+                rough = apart[column] > _ROUGH * np.abs(all_[:, column]).max()
                 if _is_more_than_rounding(maker, checkpoint, examples, place, bool(rough)):
                     figures = (
-                        f"{one[0, checkpoint]:.6g} alone, {all_[place, checkpoint]:.6g} in a batch of {len(examples)}, "
+                        f"{one[0, column]:.6g} alone, {all_[place, column]:.6g} in a batch of {len(examples)}, "
                         f"checkpoint {checkpoint}"
                     )
                     raise LossError(mixed(examples.names[place], figures, examples.role, what))

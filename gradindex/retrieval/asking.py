@@ -347,7 +347,10 @@ def _batches(examples: QueryExamples, maker: RowMaker, store: GradientStore) -> 
     with progress("gradients of queries", len(examples.names), "queries") as advance:
         for start in range(0, len(examples.names), step):
             queries = examples.read(start, start + step)
-            rows = maker.rows(queries)
-            check_alone(maker, queries, rows, [smallest_of_uneven(queries.items) or 0])
+            blocks = []
+            for turn in maker.turns:
+                blocks.append(maker.blocks(queries, turn))
+                check_alone(maker, queries, blocks[-1], [smallest_of_uneven(queries.items) or 0], turn)
+            rows = maker.finished(blocks, queries.role)
             yield rows
             advance(len(rows))

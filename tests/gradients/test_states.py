@@ -9,8 +9,10 @@ import toys
 
 import gradindex
 from gradindex.errors import CheckpointError
-from gradindex.gradients import Engine, states
+from gradindex.filling import batches, row_maker
+from gradindex.gradients import Engine, check_routes, states
 from gradindex.projection import Projection
+from gradindex.rows import RowMaker
 
 OPTIONS = [
     {"projection": Projection(dim=16), "row_type": "bfloat16"},
@@ -101,6 +103,40 @@ def test_never_more_than_one_is_held(task, tmp_path, monkeypatch):
     gradindex.build(task, tmp_path / "store", one_at_a_time=True, projection=Projection(dim=8), batch_size=2)
     assert set(held) == {1}
     assert len(reads) < 30  # not for each of six batches
+
+
+@pytest.mark.parametrize("shard_rows", [1000, 6])
+def test_checks_of_examples_alone_read_no_checkpoint_again(task, tmp_path, monkeypatch, shard_rows):
+    """A shard goes through each checkpoint once, with three examples that are computed again alone on the way."""
+    read, alone = [], []
+    original, blocks = states.States.__getitem__, RowMaker.blocks
+
+    def watched(self, number):
+        before = set(self._held)
+        found = original(self, number)
+        read.extend(set(self._held) - before)
+        return found
+
+    def counted(self, examples, checkpoints):
+        alone.extend(checkpoints if len(examples) == 1 else ())
+        return blocks(self, examples, checkpoints)
+
+    options = {"projection": Projection(dim=8), "batch_size": 2, "shard_rows": shard_rows}
+    gradindex.build(task, tmp_path / "first", one_at_a_time=True, **options)
+    engine = Engine(task, one_at_a_time=True)
+    manifest = gradindex.GradientStore(tmp_path / "first").manifest
+    with engine, monkeypatch.context() as patch:
+        check_routes(engine)
+        patch.setattr(states.States, "__getitem__", watched)
+        patch.setattr(RowMaker, "blocks", counted)
+        maker = row_maker(engine, manifest, None)
+        for shard in range(0, 12, min(shard_rows, 12)):
+            ids = np.arange(shard, min(shard + shard_rows, 12))
+            made = list(batches(maker, task, ids, manifest, 0, []))
+            assert [rows.losses.shape for _, rows in made] == [(2, 3)] * len(made)
+    shards = 12 // min(shard_rows, 12)
+    assert sorted(alone) == sorted([0, 1, 2] * 3 * shards)
+    assert len(read) <= 3 * shards
 
 
 def test_where_weights_do_not_fit_one_is_held_and_that_is_said(task, monkeypatch, capsys):
