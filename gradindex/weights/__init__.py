@@ -16,5 +16,6 @@ from .reading import Content as Content
 from .reading import digest_of_file as digest_of_file
 from .reading import outline as outline
 from .reading import read as read
+from .remembering import remembered as remembered
 from .steps import common_steps as common_steps
 from .steps import numbers_of as numbers_of

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .remembering import remembered
 from .safe import LONGEST_HEADER, read_tensors
 
 _BLOCK = 1 << 20
@@ -75,9 +76,17 @@ def read(path: Path, part: bool = False) -> Content:
 def outline(path: Path, part: bool = False) -> Content:
     """What a file holds but for the numbers in its tensors, which are on the meta device where torch can leave them.
 
+    It is read once, until the file changes; nobody may change what is returned.
+
     Raises:
         CheckpointError: as for :func:`read`.
     """
+    if not part:
+        refuse_shard(path)
+    return remembered("outline", path, lambda: _outline(path, part))
+
+
+def _outline(path: Path, part: bool) -> Content:
     with _opened(path, part) as (number, size):
         kind = _kind(path, number, size)
         if kind == "safetensors":
@@ -137,7 +146,7 @@ def _opened(path: Path, part: bool) -> Iterator[tuple[int, int]]:
             _refuse(path, stat.S_IFMT(before.st_mode))
         yield number, before.st_size
         after = os.fstat(number)
-        if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+        if (before.st_ino, before.st_mtime_ns, before.st_size) != (after.st_ino, after.st_mtime_ns, after.st_size):
             raise _changed(path)
     except OSError as error:
         raise CheckpointError(f"Checkpoint {path} cannot be read: {error.strerror or error}. Copy it again.") from None

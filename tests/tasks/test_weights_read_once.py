@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import toys
 from safetensors.torch import save_file
 
 import gradindex
+from gradindex.digests import digest
 from gradindex.errors import CheckpointError, MismatchError
 
 RATE = 0.1
@@ -195,3 +197,15 @@ def test_loading_reads_no_more_than_two_passes_and_keeps_nothing_mapped(tmp_path
     assert torch.equal(weights["weight"], model.weight)
     if Path("/proc/self/maps").exists():
         assert str(tmp_path / name) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_digest_of_tensors_copies_none():
+    """Weights of a distributed checkpoint are digested whole, where a copy would double the largest."""
+    numbers = torch.randn(1 << 20)
+    tracemalloc.start()
+    found = digest({"w": numbers, "empty": torch.empty(0, 3), "one": torch.tensor(2.0)})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < numbers.nbytes / 10
+    assert found == digest({"w": numbers.clone(), "empty": torch.empty(0, 3), "one": torch.tensor(2.0)})
+    assert found != digest({"w": numbers + 1, "empty": torch.empty(0, 3), "one": torch.tensor(2.0)})

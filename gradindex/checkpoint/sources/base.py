@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ...registry import Registry
 from ...weights import Content, Trained, numbers_of, outline, read
-from .layouts import Given, Place, is_folder, place_of
+from .layouts import METADATA, Given, Place, is_folder, place_of
 
 # Of a parameter's state in an optimizer, what second moments are made of.
 STEPS_AND_MOMENTS = ("step", "exp_avg_sq")
@@ -115,3 +115,8 @@ def optimizer_at(path: Path, whole: bool) -> Any:
 
     found = optimizers_in(path, STEPS_AND_MOMENTS if whole else ())
     return found[0] if len(found) == 1 else None
+
+
+def file_of(path: Path) -> Path:
+    """What changes when a file, or a folder of a distributed checkpoint, does."""
+    return path / METADATA if is_folder(path) else path

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ from torch import Tensor
 from ...digests import digest
 from ...errors import CheckpointError
 from ...recorder import RECORD_FILE, RECORD_KEY
-from ...weights import Content
-from .layouts import LAYOUTS, METADATA, Layout, is_folder, json_of
+from ...weights import Content, remembered
+from .base import SOURCES, STEPS_AND_MOMENTS, file_of
+from .layouts import LAYOUTS, METADATA, Layout, Place, is_folder, json_of
+from .loop import Loop
+from .optimizers import Optimizer
 
 # Where accelerate and the Trainer keep a model that FSDP saved in parts.
 _INSIDE = ("pytorch_model_fsdp_0", "pytorch_model_fsdp", "model")
@@ -122,3 +127,76 @@ class Zero(Layout):
                 "checkpoint) and give its output."
             ) from None
         return module.get_fp32_state_dict_from_zero_checkpoint
+
+
+@SOURCES.register("distributed")
+class DistributedRun(Loop):
+    """A folder of a distributed checkpoint with an optimizer's state beside the weights, as torch's guide saves it."""
+
+    @classmethod
+    def recognises(cls, place: Place, content: Content) -> bool:
+        """See :class:`Source`."""
+        files = place.layout.files
+        if not files or not (files[0] / METADATA).is_file():
+            return False
+        from .parts import holds_optimizer  # takes time to import; the layout says where it cannot be
+
+        return holds_optimizer(files[0])
+
+    @property
+    def folder(self) -> Path:
+        """Of the parts."""
+        return self.place.layout.files[0]
+
+    @cached_property
+    def taken(self) -> int | None:
+        """See :class:`Loop`: what Adam counted, else what is said; without a scheduler an epoch does as well."""
+        counted, said = remembered("taken", file_of(self.folder), self._counted), self.numbers()
+        return counted or said.get("step") or (None if self.schedulers else next(iter(said.values()), None))
+
+    def _counted(self) -> int | None:
+        states = _optimizers(self.folder, ("step",))
+        return Optimizer(self.folder, states[0]).taken() if states else None
+
+    @cached_property
+    def optimizers(self) -> Sequence[tuple[Path, Any]]:
+        """See :class:`Loop`."""
+        return [(self.folder, state) for state in _optimizers(self.folder)]
+
+    def whole_optimizer(self) -> Any:
+        """See :class:`Loop`."""
+        return _optimizers(self.folder, STEPS_AND_MOMENTS)[0]
+
+    @cached_property
+    def schedulers(self) -> Sequence[Mapping[str, Any]]:
+        """See :class:`Loop`."""
+        from .parts import schedulers_in
+
+        return schedulers_in(self.folder)
+
+    @property
+    def keeps_schedulers(self) -> bool:
+        """See :class:`Loop`: not by itself, so that sums are not known without one."""
+        return False
+
+    def periods(self, count: int) -> tuple[int, bool] | None:
+        """See :class:`Loop`: schedulers step after each step, or after an epoch, before or after it is saved."""
+        taken = self.taken or 0
+        if taken % count == 0:
+            return taken // count, True
+        return (taken // (count + 1), False) if taken % (count + 1) == 0 else None
+
+    def beside(self) -> Sequence[DistributedRun]:
+        """See :class:`Loop`."""
+        found = []
+        for folder in sorted(path for path in self.path.parent.iterdir() if (path / METADATA).is_file()):
+            place = Place(folder, folder, type(self.place.layout)(folder, [folder]))
+            if folder.name != self.path.name and self.recognises(place, Content(None)):
+                found.append(DistributedRun(place, place.layout.outline()))
+        return found
+
+
+def _optimizers(folder: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+    from .parts import optimizers_in
+
+    return optimizers_in(folder, fields)

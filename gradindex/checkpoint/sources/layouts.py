@@ -16,7 +16,7 @@ from torch import nn
 
 from ...errors import CheckpointError
 from ...registry import Registry
-from ...weights import Content, digest_of_file, outline, read
+from ...weights import Content, digest_of_file, outline, read, remembered
 
 # What trainers call the weights in a checkpoint's folder; the better first.
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
@@ -188,11 +188,15 @@ def joined_digest(digests: Any) -> str:
 
 
 def json_of(path: Path) -> dict[str, Any]:
-    """An object of JSON that a trainer wrote.
+    """An object of JSON that a trainer wrote, read once until it changes; nobody may change it.
 
     Raises:
         CheckpointError: it is missing, damaged or something else.
     """
+    return remembered("json", path, lambda: _json_of(path))
+
+
+def _json_of(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text() if path.stat().st_size <= _LONGEST_JSON else "too long"
         value = json.loads(text)

@@ -1,130 +1,18 @@
-"""Checkpoints of training loops that log no rates: Lightning's, accelerate's and timm's.
-
-What they keep is the state of the optimizer and of the scheduler. That of torch's own schedulers is replayed; of others
-each checkpoint of the run tells one rate, and what lies between is interpolated.
-"""
+"""Checkpoints of training loops that log no rates: Lightning's, accelerate's and timm's."""
 
 from __future__ import annotations
 
 import re
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from ...weights import Content, Trained, numbers_of, outline, read
-from .base import SOURCES, STEPS_AND_MOMENTS, Source, optimizer_at
+from ...weights import Content, Trained, numbers_of, outline, read, remembered
+from .base import SOURCES, file_of, optimizer_at
 from .layouts import METADATA, Place
+from .loop import Loop
 from .optimizers import Optimizer
-from .records import UNKNOWN, record_of
-from .schedules import Schedule, replayed
-
-
-class Loop(Source):
-    """One checkpoint of such a loop."""
-
-    @property
-    @abstractmethod
-    def taken(self) -> int | None:
-        """Steps that the optimizer has taken, where it is known."""
-
-    @property
-    @abstractmethod
-    def optimizers(self) -> Sequence[tuple[Path, Any]]:
-        """States of the optimizers, without their numbers, and the files that they are in."""
-
-    @property
-    @abstractmethod
-    def schedulers(self) -> Sequence[Mapping[str, Any]]:
-        """States of the schedulers."""
-
-    @property
-    def keeps_schedulers(self) -> bool:
-        """Whether it saves the state of a scheduler where there is one."""
-        return True
-
-    @abstractmethod
-    def periods(self, count: int) -> tuple[int, bool] | None:
-        """Steps of the optimizer between two of the scheduler, and whether the latest of the scheduler came after them.
-
-        ``(0, ...)`` where the number is not known, ``None`` where nothing is.
-
-        Args:
-            count: of the scheduler's steps, at least 1.
-        """
-
-    @abstractmethod
-    def beside(self) -> Sequence[Loop]:
-        """The other checkpoints of its run."""
-
-    def whole_optimizer(self) -> Any:
-        """The state of the only optimizer, with its numbers."""
-        return self.optimizers[0][1]
-
-    def record(self, trained: Trained | None, since: int | None, moments: bool = False) -> Mapping[str, Any] | None:
-        """See :class:`Source`."""
-        if len(self.optimizers) != 1 or self.taken is None:
-            return None
-        path, state = self.optimizers[0]
-        optimizer = Optimizer(path, state)
-        rates = optimizer.rates()
-        if rates is None:
-            return None
-        found = self._schedules(optimizer, rates)
-        if found is None:
-            count = self.schedulers[0].get("last_epoch")
-            why = f"was saved after {self.taken} steps of its optimizer, but {count} of its scheduler do not match them"
-            return {"version": 1, "step": self.taken, "groups": [], UNKNOWN: why}
-        schedules, whole = found
-        if since is None and whole:
-            steps = [other.taken for other in self.beside()]
-            since = max((step for step in steps if step is not None and step < self.taken), default=0)
-        return record_of(
-            self.taken,
-            since,
-            schedules,
-            optimizer,
-            trained,
-            moments=(lambda trained: Optimizer(path, self.whole_optimizer()).second_moments(trained))
-            if moments
-            else None,
-            totals=whole,
-        )
-
-    def _schedules(self, optimizer: Optimizer, rates: Sequence[float]) -> tuple[list[Schedule], bool] | None:
-        """Of each group, and whether it holds for all steps up to now; ``None`` where steps cannot be matched."""
-        taken = self.taken or 0
-        if len(self.schedulers) != 1:
-            return [Schedule({taken: rate}) for rate in rates], self.keeps_schedulers and not self.schedulers
-        state = self.schedulers[0]
-        count = state.get("last_epoch")
-        if not isinstance(count, int) or count < 1:
-            return [Schedule({taken: rate}) for rate in rates], False
-        period = self.periods(count)
-        if period is None:
-            return None
-        every, after = period
-        # The number of the scheduler's steps before the optimizer's last one.
-        wanted = count - 1 if after else count
-        known = replayed(state, optimizer.groups)
-        if known is None:
-            reached: dict[int, Sequence[float]] = {}
-            for other in (self, *self.beside()):
-                last = other.schedulers[0].get("_last_lr") if len(other.schedulers) == 1 else None
-                number = other.schedulers[0].get("last_epoch") if last else None
-                if isinstance(last, list) and isinstance(number, int) and len(last) == len(rates):
-                    reached[number] = last
-            by_count = [{number: float(last[g]) for number, last in reached.items()} for g in range(len(rates))]
-        else:
-            by_count = [dict(enumerate(found)) for found in known]
-        schedules = [Schedule(found) for found in by_count]
-        if not all(schedules):
-            return [], False
-        if every == 0:
-            return [Schedule({taken: schedule.at(wanted)}) for schedule in schedules], False
-        steps = range(1, taken + 1)
-        return [Schedule({step: one.at((step - 1) // every) for step in steps}) for one in schedules], True
 
 
 @SOURCES.register("lightning")
@@ -221,8 +109,11 @@ class Accelerate(Loop):
         count = self.schedulers[0].get("last_epoch") if self.schedulers else None
         if named is not None and count in (named, named * self._processes):
             return named
-        counted = Optimizer(self.folder, self.whole_optimizer()).taken() if self.optimizers else None
+        counted = remembered("taken", file_of(self.optimizers[0][0]), self._counted) if self.optimizers else None
         return named if counted is None else counted
+
+    def _counted(self) -> int | None:
+        return Optimizer(self.folder, self.whole_optimizer()).taken()
 
     @cached_property
     def _processes(self) -> int:
@@ -242,7 +133,8 @@ class Accelerate(Loop):
     @cached_property
     def schedulers(self) -> Sequence[Mapping[str, Any]]:
         """See :class:`Loop`."""
-        return [state for path in self._files("scheduler") if isinstance(state := read(path).value, Mapping)]
+        values = [remembered("content", path, partial(read, path)).value for path in self._files("scheduler")]
+        return [state for state in values if isinstance(state, Mapping)]
 
     def _files(self, name: str) -> list[Path]:
         return sorted(path for path in self.folder.glob("*.bin") if re.fullmatch(rf"{name}(_\d+)?", path.stem))
@@ -319,73 +211,3 @@ class Timm(Loop):
         if getattr(arguments, "sched_on_updates", False):
             return None  # the rate is then that of the next step
         return super().record(trained, since, moments)
-
-
-@SOURCES.register("distributed")
-class Parts(Loop):
-    """A folder of a distributed checkpoint with an optimizer's state beside the weights, as torch's guide saves it."""
-
-    @classmethod
-    def recognises(cls, place: Place, content: Content) -> bool:
-        """See :class:`Source`."""
-        files = place.layout.files
-        if not files or not (files[0] / METADATA).is_file():
-            return False
-        from .parts import holds_optimizer  # takes time to import; the layout says where it cannot be
-
-        return holds_optimizer(files[0])
-
-    @property
-    def folder(self) -> Path:
-        """Of the parts."""
-        return self.place.layout.files[0]
-
-    @cached_property
-    def taken(self) -> int | None:
-        """See :class:`Loop`: what Adam counted, else what is said; without a scheduler an epoch does as well."""
-        states, said = _optimizers(self.folder, ("step",)), self.numbers()
-        counted = Optimizer(self.folder, states[0]).taken() if states else None
-        return counted or said.get("step") or (None if self.schedulers else next(iter(said.values()), None))
-
-    @cached_property
-    def optimizers(self) -> Sequence[tuple[Path, Any]]:
-        """See :class:`Loop`."""
-        return [(self.folder, state) for state in _optimizers(self.folder)]
-
-    def whole_optimizer(self) -> Any:
-        """See :class:`Loop`."""
-        return _optimizers(self.folder, STEPS_AND_MOMENTS)[0]
-
-    @cached_property
-    def schedulers(self) -> Sequence[Mapping[str, Any]]:
-        """See :class:`Loop`."""
-        from .parts import schedulers_in
-
-        return schedulers_in(self.folder)
-
-    @property
-    def keeps_schedulers(self) -> bool:
-        """See :class:`Loop`: not by itself, so that sums are not known without one."""
-        return False
-
-    def periods(self, count: int) -> tuple[int, bool] | None:
-        """See :class:`Loop`: schedulers step after each step, or after an epoch, before or after it is saved."""
-        taken = self.taken or 0
-        if taken % count == 0:
-            return taken // count, True
-        return (taken // (count + 1), False) if taken % (count + 1) == 0 else None
-
-    def beside(self) -> Sequence[Parts]:
-        """See :class:`Loop`."""
-        found = []
-        for folder in sorted(path for path in self.path.parent.iterdir() if (path / METADATA).is_file()):
-            place = Place(folder, folder, type(self.place.layout)(folder, [folder]))
-            if folder.name != self.path.name and self.recognises(place, Content(None)):
-                found.append(Parts(place, place.layout.outline()))
-        return found
-
-
-def _optimizers(folder: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
-    from .parts import optimizers_in
-
-    return optimizers_in(folder, fields)

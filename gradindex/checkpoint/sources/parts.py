@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from ...errors import CheckpointError
+from ...weights import remembered
 from .layouts import METADATA
 
 # Begins of names that are no weights.
@@ -86,6 +87,12 @@ def optimizers_in(folder: Path, fields: Collection[str] = ()) -> list[dict[str, 
     Raises:
         CheckpointError: as for :func:`joined`.
     """
+    if not fields:
+        return remembered("optimizers", folder / METADATA, lambda: _optimizers_in(folder, ()))
+    return _optimizers_in(folder, fields)
+
+
+def _optimizers_in(folder: Path, fields: Collection[str]) -> list[dict[str, Any]]:
     parts = _Parts(folder)
     by_key: dict[str, set[str]] = {}
     for name in (*parts.tensors, *parts.others):
@@ -115,6 +122,10 @@ def schedulers_in(folder: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: as for :func:`joined`.
     """
+    return remembered("schedulers", folder / METADATA, lambda: _schedulers_in(folder))
+
+
+def _schedulers_in(folder: Path) -> list[dict[str, Any]]:
     parts = _Parts(folder)
     names = {name for name in parts.others if _SCHEDULER.match(name)}
     found: dict[str, dict[str, Any]] = {}
@@ -225,7 +236,18 @@ class _Describing(pickle.Unpickler):
 
 
 def _metadata_of(folder: Path) -> Metadata:
-    path = folder / METADATA
+    metadata = remembered("metadata", folder / METADATA, lambda: _described_in(folder / METADATA))
+    missing = {str(info.relative_path) for info in (metadata.storage_data or {}).values()}
+    absent = sorted(name for name in missing if Path(name).name != name or not (folder / name).is_file())
+    if absent:
+        raise CheckpointError(
+            f"{folder} lacks {len(absent)} of its {len(missing)} parts, such as {absent[0]}. Copy the whole folder "
+            "again, or wait until the training has written it."
+        )
+    return metadata
+
+
+def _described_in(path: Path) -> Metadata:
     try:
         with path.open("rb") as file:
             metadata = _Describing(file).load()
@@ -238,13 +260,6 @@ def _metadata_of(folder: Path) -> Metadata:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}). Copy the whole folder again.") from None
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{path} describes no checkpoint. Copy the whole folder again.")
-    missing = {str(info.relative_path) for info in (metadata.storage_data or {}).values()}
-    absent = sorted(name for name in missing if Path(name).name != name or not (folder / name).is_file())
-    if absent:
-        raise CheckpointError(
-            f"{folder} lacks {len(absent)} of its {len(missing)} parts, such as {absent[0]}. Copy the whole folder "
-            "again, or wait until the training has written it."
-        )
     return metadata
 
 

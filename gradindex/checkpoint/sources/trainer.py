@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
-from ...weights import Content, Trained, numbers_of, read
+from ...weights import Content, Trained, numbers_of, read, remembered
 from .base import SOURCES, Source, optimizer_at
 from .layouts import METADATA, Place, json_of
 from .optimizers import Optimizer
@@ -65,8 +65,7 @@ class TrainerRun(Source):
     @cached_property
     def state(self) -> dict[str, Any]:
         """What the Trainer wrote of itself."""
-        path = self.folder / STATE
-        return _state_of(path, _stamp(path))
+        return json_of(self.folder / STATE)
 
     @property
     def step(self) -> int:
@@ -79,14 +78,13 @@ class TrainerRun(Source):
     @cached_property
     def log(self) -> dict[int, dict[str, float]]:
         """What was logged at each step that logged a rate."""
-        path = self.folder / STATE
-        return _log_of(path, _stamp(path))
+        return remembered("log", self.folder / STATE, lambda: _log_of(self.state))
 
     @cached_property
     def scheduler(self) -> Mapping[str, Any]:
         """The state of the scheduler; empty where none was saved."""
         path = self.folder / _SCHEDULER
-        value = _scheduler_of(path, _stamp(path)) if path.is_file() else {}
+        value = remembered("value", path, lambda: read(path).value) if path.is_file() else {}
         return value if isinstance(value, Mapping) else {}
 
     @cached_property
@@ -208,31 +206,14 @@ class TrainerRun(Source):
                 )
 
 
-# A run's files are read once and not anew for each of its checkpoints, unless they change.
-@lru_cache(maxsize=512)
-def _state_of(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
-    return json_of(path)
-
-
-@lru_cache(maxsize=512)
-def _log_of(path: Path, stamp: tuple[int, int]) -> dict[int, dict[str, float]]:
-    entries = _state_of(path, stamp).get("log_history")
+def _log_of(state: Mapping[str, Any]) -> dict[int, dict[str, float]]:
+    entries = state.get("log_history")
     found = {}
     for entry in entries if isinstance(entries, list) else []:
         rate, step = (entry.get("learning_rate"), entry.get("step")) if isinstance(entry, dict) else (None, None)
         if isinstance(step, int) and isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0:
             found[step] = {k: v for k, v in entry.items() if isinstance(v, int | float)}
     return found
-
-
-@lru_cache(maxsize=512)
-def _scheduler_of(path: Path, stamp: tuple[int, int]) -> Any:
-    return read(path).value
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    about = path.stat()
-    return about.st_mtime_ns, about.st_size
 
 
 def _has_state_beside(folder: Path) -> bool:
