@@ -109,7 +109,7 @@ def test_a_trainer_of_transformers(run, tmp_path, monkeypatch, given):
     assert shares_of_the_label(task, names["topics"]) > 0.5
 
 
-def shares_of_the_label(task, words=None, n=20):
+def shares_of_the_label(task, words=None, n=10):
     """How many of the first ``n`` queries' best five proponents have the query's label."""
     hits = gradindex.load(task, "store").proponents(range(n), k=5)
     labels = [item["labels"] if isinstance(item, dict) else int(item[1]) for item in (task.query[i] for i in range(n))]
