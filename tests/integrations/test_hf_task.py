@@ -223,6 +223,32 @@ def test_a_step_of_a_classifier_is_the_mean_of_the_examples_gradients(tokenizer,
         hf.task(trainer, tmp_path / "recorded", reduction="sum")
 
 
+def test_a_step_of_trls_trainer_is_the_sum_of_the_texts_gradients(tokenizer, tmp_path):
+    """Of completions alone; other losses of its are refused."""
+    trl = frameworks.imported("trl")
+    torch.manual_seed(0)
+    rows = {"prompt": [text.split()[0] for text in TEXTS], "completion": [f" film {text}" for text in TEXTS]}
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path / "run"), per_device_train_batch_size=4, num_train_epochs=1, learning_rate=0.05,
+        report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, bf16=False, max_length=16,
+        eos_token="[SEP]", gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        causal(), arguments, train_dataset=datasets.Dataset.from_dict(rows), processing_class=tokenizer,
+        callbacks=[hf.RecorderCallback(tmp_path / "recorded", every=2)],
+    )  # fmt: skip
+    trainer.train()
+    task = of_last(trainer, tmp_path)
+    assert task.loss == gradindex.losses.causal_lm("sum")
+    factor, (batch,), _ = check_a_step(trainer, task)
+    labelled = int((batch["labels"] != -100).sum())
+    assert 0 < labelled < int(batch["attention_mask"].sum())
+    assert factor == pytest.approx(1 / labelled, rel=1e-5)
+    trainer.args.loss_type = "dft"
+    with pytest.raises(TaskError, match=r"loss of its own \(loss_type=dft\)"):
+        hf.task(trainer, tmp_path / "recorded")
+
+
 @pytest.mark.parametrize("container", [list, tuple])
 @pytest.mark.parametrize("wrap", [int, torch.tensor, np.int64])
 def test_items_in_a_list_have_their_labels_as_a_column(classifier, tmp_path, monkeypatch, container, wrap):
