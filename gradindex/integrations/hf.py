@@ -48,6 +48,7 @@ class RecorderCallback(TrainerCallback, ExportableState):  # type: ignore[misc] 
         at: save after these steps.
         count: save so many, at the ends of equal spans of the training. By default 10.
         only_trained: see :class:`gradindex.Recorder`; for adapters (PEFT).
+        sharded: see :class:`gradindex.Recorder`.
         second_moments: see :class:`gradindex.Recorder`.
         overwrite: see :class:`gradindex.Recorder`.
 
@@ -64,6 +65,7 @@ class RecorderCallback(TrainerCallback, ExportableState):  # type: ignore[misc] 
         at: Iterable[int] | None = None,
         count: int | None = None,
         only_trained: bool = False,
+        sharded: bool = False,
         second_moments: bool = False,
         overwrite: bool = False,
     ) -> None:
@@ -71,6 +73,7 @@ class RecorderCallback(TrainerCallback, ExportableState):  # type: ignore[misc] 
             directory,
             Schedule(every, at, count),
             only_trained=only_trained,
+            sharded=sharded,
             second_moments=second_moments,
             overwrite=overwrite,
         )

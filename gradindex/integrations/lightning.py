@@ -51,6 +51,7 @@ class RecorderCallback(Callback):  # type: ignore[misc]  # types of Lightning ar
         at: save after these steps.
         count: save so many, at the ends of equal spans of the training. By default 10.
         only_trained: see :class:`gradindex.Recorder`; for adapters.
+        sharded: see :class:`gradindex.Recorder`.
         second_moments: see :class:`gradindex.Recorder`.
         overwrite: see :class:`gradindex.Recorder`.
 
@@ -67,6 +68,7 @@ class RecorderCallback(Callback):  # type: ignore[misc]  # types of Lightning ar
         at: Iterable[int] | None = None,
         count: int | None = None,
         only_trained: bool = False,
+        sharded: bool = False,
         second_moments: bool = False,
         overwrite: bool = False,
     ) -> None:
@@ -74,6 +76,7 @@ class RecorderCallback(Callback):  # type: ignore[misc]  # types of Lightning ar
             directory,
             Schedule(every, at, count),
             only_trained=only_trained,
+            sharded=sharded,
             second_moments=second_moments,
             overwrite=overwrite,
         )

@@ -101,6 +101,20 @@ def test_rates_losses_and_weights_are_those_of_the_steps(tmp_path):
     assert last.learning_rates(["net.weight"]) == {"net.weight": used[11]}
 
 
+def test_folders_of_shards_hold_the_same_as_files(tmp_path):
+    files, folders = tmp_path / "files", tmp_path / "folders"
+    fit(tmp_path, RecorderCallback(files, every=4))
+    fit(tmp_path, RecorderCallback(folders, every=4, sharded=True))
+    for one, other in zip(gradindex.find_checkpoints(files), gradindex.find_checkpoints(folders), strict=True):
+        assert Path(other.path).is_dir()
+        part = torch.nn.Linear(3, 2)
+        for name, tensor in one.load(part).items():
+            assert torch.equal(other.load(part)[name], tensor)
+        rates = other.learning_rates(["weight", "bias"], part)
+        assert rates == one.learning_rates(["weight", "bias"], part)
+        assert rates["weight"] == pytest.approx(0.5 / one.step)
+
+
 def test_a_step_is_the_optimizers_where_gradients_are_accumulated(tmp_path):
     module = fit(tmp_path, RecorderCallback(tmp_path / "ck", count=2), accumulate_grad_batches=3)
     found = records(tmp_path / "ck")

@@ -22,7 +22,8 @@ pytestmark = [
 
 # Run by both processes: trains, saves in each way, and notes which rates the steps used.
 WORKER = """
-import sys, warnings
+import os, sys, types, warnings
+os.environ["ACCELERATE_USE_CPU"] = "true"
 warnings.simplefilter("ignore")
 from pathlib import Path
 import torch
@@ -51,6 +52,18 @@ elif kind == "fsdp1":
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+try:  # what Accelerator.save_state calls; an Accelerator itself shards on GPUs alone
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.state import PartialState
+    from accelerate.utils import fsdp_utils
+except ImportError:
+    fsdp_utils = None
+else:
+    PartialState(cpu=True)
+    accelerator = types.SimpleNamespace(
+        process_index=rank, num_processes=2, is_fsdp2=kind == "fsdp2", is_main_process=rank == 0,
+        wait_for_everyone=torch.distributed.barrier,
+    )
 moments = kind != "fsdp1"
 first, *rest = model.parameters()
 optimizer = torch.optim.Adam([{"params": [first], "lr": 0.01}, {"params": rest, "lr": 0.002}])
@@ -77,8 +90,13 @@ for _ in range(2):
     dcp.save({"model": weights, "optimizer": flat}, checkpoint_id=str(folder / "flat" / path.name))
     here = folder / "accelerate" / path.name
     here.mkdir(parents=True, exist_ok=True)
-    dcp.save({"model": weights}, checkpoint_id=str(here / "pytorch_model_fsdp_0"))
-    dcp.save({"optimizer": state}, checkpoint_id=str(here / "optimizer_0"))
+    if kind == "ddp" or fsdp_utils is None:
+        dcp.save({"model": weights}, checkpoint_id=str(here / "pytorch_model_fsdp_0"))
+        dcp.save({"optimizer": state}, checkpoint_id=str(here / "optimizer_0"))
+    else:
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=int(kind[-1]), state_dict_type="SHARDED_STATE_DICT")
+        fsdp_utils.save_fsdp_model(plugin, accelerator, model, str(here))
+        fsdp_utils.save_fsdp_optimizer(plugin, accelerator, optimizer, model, str(here))
     torch.save({}, here / f"random_states_{rank}.pkl")
     if rank == 0:
         torch.save(schedule.state_dict(), here / "scheduler.bin")
