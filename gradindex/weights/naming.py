@@ -251,7 +251,16 @@ class Trained:
     @cached_property
     def own(self) -> dict[str, nn.Parameter]:
         """The model's parameters by their names in training, in its order."""
-        return {self.prefix + _plain(name): parameter for name, parameter in self.model.named_parameters()}
+        return {self._in_training(name): parameter for name, parameter in self.model.named_parameters()}
+
+    def _in_training(self, name: str) -> str:
+        return self.prefix + (name if self._alike else _plain(name))
+
+    @cached_property
+    def _alike(self) -> bool:
+        """Whether names of the model differ only in what wrappers are called, as ``weight`` and ``module.weight``."""
+        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        return len(set(map(_plain, names))) < len(names)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -267,11 +276,11 @@ class Trained:
     @cached_property
     def _in_file(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the file's parameters, each tensor once."""
-        members = {self.prefix + _plain(name) for name, _ in self.model.named_buffers()}
-        members |= {self.prefix + _plain(name) for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        members = {self._in_training(name) for name, _ in self.model.named_buffers()}
+        members |= {self._in_training(name) for name, _ in self.model.named_parameters(remove_duplicate=False)}
         found, known = {}, set[tuple[Any, ...]]()
         for name, tensor in self._file.items():
-            plain = _plain(name)
+            plain = name if self._alike else _plain(name)
             if plain in members and plain not in self.own:
                 continue
             if plain not in self.own:
@@ -295,7 +304,7 @@ class Trained:
         want = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         if not self._file:
             return recorded_as(self.path, have, want, self._given)
-        by_trained = {self.prefix + _plain(name): name for name in want}
+        by_trained = {self._in_training(name): name for name in want}
         found = aligned(have, by_trained)
         if not found and self.prefix:
             whole = {_plain(name) for name in self._file}

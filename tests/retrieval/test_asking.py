@@ -38,8 +38,10 @@ def test_the_largest_sizes_keep_their_signs_and_come_from_both_ends(factors, tru
 
 def test_both_kinds_take_one_gradient_pass(factors, monkeypatch):
     up, down = factors.proponents(range(M), 5), factors.opponents(range(M), 5)
-    passes, rows = [], RowMaker.rows
-    monkeypatch.setattr(RowMaker, "rows", lambda s, queries: passes.append(len(queries)) or rows(s, queries))
+    passes, blocks = [], RowMaker.blocks
+    monkeypatch.setattr(
+        RowMaker, "blocks", lambda s, queries, at: passes.append(len(queries)) or blocks(s, queries, at)
+    )
     for mine, theirs in zip(factors.both(range(M), 5), (up, down), strict=True):
         assert mine.kind == theirs.kind
         np.testing.assert_array_equal(mine.ids, theirs.ids)

@@ -137,8 +137,8 @@ def test_a_group_is_one_question_with_the_sum_of_each_querys_scores(request, kep
 
 
 def test_a_group_of_many_queries_reads_some_at_a_time(factors, monkeypatch):
-    sizes, rows = [], RowMaker.rows
-    monkeypatch.setattr(RowMaker, "rows", lambda s, queries: sizes.append(len(queries)) or rows(s, queries))
+    sizes, blocks = [], RowMaker.blocks
+    monkeypatch.setattr(RowMaker, "blocks", lambda s, queries, at: sizes.append(len(queries)) or blocks(s, queries, at))
     asked = factors.prepare(np.arange(N), source="train", aggregate="mean")
     assert asked.names == ("mean of 300 queries",)
     batches = [size for size in sizes if size > 1]  # beside checks of an example alone

@@ -134,6 +134,28 @@ def test_names_of_the_whole_that_are_the_parts_too_are_told_by_their_shapes(tmp_
     }
 
 
+def test_names_that_are_alike_but_for_a_wrappers_are_kept_apart(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6))
+            self.module = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.module(x * self.weight)
+
+    model = Scaled()
+    optimizer = torch.optim.Adam(
+        [{"params": [model.weight], "lr": 0.1}, {"params": model.module.parameters(), "lr": 0.2}]
+    )
+    nn.functional.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+    content = {"state_dict": model.state_dict(), "pytorch-lightning_version": "2.4", "global_step": 1, "epoch": 0}
+    torch.save({**content, "optimizer_states": [optimizer.state_dict()], "lr_schedulers": []}, tmp_path / "step=1.ckpt")
+    found = Checkpoint(tmp_path / "step=1.ckpt").learning_rates(["weight", "module.weight"], Scaled())
+    assert found == {"weight": 0.1, "module.weight": 0.2}
+
+
 def accelerate_run(folder, model, groups, step=3):
     accelerator = frameworks.imported("accelerate").Accelerator(cpu=True)
     optimizer = torch.optim.Adam(groups)
