@@ -2,7 +2,7 @@
 
 The forms have the same methods: :class:`Factors` (sums of outer products, never formed unless
 that is cheaper), :class:`Lookups` (columns of an embedding), :class:`Formed` (the gradient itself)
-and :class:`Sum` (of several of these).
+and :class:`Sum` (of several of these); in ``blocks``, ``Blocks`` (of a stack of matrices).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -84,15 +84,18 @@ def part_bytes(device: torch.device, cached: int) -> int:
     return _GPU_PART_BYTES if device.type == "cuda" else cached
 
 
-class _Whole:
+class Whole:
     """Forms that are small enough to be used at once."""
+
+    # Whether it compares itself with a formed gradient by a better way than forming itself.
+    compares: ClassVar[bool] = False
 
     def parts(self: Gradients) -> Iterator[tuple[slice, Gradients]]:
         """See :class:`Gradients`."""
         yield slice(None), self
 
 
-class Formed(_Whole):
+class Formed(Whole):
     """Gradients that are given as they are.
 
     Args:
@@ -124,7 +127,7 @@ class Formed(_Whole):
         return torch.einsum("b,brc->rc", weights, self.gradient)
 
 
-class Factors(_Whole):
+class Factors(Whole):
     """Per-example gradients as sums of outer products over positions.
 
     G_z = sum_p output_gradients[z, p] activations[z, p]^T, never summed over z. A linear
@@ -195,7 +198,7 @@ class Factors(_Whole):
         return deltas.flatten(0, 1).T @ self.activations.flatten(0, 1)
 
 
-class Lookups(_Whole):
+class Lookups(Whole):
     """Per-example gradients of an embedding: column ``indices[z, p]`` of G_z gets ``output_gradients[z, p]``.
 
     Args:
@@ -203,6 +206,8 @@ class Lookups(_Whole):
         output_gradients: (batch, positions, d_out).
         d_in: how many there are.
     """
+
+    compares = True
 
     def __init__(self, indices: Tensor, output_gradients: Tensor, d_in: int) -> None:
         self.indices = indices
@@ -254,12 +259,14 @@ class Lookups(_Whole):
         return deltas.new_zeros(self.d_in, deltas.shape[1]).index_add_(0, self.indices.flatten(), deltas).T
 
 
-class Sum(_Whole):
+class Sum(Whole):
     """The sum of several forms, such as of an embedding that is also the output layer.
 
     Args:
         terms: gradients of the same batch and layer.
     """
+
+    compares = True
 
     def __init__(self, terms: Sequence[Gradients]) -> None:
         self.terms = terms
@@ -294,34 +301,6 @@ class Sum(_Whole):
         return torch.stack([term.total(weights) for term in self.terms]).sum(0)
 
 
-def concatenated(parts: Sequence[Gradients]) -> Gradients:
-    """The sum over several calls of one layer in one forward pass."""
-    if len(parts) == 1:
-        return parts[0]
-    factors = [part for part in parts if isinstance(part, Factors)]
-    lookups = [part for part in parts if isinstance(part, Lookups)]
-    others = [part.gradient for part in parts if not isinstance(part, (Factors, Lookups))]
-    terms: list[Gradients] = []
-    if factors:
-        terms.append(
-            Factors(
-                torch.cat([part.activations for part in factors], 1),
-                torch.cat([part.output_gradients for part in factors], 1),
-            )
-        )
-    if lookups:
-        terms.append(
-            Lookups(
-                torch.cat([part.indices for part in lookups], 1),
-                torch.cat([part.output_gradients for part in lookups], 1),
-                lookups[0].d_in,
-            )
-        )
-    if others:
-        terms.append(Formed(torch.stack(others).sum(0)))
-    return terms[0] if len(terms) == 1 else Sum(terms)
-
-
 def _pairwise(others: Factors, terms: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Sums of ``terms(activations, output_gradients)`` of each of the others: (batch, other batch)."""
     return _stacked(terms(x, d) for x, d in zip(others.activations, others.output_gradients, strict=True))
@@ -332,7 +311,7 @@ def _stacked(terms: Iterable[Tensor]) -> Tensor:
 
 
 def _formed_products(one: Gradients, other: Gradients) -> Tensor:
-    if isinstance(other, (Sum, Lookups)):  # know better ways than forming
+    if isinstance(other, Whole) and other.compares:
         return other.products(one).T
     return one.gradient.flatten(1) @ other.gradient.flatten(1).T
 

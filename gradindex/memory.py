@@ -1,4 +1,4 @@
-"""How many examples fit at once: measured before a build, halved where memory runs out nevertheless."""
+"""How many examples fit at once: measured before a build, halved where a batch is too much nevertheless."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import ArgumentError, OutOfMemoryError, is_out_of_memory
+from .errors import ArgumentError, InseparableError, OutOfMemoryError, is_out_of_memory
 from .examples import Examples
 from .tree import tensors
 
@@ -28,7 +28,7 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 def in_halves(
     action: Callable[[Examples], list[T]], examples: Examples, at: Callable[[], str], alone: bool = False
 ) -> list[T]:
-    """``action(examples)``, or the results of both halves where memory runs out.
+    """``action(examples)``, or the results of both halves where memory runs out or gradients cannot be told apart.
 
     Args:
         action: returns a list, which the halves' lists are joined to.
@@ -44,9 +44,10 @@ def in_halves(
     try:
         return action(examples)
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        separable = not isinstance(error, InseparableError)
+        if separable and not is_out_of_memory(error):
             raise
-        if len(examples) == 1:
+        if separable and len(examples) == 1:
             wanted = re.search(r"[Tt]ried to allocate ([\d.]+) ?(\w+)", str(error))
             amount = _readable(wanted[1], wanted[2]) if wanted else "it"
             raise OutOfMemoryError(

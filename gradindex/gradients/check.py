@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ArgumentError, TaskError, UserCodeError, user_code
 from ..examples import Examples, Role
@@ -21,8 +21,10 @@ from .engine import Engine
 from .functional import BACKWARD, vmap_gradients
 from .layers import as_matrix, general_layer
 from .losses import answerable, check_examples, refuse_non_finite
+from .owners import BY_ROWS, by_rows
 from .passes import alone_gradients, blamed
 from .reentrant import refuse_reentrant
+from .rules import RULES
 
 # How far a fast route may be from autograd on one example alone, relative to the norms.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-8}
@@ -234,9 +236,10 @@ def _replanned(engine: Engine, examples: Examples, truth: dict[str, Tensor]) -> 
     try:
         engine.run_hooked(-1, examples, keep, wrapper, unscaled, lenient=True)
     except Exception:  # an expanded output or a watched use that the model cannot go on with
-        used = any(layer.route in uses.ROUTES for layer in engine.layers)
-        if engine.hooks.shares or used:
-            return [_slower(engine, x)[0] if x.route in uses.ROUTES else x for x in engine.layers], False
+        if engine.hooks.shares:
+            return engine.layers, False
+        if any(uses.is_used(layer) for layer in engine.layers):
+            return [_slower(engine, x)[0] if uses.is_used(x) else x for x in engine.layers], False
         if not any(layer.hooked for layer in engine.layers):
             raise
         # Hooks cannot go through this model at all; the general routes then raise whatever is really wrong.
@@ -251,7 +254,30 @@ def _replanned(engine: Engine, examples: Examples, truth: dict[str, Tensor]) -> 
         allowed = tolerance * float(expected.norm()) + 1e-3 * tolerance * total
         agrees = got.shape == expected.shape and float((got - expected).norm()) <= allowed
         planned += [layer] if agrees or not bool(expected.isfinite().all()) else _slower(engine, layer)
-    return planned, engine.hooks.shares
+    return _alike(engine, planned), engine.hooks.shares
+
+
+def _alike(engine: Engine, planned: list[Layer]) -> list[Layer]:
+    """The same, with layers that differ from one by rows in their places in lists of modules alone by rows as well.
+
+    Of many experts, one may have had a row of each example in the check, or none, and another number later.
+    """
+    moved = {_kind(engine, layer.name) for layer in planned if by_rows(layer)}
+    alike = []
+    for layer in planned:
+        moves = moved and layer in engine.layers and layer.hooked and not by_rows(layer)
+        alike += _slower(engine, layer) if moves and _kind(engine, layer.name) in moved else [layer]
+    return alike
+
+
+def _kind(engine: Engine, name: str) -> str:
+    """A layer's name without its places in lists."""
+    parts = name.split(".")
+    for place in range(len(parts)):
+        parent = engine.model.get_submodule(".".join(name.split(".")[:place]))
+        if isinstance(parent, (nn.ModuleList, nn.ModuleDict, nn.ParameterList)):
+            parts[place] = "*"
+    return ".".join(parts)
 
 
 def _slower(engine: Engine, layer: Layer) -> list[Layer]:
@@ -263,9 +289,18 @@ def _slower(engine: Engine, layer: Layer) -> list[Layer]:
             f"The gradient of {layer.name} is another one when it is computed without those of other parameters (does "
             "a function of the model change what it computes by what requires a gradient?). Leave it out, with layers=."
         )
-    if layer.route in uses.ROUTES:
-        return _general(engine, layer)
+    if uses.is_used(layer):
+        if by_rows(layer):
+            return _general(engine, layer)
+        return [uses.used_layer(engine.model, name, rows=True) for name in layer.parameters]
+    if not by_rows(layer) and _knows_rows(engine, layer):
+        return [replace(layer, route=layer.route + BY_ROWS)]
     return [uses.used_layer(engine.model, name) for name in layer.parameters]
+
+
+def _knows_rows(engine: Engine, layer: Layer) -> bool:
+    module = engine.model.get_submodule(layer.parameters[0].rpartition(".")[0])
+    return RULES[layer.route]().row_axes(module) is not None
 
 
 def _general(engine: Engine, layer: Layer) -> list[Layer]:

@@ -210,9 +210,10 @@ class Engine:
 
     def replan(self, layers: Sequence[Layer], shares: bool) -> None:
         """Take other routes from now on; ``shares`` as in :class:`Hooks`."""
+        stay = {layer.name for layer in set(self.layers) & set(layers)}
         self.layers = list(layers)
         self.hooks.remove()
-        harmless = self.hooks.harmless  # of layers that stay; those that disagreed have left these routes
+        harmless = {use for use in self.hooks.harmless if use[0] in stay}  # those that disagreed have left their routes
         self.hooks = Hooks(self.model, self.layers, self.dtype)
         self.hooks.shares, self.hooks.harmless = shares, harmless
         if self._entered:
@@ -275,7 +276,7 @@ class Engine:
         def through(then: Callable[[Tensor], Tensor]) -> Tensor:
             return wrapper.through(state, batch, len(examples), then)
 
-        return self.hooks.run(through, state, scales, len(examples), consume, loss_scale, lenient)
+        return self.hooks.run(through, state, scales, len(examples), consume, loss_scale, lenient, wrapper.autocast)
 
     def run_general(
         self,

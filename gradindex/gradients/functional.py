@@ -38,12 +38,12 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss
-        self._half, self._name = half, name
+        self.autocast, self._name = half, name
 
     def forward(self, batch: Any, then: Callable[[Any], _Result]) -> _Result:
         """What ``then`` makes of the losses (batch,) with the weights that are in the model now."""
         device = next(self.model.parameters()).device.type
-        half = contextlib.nullcontext() if self._half is None else torch.autocast(device, self._half)
+        half = contextlib.nullcontext() if self.autocast is None else torch.autocast(device, self.autocast)
         with half, user_code(self._name):
             losses = self.loss(self.model, batch)
         return then(losses)

@@ -14,6 +14,7 @@ from ..factors import Layer
 from ..tree import made_of
 from . import uses
 from .functional import as_real
+from .owners import basic_route
 from .rules import RULES
 
 # Packages whose layers (bitsandbytes.nn) or weights (torchao.quantization) are quantised, and pass gradients on.
@@ -114,10 +115,10 @@ def as_matrix(layer: Layer, gradients: Mapping[str, Tensor]) -> Tensor:
     parts = []
     for name in layer.parameters:
         gradient = gradients[name]
-        if layer.route in uses.ROUTES:
+        if uses.is_used(layer):
             parts.append(uses.as_matrix(layer, gradient))
         elif layer.hooked:
-            parts.append(RULES[layer.route]().as_matrix(name.rpartition(".")[2], gradient))
+            parts.append(RULES[basic_route(layer)]().as_matrix(name.rpartition(".")[2], gradient))
         else:
             parts.append(gradient.reshape(len(gradient), 1, -1))
     return torch.cat(parts, 2)

@@ -17,15 +17,16 @@ from torch.func import vjp, vmap
 from torch.overrides import TorchFunctionMode
 
 from ..factors import Factors, Formed, Gradients, Layer, Lookups
+from .owners import BY_ROWS, basic_route, by_rows
 
 # The second is for embeddings, whose gradient has a column for each word.
-ROUTES = ROUTE, TRANSPOSED = "function", "function^T"
+ROUTE, TRANSPOSED = "function", "function^T"
 
 # Turns the gradient of an output into the parameter's per-example gradients.
 Make = Callable[[Tensor], Gradients]
 Watch = Callable[[int, Make, Tensor], Tensor]
 
-_ELEMENTWISE = {
+ELEMENTWISE = {
     "add",
     "add_",
     "sub",
@@ -40,22 +41,34 @@ _ELEMENTWISE = {
     "true_divide",
 }
 _EXPANDING = {"expand", "expand_as", "broadcast_to"}
-_VIEWING = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "__getitem__", "permute", "transpose", "to", "float"}
+VIEWING = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "__getitem__", "permute", "transpose", "to", "float"}
 
 
-def used_layer(model: nn.Module, parameter: str) -> Layer:
-    """A parameter on this route: two axes are a matrix, anything else is one row."""
-    tensor = model.get_parameter(parameter)
+def used_layer(model: nn.Module, parameter: str, rows: bool = False) -> Layer:
+    """A parameter on this route, ``rows`` if by rows: two axes are a matrix, anything else is one row.
+
+    By rows, three axes are a stack of matrices, which stand side by side.
+    """
+    tensor, suffix = model.get_parameter(parameter), BY_ROWS if rows else ""
     if any(isinstance(module, nn.Embedding) and module.weight is tensor for module in model.modules()):
-        return Layer(parameter, (parameter,), tensor.shape[1], tensor.shape[0], TRANSPOSED)
+        return Layer(parameter, (parameter,), tensor.shape[1], tensor.shape[0], TRANSPOSED + suffix)
     shape = (tensor.shape[0], tensor.shape[1]) if tensor.ndim == 2 else (1, tensor.numel())
-    return Layer(parameter, (parameter,), *shape, ROUTE)
+    if rows and tensor.ndim == 3:
+        shape = (tensor.shape[1], tensor.shape[0] * tensor.shape[2])
+    return Layer(parameter, (parameter,), *shape, ROUTE + suffix)
+
+
+def is_used(layer: Layer) -> bool:
+    """Whether a layer is on this route."""
+    return basic_route(layer) in (ROUTE, TRANSPOSED)
 
 
 def as_matrix(layer: Layer, gradient: Tensor) -> Tensor:
     """(batch, *the parameter's shape) as the layer's matrix (batch, d_out, d_in)."""
-    if layer.route == TRANSPOSED:
+    if basic_route(layer) == TRANSPOSED:
         return gradient.transpose(1, 2)
+    if by_rows(layer) and gradient.ndim == 4:
+        gradient = gradient.transpose(1, 2)
     return gradient.reshape(len(gradient), layer.d_out, layer.d_in)
 
 
@@ -110,11 +123,11 @@ class Uses(TorchFunctionMode):
             return self._linear(func, args)
         if len(places) == 1:
             place, tracked = places[0], self._tracked[id(args[places[0]])]
-            if name in _ELEMENTWISE:
+            if name in ELEMENTWISE:
                 return self._elementwise(func, args, kwargs, place, tracked)
             if name in _EXPANDING and place == 0:
                 return self._expanded(func(*args, **kwargs), args[0], tracked)
-            if name in _VIEWING and place == 0:
+            if name in VIEWING and place == 0:
                 return self._view(func, args, kwargs, tracked)
             if name == "embedding" and place == 1:
                 return self._embedding(func, args, kwargs, tracked)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+from copy import copy
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..blocks import Blocks
 from ..factors import Factors, Gradients, Lookups, Sum, part_bytes
 from .base import PROJECTIONS, BlockMap, MapSpec
 from .hashing import buckets_and_signs, key
@@ -37,10 +40,17 @@ class TensorSketch(BlockMap):
 
     def add(self, block: Tensor, number: int, gradients: Gradients) -> None:
         """See :class:`BlockMap`."""
-        columns, rows = self._sides[number]
+        self._add(block, *self._sides[number], gradients)
+
+    def _add(self, block: Tensor, columns: CountSketch, rows: CountSketch, gradients: Gradients) -> None:
         if isinstance(gradients, Sum):
             for term in gradients.terms:
-                self.add(block, number, term)
+                self._add(block, columns, rows, term)
+        elif isinstance(gradients, Blocks):
+            for number, examples, factors in gradients.by_block:
+                share = block.new_zeros(len(examples), self.dim)
+                self._add(share, columns.part(gradients.columns(number)), rows, factors)
+                block.index_add_(0, examples, share)
         elif isinstance(gradients, Lookups):
             # A column with a single one in it: the sketch of the other side, moved by its bucket.
             deltas, indices = rows(gradients.output_gradients), gradients.indices[:, :, None]
@@ -87,20 +97,34 @@ class CountSketch:
         self.dim = dim
         self.buckets = torch.from_numpy(buckets).to(like.device)
         self.signs = torch.from_numpy(signs).to(like)
-        order = np.argsort(buckets, kind="stable")
-        self._order = torch.from_numpy(order).to(like.device)
-        self._starts = torch.from_numpy(np.searchsorted(buckets[order], np.arange(dim))).to(like.device)
+        self._parts: dict[int, CountSketch] = {}
+
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        """The coordinates by bucket, and where each bucket begins."""
+        order = self.buckets.argsort(stable=True)
+        return order, torch.searchsorted(self.buckets[order], torch.arange(self.dim, device=order.device))
+
+    def part(self, columns: slice) -> CountSketch:
+        """The sketch of some coordinates alone, the others being zero; kept by where they begin."""
+        part = self._parts.get(columns.start)
+        if part is None:
+            part = self._parts[columns.start] = copy(self)
+            part.buckets, part.signs, part._parts = self.buckets[columns], self.signs[columns], {}
+            part.__dict__.pop("_sorted", None)
+        return part
 
     def __call__(self, values: Tensor) -> Tensor:
         """(batch, positions, n) to (batch, positions, dim)."""
         batch, positions, n = values.shape
         # embedding_bag sums the coordinates of each bucket, for all positions at once.
         first = torch.arange(batch, device=values.device)[:, None]
+        order, starts = self._sorted
         sums = functional.embedding_bag(
-            (first * n + self._order).flatten(),
+            (first * n + order).flatten(),
             values.transpose(1, 2).reshape(batch * n, positions),
-            (first * n + self._starts).flatten(),
+            (first * n + starts).flatten(),
             mode="sum",
-            per_sample_weights=self.signs[self._order].repeat(batch),
+            per_sample_weights=self.signs[order].repeat(batch),
         )
         return sums.reshape(batch, self.dim, positions).transpose(1, 2).contiguous()

@@ -125,11 +125,7 @@ def tagging(folder):
 KINDS = {
     "multi-label": (multi_label, {"0": "linear", "2": "linear"}),
     "ranking pairs": (ranking, {"0": "linear", "2": "linear"}),
-    "ranking pairs in one pass": (
-        ranking_in_one_pass,
-        # The last bias has no gradient: it is on both sides.
-        {"0.weight": "vmap", "0.bias": "vmap", "2.weight": "vmap", "2.bias": "function"},
-    ),
+    "ranking pairs in one pass": (ranking_in_one_pass, {"0": "linear by rows", "2": "linear by rows"}),
     "several heads": (several_heads, {"0": "linear", "2": "linear"}),
     "tagging with padding": (tagging, {"words": "embedding", "mix": "convolution", "head": "linear"}),
 }  # fmt: skip
@@ -184,7 +180,7 @@ def test_a_kept_margin_hides_no_layer_from_the_check(tmp_path):
     task.train.tensors[1][:] = 1
     task.train.tensors[1][[0, 11]] = 0
     routes = check_against_autograd(task)
-    assert routes["inner.weight"] == "vmap"
+    assert routes["inner"] == "linear by rows"
 
 
 class Experts(nn.Module):
@@ -203,14 +199,12 @@ class Experts(nn.Module):
 
 
 @pytest.mark.slow
-def test_experts_that_see_a_part_of_the_batch_take_another_route(tmp_path):
+def test_experts_that_see_a_part_of_the_batch_are_taken_by_rows(tmp_path):
     task = toys.make_task(tmp_path, Experts())
     task.train.tensors[0][:, 0].abs_()
     task.train.tensors[0][[4, 7], 0] *= -1
     routes = check_against_autograd(task)
-    assert {name: route for name, route in routes.items() if name != "head"} == {
-        f"{expert}.{name}": "loop" for expert in ("first", "second") for name in ("weight", "bias")
-    }
+    assert routes == {"first": "linear by rows", "second": "linear by rows", "head": "linear"}
 
 
 def test_a_first_axis_that_was_the_example_in_the_check_alone_stops_the_build(tmp_path):

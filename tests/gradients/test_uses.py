@@ -79,7 +79,6 @@ UNKNOWN = {
     "on the left of a product": (lambda x, p: p @ x, (4, 4)),
     "one use unknown": (lambda x, p: x * p + torch.exp(p), 6),
     "computed with first": (lambda x, p: x * (p * 2), 6),
-    "mixed between the examples' places": (lambda x, p: (x.transpose(0, 1) * p).transpose(0, 1), 6),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +45,15 @@ class Rule(Protocol):
     def gradients(self, module: nn.Module, saved: Any, delta: Tensor, scales: Mapping[str, float]) -> Gradients:
         """Gradients of the tracked parameters, each times its scale; ``delta`` is the output's gradient."""
 
+    def row_axes(self, module: nn.Module) -> int | None:
+        """The last axes of the output that make up a row, where rows can be laid out anew by example; else ``None``."""
+
+    def regrouped(self, module: nn.Module, saved: Any, lay: Callable[[Tensor, int], Tensor]) -> Any:
+        """What was saved, as it would be of (examples, rows of each).
+
+        ``lay(tensor, axes)`` does so for a tensor whose rows have so many axes.
+        """
+
     def as_matrix(self, name: str, gradient: Tensor) -> Tensor:
         """A parameter's gradient (batch, *its shape) as its columns of the layer's matrix (batch, d_out, -1)."""
 
@@ -61,6 +70,14 @@ class Plain:
     def saved(self, module: nn.Module, inputs: Tensor, *others: Any, **keywords: Any) -> Any:
         """The input. See :class:`Rule`."""
         return inputs.detach()
+
+    def row_axes(self, module: nn.Module) -> int | None:
+        """None. See :class:`Rule`."""
+        return None
+
+    def regrouped(self, module: nn.Module, saved: Any, lay: Callable[[Tensor, int], Tensor]) -> Any:
+        """Rows of inputs are as those of outputs. See :class:`Rule`."""
+        return lay(saved, self.row_axes(module) or 0)
 
     def as_matrix(self, name: str, gradient: Tensor) -> Tensor:
         """One row for each of the first axis. See :class:`Rule`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ class Linear(Plain):
         """See :class:`Rule`."""
         activations = saved.reshape(len(saved), -1, saved.shape[-1])
         return Factors(with_bias(activations, scales), delta.reshape(len(delta), -1, delta.shape[-1]))
+
+    def row_axes(self, module: nn.Module) -> int | None:
+        """The features. See :class:`Rule`."""
+        return 1
 
 
 @RULES.register("linear^T")
@@ -65,6 +69,14 @@ class Embedding(Plain):
             delta = delta * (indices != module.padding_idx)[:, :, None]
         return Lookups(indices, delta, module.num_embeddings)
 
+    def row_axes(self, module: nn.Module) -> int | None:
+        """The features. See :class:`Rule`."""
+        return 1
+
+    def regrouped(self, module: nn.Module, saved: Any, lay: Callable[[Tensor, int], Tensor]) -> Any:
+        """A row looks up one index; rows that are not there have no gradient. See :class:`Rule`."""
+        return lay(saved, 0)
+
     def as_matrix(self, name: str, gradient: Tensor) -> Tensor:
         """See :class:`Rule`."""
         return gradient.transpose(1, 2)
@@ -79,6 +91,10 @@ class EmbeddingBag(Embedding):
         if type(module) is not nn.EmbeddingBag or module.max_norm is not None or module.scale_grad_by_freq:
             return None
         return (module.embedding_dim, module.num_embeddings) if module.mode in ("sum", "mean") else None
+
+    def row_axes(self, module: nn.Module) -> int | None:
+        """None: a row is a bag. See :class:`Rule`."""
+        return None
 
     def saved(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -43,6 +43,14 @@ class Normalisation(Plain):
         at_once = max(1, part_bytes(delta.device, _PART_BYTES) // (4 * delta[0].numel()))
         parts = zip(torch.split(delta, at_once), torch.split(inputs, at_once), strict=True)
         return Formed(torch.cat([self._sums(module, wide(d), wide(x), statistics, scales) for d, x in parts]))
+
+    def row_axes(self, module: nn.Module) -> int | None:
+        """What is normalised together, of norms that look at nothing else. See :class:`Rule`."""
+        return len(module.normalized_shape) if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else None
+
+    def regrouped(self, module: nn.Module, saved: Any, lay: Callable[[Tensor, int], Tensor]) -> Any:
+        """See :class:`Rule`."""
+        return lay(saved[0], self.row_axes(module) or 0), *saved[1:]
 
     def _sums(
         self, module: nn.Module, delta: Tensor, inputs: Tensor, statistics: Any, scales: Mapping[str, float]
