@@ -135,13 +135,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-class InseparableError(RuntimeError):
-    """The gradients of a batch cannot be told apart by example: a smaller batch is tried, at last each example alone.
-
-    No error that anybody sees: whoever makes batches halves this one.
-    """
-
-
 def is_worker_death(error: BaseException) -> bool:
     """Whether torch says that a reading process died, which it raises wherever this process is at that moment."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import ArgumentError, InseparableError, OutOfMemoryError, is_out_of_memory
+from .errors import ArgumentError, OutOfMemoryError, is_out_of_memory
 from .examples import Examples
 from .tree import tensors
 
@@ -23,6 +23,10 @@ T = TypeVar("T")
 LARGEST_BATCH = 256
 _SMALLEST_TRIED, LARGEST_TRIED = 2, 8
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+class InseparableError(RuntimeError):
+    """The gradients of a batch cannot be told apart by example. Nobody sees it: :func:`in_halves` halves the batch."""
 
 
 def in_halves(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..blocks import Rows
-from ..errors import InseparableError
 from ..factors import Layer
+from ..memory import InseparableError
 
 # Added to a route's name.
 BY_ROWS = " by rows"

@@ -14,10 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 import gradindex
 from gradindex.blocks import Blocks, concatenated
-from gradindex.errors import InseparableError, NonFiniteGradientError
+from gradindex.errors import NonFiniteGradientError
 from gradindex.factors import Factors, Formed, Layer, Sum
 from gradindex.gradients import Engine, check_routes
 from gradindex.gradients.owners import Weights
+from gradindex.memory import InseparableError
 from gradindex.projection import Projection
 
 WIDTH, INNER, EXPERTS = 6, 4, 3
