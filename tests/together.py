@@ -30,3 +30,23 @@ def run_together(script, *arguments):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+
+
+def wrapped(model, kind):
+    """The model in the wrapper that this process trains it in: ``"ddp"``, ``"fsdp2"``, ``"fsdp1"``, or none."""
+    import torch
+
+    if kind == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    if kind == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif kind == "fsdp1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    return model

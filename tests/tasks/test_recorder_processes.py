@@ -20,6 +20,7 @@ WORKER = """
 import sys, warnings
 import torch
 from torch import nn
+import together
 import toys
 import gradindex
 
@@ -29,19 +30,7 @@ rank = torch.distributed.get_rank()
 torch.manual_seed(0)
 model = toys.mlp()
 model.register_buffer("scale", torch.ones(2))
-if kind == "ddp":
-    model = nn.parallel.DistributedDataParallel(model)
-elif kind == "fsdp2":
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (2,))
-    fully_shard(model[0], mesh=mesh)
-    fully_shard(model, mesh=mesh)
-elif kind == "fsdp1":
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+model = together.wrapped(model, kind)
 moments = kind != "fsdp1"
 kinds = torch.optim.Adam if moments else torch.optim.SGD
 optimizer = kinds(model.parameters(), 0.5)

@@ -30,6 +30,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+import together
 import toys
 import gradindex
 
@@ -39,19 +40,7 @@ rank = torch.distributed.get_rank()
 torch.manual_seed(0)
 model = toys.mlp()
 model.register_buffer("scale", torch.ones(2))
-if kind == "ddp":
-    model = nn.parallel.DistributedDataParallel(model)
-elif kind == "fsdp2":
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (2,))
-    fully_shard(model[0], mesh=mesh)
-    fully_shard(model, mesh=mesh)
-elif kind == "fsdp1":
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+model = together.wrapped(model, kind)
 try:  # what Accelerator.save_state calls; an Accelerator itself shards on GPUs alone
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.state import PartialState
