@@ -188,9 +188,14 @@ class Factors(Whole):
     def sided(self, start: Tensor, side: int, weights: Tensor) -> Tensor:
         """See :class:`Gradients`."""
         ours, other = (self.output_gradients, self.activations)[:: 1 if side == 0 else -1]
-        # G^T start, then G times that, each through the positions.
-        inner = torch.bmm(other.transpose(1, 2), ours @ start) * weights[:, None, None]
-        return torch.einsum("bpn,bpk->nk", ours, torch.bmm(other, inner))
+        turned, (positions, width), columns = ours @ start, other.shape[1:], start.shape[1]
+        # G^T start, then G times that, each through the positions; or through the products of positions, which are few.
+        if positions * (width + columns) < width * columns:
+            inner = torch.bmm(torch.bmm(other, other.transpose(1, 2)), turned)
+        else:
+            inner = torch.bmm(other, torch.bmm(other.transpose(1, 2), turned))
+        inner *= weights[:, None, None]
+        return ours.flatten(0, 1).T @ inner.flatten(0, 1)
 
     def total(self, weights: Tensor) -> Tensor:
         """Over examples and positions at once. See :class:`Gradients`."""
