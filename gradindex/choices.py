@@ -12,7 +12,7 @@ PROJECTION_KINDS: tuple[ProjectionKind, ...] = get_args(ProjectionKind)
 # Those that a size and a seed do not change: whole gradients.
 UNSIZED_PROJECTIONS: tuple[ProjectionKind, ...] = ("none",)
 
-IndexKind = Literal["flat", "ivf", "pq"]
+IndexKind = Literal["flat", "ivf", "pq", "spill"]
 INDEX_KINDS: tuple[IndexKind, ...] = get_args(IndexKind)
 
 # Of gradients, while they are computed.

@@ -45,10 +45,12 @@ def _top(folder: Path, k: int | None, task: str | None) -> int:
 @click.option(
     "--kind",
     type=click.Choice(INDEX_KINDS),
-    help="flat and ivf store a byte per number, pq two bits; ivf scans a few lists, the others all rows. "
-    "By default the fastest.",
+    help="flat and ivf store a byte per number, pq two bits, spill one in several lists; ivf and spill scan a few "
+    "lists, the others all rows. By default the fastest.",
 )
 @click.option("--dim", type=int, help="Size of an index row, in numbers; by default the fastest.")
+@click.option("--copies", type=click.IntRange(min=1), help="Lists that a row is in, for spill; by default the fastest.")
+@click.option("--budget", type=float, help="Seconds after which no further index is begun; by default no limit.")
 @click.option("--drop", is_flag=True, help="Remove the index: scan all rows.")
 def index(
     folder: Path, recall: float, k: int | None, queries: int, task: str | None, device: str | None, drop: bool,

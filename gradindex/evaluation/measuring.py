@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..choices import AnswerKind
 from ..errors import check_k
-from ..retrieval.candidates import Candidates, Effort, candidates_for
+from ..retrieval.candidates import Candidates
 from ..retrieval.retriever import Retriever
 from ..store import GradientStore
+from .efforts import SIGNS, Efforts
 from .truth import Truth, held_out, lower_bound, real
 
 
@@ -31,33 +34,37 @@ class Measured:
         return min(self.proponents_at_least, self.opponents_at_least)
 
 
-def measure(search: Candidates, truth: Truth, count: int, effort: Effort | None = None, tries: int = 1) -> Measured:
-    """How many of the true top-k are among the rows that a search hands on to exact scores.
+def measure(search: Candidates, truth: Truth, efforts: Efforts | None = None, tries: int = 1) -> Measured:
+    """How many of the true top-k are among the rows that a search with an index hands on to exact scores.
 
     Args:
-        search: with an index or without.
+        search: with an index.
         truth: see :class:`Truth`.
-        count: rows that are handed on: the index's proposals as they are, where these are no more, else the best of
-            them by their full rows.
-        effort: with an index, by default what it was tuned to.
+        efforts: by default what it was tuned to.
         tries: among how many measurements this one may be the luckiest.
     """
-    n = min(count + 1, search.n_train)  # one of them may be the query itself
-    effort = effort if effort is not None or search.index is None else search.effort(truth.k)
-    as_proposed = effort is not None and effort.proposals <= count
 
-    def find(query: NDArray[np.float32]) -> NDArray[np.int64]:
-        return (search.propose(query, n, effort) if as_proposed and effort else search.search(query, n, effort))[1]
+    def recalls(kind: AnswerKind, sign: int) -> NDArray[np.float64]:
+        effort = search.effort(truth.k, kind) if efforts is None else efforts[kind]
+        count = search.handed_on(truth.k, effort)
+        n = min(count + 1, search.n_train)  # one of them may be the query itself
+        # The index's proposals as they are, where no more are handed on, else the best of them by their full rows.
+        find = search.propose if effort.proposals <= count else search.search
+        return truth.recalls(sign, find(sign * truth.rows, n, effort)[1], count)
 
-    found = {sign: find(sign * truth.rows) for sign in (1, -1)}
-    return measured_of(truth, found, count, tries)
+    return _measured({kind: recalls(kind, sign) for kind, sign in SIGNS.items()}, truth.k, tries)
 
 
-def measured_of(truth: Truth, found: dict[int, NDArray[np.int64]], count: int, tries: int = 1) -> Measured:
-    """Of what was found, by sign."""
-    recalls = [truth.recalls(sign, found[sign], count) for sign in (1, -1)]
-    least = [lower_bound(values, truth.k, tries) for values in recalls]
-    return Measured(float(recalls[0].mean()), float(recalls[1].mean()), least[0], least[1])
+def measure_rows(search: Candidates, truth: Truth, count: int) -> Measured:
+    """The same of a search without an index: of the best ``count`` of all rows."""
+    n = min(count + 1, search.n_train)
+    found = {kind: truth.recalls(sign, search.search(sign * truth.rows, n)[1], count) for kind, sign in SIGNS.items()}
+    return _measured(found, truth.k)
+
+
+def _measured(recalls: Mapping[AnswerKind, NDArray[np.float64]], k: int, tries: int = 1) -> Measured:
+    means = (float(of_kind.mean()) for of_kind in recalls.values())
+    return Measured(*means, *(lower_bound(of_kind, k, tries) for of_kind in recalls.values()))
 
 
 def evaluate(
@@ -89,18 +96,12 @@ def evaluate(
     truth = held_out(store, n_query, k, seed) if retriever is None else real(retriever, n_query, k, seed)
     search, found = Candidates(store), {}
     if search.index is not None:
-        effort = search.effort(k)
-        count = handed_on(store, effort, k)
-        found[f"index, {effort.proposals:,} proposals"] = measure(search, truth, count, effort)
+        most = max(search.effort(k, kind).proposals for kind in SIGNS)
+        found[f"index, {most:,} proposals"] = measure(search, truth)
     everything = Candidates(store, use_index=False)
     for count in (k, 10 * k):
-        found[f"best {min(count, store.n_train):,} of all rows"] = measure(everything, truth, count)
+        found[f"best {min(count, store.n_train):,} of all rows"] = measure_rows(everything, truth, count)
     return truth.against, found
-
-
-def handed_on(store: GradientStore, effort: Effort, k: int) -> int:
-    """How many rows go to exact scores; through the model they are dear, and full rows choose the best."""
-    return effort.proposals if store.manifest.factors else min(effort.proposals, candidates_for(k))
 
 
 def as_records(found: dict[str, Measured], k: int) -> list[dict[str, Any]]:

@@ -51,7 +51,9 @@ def _kind(value: Any) -> None:
 # What a manifest must be to be trusted, and what it may hold besides.
 _form = record(
     {
-        "shape": record({"kind": _kind, "dim": whole(1, 1 << 31), "lists": whole(0, 1 << 31)}),
+        "shape": record(
+            {"kind": _kind, "dim": whole(1, 1 << 31), "lists": whole(0, 1 << 31)}, {"copies": whole(1, 1 << 10)}
+        ),
         "dim": whole(1, 1 << 40),
         "rows": whole(1),
         "file": record({"name": text(_NAME.pattern, "the name of an index"), "bytes": whole(), "sha256": _DIGEST}),
@@ -116,7 +118,8 @@ class CompactIndex:
         seed: int = 0,
         gpus: Sequence[int] = (),
     ) -> CompactIndex:
-        """Make an index; rows stream, for ``"ivf"`` three times, for ``"flat"`` twice, for ``"pq"`` once.
+        """Make an index; rows stream, for ``"ivf"`` and ``"spill"`` three times, for ``"flat"`` twice, for ``"pq"``
+        once.
 
         Args:
             shape: what to make.
@@ -129,7 +132,7 @@ class CompactIndex:
             ArgumentError: more directions than a row has numbers, or more lists than there are rows.
         """
         index = made(shape, Rows(sample, blocks, seed, gpus))
-        about = {"shape": asdict(shape), "dim": sample.shape[1], "rows": int(index.ntotal)}
+        about = {"shape": _told(shape), "dim": sample.shape[1], "rows": index.ntotal // shape.copies}
         return cls(index, about, gpus)
 
     def search(
@@ -155,6 +158,8 @@ class CompactIndex:
         removed = None if removed is None or not len(removed.ids) else removed
         n_rows = self.about["rows"]
         wanted = min(k, n_rows)
+        # Copies of a row are found as often as lists of it are looked into.
+        copies = min(self.shape.copies, probes)
         # GPUs and some codes know no way to leave out rows: more are found, and those dropped.
         more = min(wanted + (0 if removed is None else len(removed.ids)), n_rows)
         if self._copy is not None and max(more, probes) <= gpu.MOST:
@@ -166,9 +171,11 @@ class CompactIndex:
                 scores, ids = self._index.search(query, more)
             else:
                 options = faiss.SearchParametersPreTransform(index_params=inner)
-                scores, ids = self._index.search(query, wanted, params=options)
+                scores, ids = self._index.search(query, wanted * copies, params=options)
         if removed is not None:
             ids = np.where(removed.has(ids), -1, ids)
+        if copies > 1:
+            ids = _once(ids)
         scores = np.where(ids < 0, -np.inf, scores).astype(np.float32)  # FAISS pads with a score like any other
         return ranked(scores, ids.astype(np.int64), wanted)
 
@@ -225,7 +232,7 @@ class CompactIndex:
                     method.after_mapping(index)
             except (RuntimeError, AttributeError) as error:
                 raise IndexFileError(f"{path} cannot be read by FAISS ({str(error)[:100]})") from None
-            if stored != (faiss.METRIC_INNER_PRODUCT, about["dim"], about["rows"], True):
+            if stored != (faiss.METRIC_INNER_PRODUCT, about["dim"], about["rows"] * _shape_of(about).copies, True):
                 raise IndexFileError(f"{path} is not the index that its manifest describes")
         except IndexFileError as error:
             if seen != signature(folder / MANIFEST):  # another has taken its place, or it was taken away
@@ -279,9 +286,28 @@ def _written(faiss: Any, index: Any, path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": state.hexdigest()}
 
 
+def _once(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The same, an id's further copies in a row -1: all have the same score."""
+    order = np.argsort(ids, axis=1, kind="stable")
+    ordered = np.take_along_axis(ids, order, 1)
+    ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]] = -1
+    once = np.empty_like(ids)
+    np.put_along_axis(once, order, ordered, 1)
+    return once
+
+
+def _told(shape: Shape) -> dict[str, Any]:
+    """A shape as a manifest tells it, which earlier versions read where there is one copy of each row."""
+    told = asdict(shape)
+    if shape.copies == 1:
+        del told["copies"]
+    return told
+
+
 def _shape_of(about: Mapping[str, Any]) -> Shape:
     """The shape that a manifest tells; a later version's may have more to it."""
-    return Shape(*(about["shape"][name] for name in ("kind", "dim", "lists")))
+    shape = about["shape"]
+    return Shape(shape["kind"], shape["dim"], shape["lists"], shape.get("copies", 1))
 
 
 def checked(folder: Path) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 Gradient rows are a hard case for inner-product indexes: their norms are heavy-tailed, and most of a query's true
 top-k come from the heaviest rows, of which lists made by k-means on raw vectors lose most. Here directions are
 clustered on the sphere, and lists are probed by <query, centroid> times the norm that most of a list's rows stay
-below, so that a list of heavy rows is looked into first. Where rows spread over very many directions, lists stop short
-of a high recall, and all rows are compared by short codes instead.
+below, so that a list of heavy rows is looked into first. Where rows spread over very many directions, such as those of
+a thousand classes, a row has parts in several, and a list for the largest of them stops short of a high recall. There
+a row stands in several lists, or all rows are compared by short codes.
 """
 
 from __future__ import annotations
@@ -32,17 +33,20 @@ class Shape:
     Args:
         kind: ``"flat"``: all rows are compared, a byte a number; ``"ivf"``: the same of the rows of the most promising
             lists; ``"pq"``: all rows are compared, four bits for two numbers (product quantisation after a random
-            rotation), by table look-ups of which a processor does 32 or 64 at once.
-        dim: numbers of a row in the index; for ``"pq"`` an even one.
-        lists: of ``"ivf"``.
+            rotation), by table look-ups of which a processor does 32 or 64 at once; ``"spill"``: four bits for four
+            numbers of the rows of the most promising lists, each row in several of them.
+        dim: numbers of a row in the index; for ``"pq"`` an even one, for ``"spill"`` a multiple of 8.
+        lists: of ``"ivf"`` and ``"spill"``.
+        copies: of ``"spill"``, in how many lists each row stands.
 
     Raises:
-        ArgumentError: there is no such kind, or ``dim`` is odd for ``"pq"``.
+        ArgumentError: there is no such kind, or it does not take this ``dim`` or ``copies``.
     """
 
     kind: IndexKind
     dim: int
     lists: int = 0
+    copies: int = 1
 
     def __post_init__(self) -> None:
         INDEXES.check(self.kind)
@@ -51,7 +55,7 @@ class Shape:
     @property
     def method(self) -> IndexMethod:
         """The kind's implementation, of this shape."""
-        return INDEXES[self.kind](self.dim, self.lists)
+        return INDEXES[self.kind](self.dim, self.lists, self.copies)
 
     def bytes_for(self, n_rows: int) -> int:
         """Memory that making an index of so many rows takes at most."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..choices import AnswerKind
 from ..errors import IndexFileError
 from ..files import signature
 from ..index import MANIFEST, CompactIndex, LeftOut, SearchIndex, devices, paired_products
@@ -110,11 +111,15 @@ class Candidates:
             f"{min(recall['proponents_at_least'], recall['opponents_at_least']):.4f} ({recall['against']}){new}"
         )
 
-    def effort(self, k: int) -> Effort:
-        """What the index was tuned to; more for a larger k than it was tuned for."""
+    def effort(self, k: int, sign: AnswerKind = "proponents") -> Effort:
+        """What the index was tuned to for a kind; more for a larger k than it was tuned for."""
         assert self.index is not None
-        tuned = self.index.about["effort"]
+        tuned = self.index.about.get("efforts", {}).get(sign, self.index.about["effort"])
         return Effort(tuned["probes"], tuned["proposals"] * max(1, -(-k // self.index.about["recall"]["k"])))
+
+    def handed_on(self, k: int, effort: Effort) -> int:
+        """How many rows go to exact scores; through the model they are dear, and full rows choose the best."""
+        return max(k, effort.proposals if self._store.has_factors else min(effort.proposals, candidates_for(k)))
 
     @property
     def newer(self) -> int:
@@ -142,31 +147,34 @@ class Candidates:
         return self.compared(query, k, effort)[:2]
 
     def compared(
-        self, query: NDArray[np.float32], k: int, effort: Effort | None = None
+        self, query: NDArray[np.float32], k: int, effort: Effort | None = None, least: int | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64], int]:
-        """As :meth:`search`, and the most rows that were compared in full for one query."""
+        """As :meth:`search`, and the most rows that were compared in full for one query.
+
+        ``least`` as for :meth:`propose`.
+        """
         n = self._store.n_train
         effort = None if self.index is None else effort or self.effort(k)
         if self.index is None or effort is None or effort.proposals >= n:
             return *self._all_rows(query, k), n
-        scores = np.empty((len(query), k), dtype=np.float32)
-        ids = np.empty((len(query), k), dtype=np.int64)
+        scores = np.full((len(query), k), -np.inf, dtype=np.float32)
+        ids = np.full((len(query), k), -1, dtype=np.int64)
         proposed = self.index.search(query, max(k, effort.proposals), probes=effort.probes, removed=self._gone)[1]
         newer, most = self._best_of_new(query, k)[1], 0
         for number, row in enumerate(query):
             some = np.sort(np.concatenate([proposed[number][proposed[number] >= 0], newer[number]]))
-            if len(some) < k:  # few lists, and none of the others was looked into
+            if len(some) < (k if least is None else min(k, least)):  # few lists, and none of the others was looked into
                 scores[number : number + 1], ids[number : number + 1] = self._all_rows(query[number : number + 1], k)
                 most = n
                 continue
             products = self.products(row, some)
             best = np.lexsort((some, -products))[:k]
-            scores[number], ids[number] = products[best], some[best]
+            scores[number, : len(best)], ids[number, : len(best)] = products[best], some[best]
             most = max(most, len(some) + self.newer - newer.shape[1])
         return scores, ids, most
 
     def propose(
-        self, query: NDArray[np.float32], k: int, effort: Effort
+        self, query: NDArray[np.float32], k: int, effort: Effort, least: int | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The k best rows of each query by the index's own estimates, and rows that it lacks by their inner products.
 
@@ -174,10 +182,11 @@ class Candidates:
             query: (n_query, dim) float32 rows, negated for opponents.
             k: how many, from 1 to the number of rows.
             effort: as for :meth:`search`; there must be an index.
+            least: a query for which the index finds fewer rows is compared with all of them instead; by default k.
 
         Returns:
-            Estimates and ids, (n_query, k), by estimate descending, then id ascending. A query for which the index
-            finds fewer rows is compared with all of them instead.
+            Estimates and ids, (n_query, k), by estimate descending, then id ascending; ids of -1 at the end where fewer
+            are found.
         """
         assert self.index is not None
         scores, ids = self.index.search(query, k, probes=effort.probes, removed=self._gone)
@@ -186,7 +195,7 @@ class Candidates:
             scores, ids = np.concatenate([scores, more], 1), np.concatenate([ids, new], 1)
             order = np.lexsort((ids, -scores), axis=1)[:, :k]
             scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
-        few = np.flatnonzero((ids >= 0).sum(1) < k)
+        few = np.flatnonzero((ids >= 0).sum(1) < (k if least is None else min(k, least)))
         if len(few):
             width = ((0, 0), (0, k - ids.shape[1]))
             scores, ids = np.pad(scores, width), np.pad(ids, width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ SIGNS: Mapping[AnswerKind, Sequence[AnswerKind]] = {
     "opponents": ("opponents",),
     "absolute": ("proponents", "opponents"),
 }
+Efforts: TypeAlias = Mapping[AnswerKind, Effort]
 # Which of some scores count, (q, m); ``None`` for all.
 Mask = NDArray[np.bool_] | None
 
@@ -137,37 +138,41 @@ class LocalSearcher:
         if last == "exact":
             return self._for_exact(vectors, kinds, k, candidates)
         if last == "none" and k is not None and at_least is None:
-            effort = self._effort(k)
-            if effort is not None:
-                return self._estimated(vectors, kinds, k, effort)
+            efforts = self._efforts(kinds, k)
+            if efforts is not None:
+                return self._estimated(vectors, kinds, k, efforts)
         return self._by_rows(vectors, kinds, k, at_least)
 
-    def _effort(self, k: int) -> Effort | None:
-        """How far the index goes for this question; ``None`` where all rows, or all that are allowed, are compared."""
+    def _efforts(self, kinds: Sequence[AnswerKind], k: int) -> Efforts | None:
+        """How far the index goes for proponents and for opponents.
+
+        ``None`` where all rows, or all that are allowed, are compared.
+        """
         if self._candidates.index is None or self._allowed is not None:
             return None
-        effort = self._candidates.effort(k)
-        return None if effort.proposals >= self.n_train else effort
+        efforts = {sign: self._candidates.effort(k, sign) for sign in signs(kinds)}
+        return None if any(effort.proposals >= self.n_train for effort in efforts.values()) else efforts
 
-    def _estimated(self, vectors: QueryVectors, kinds: Sequence[AnswerKind], k: int, effort: Effort) -> Proposed:
+    def _estimated(self, vectors: QueryVectors, kinds: Sequence[AnswerKind], k: int, efforts: Efforts) -> Proposed:
         """By the index's own estimates."""
-        by_sign = {
-            sign: _listed(sign, *self._candidates.propose(_signed(sign, vectors), k, effort)) for sign in signs(kinds)
-        }
+        by_sign = {sign: self._proposed(vectors, sign, k, k, effort) for sign, effort in efforts.items()}
         newer = self._candidates.newer
         stages = (Stage("index", k), *([Stage("rows", newer)] if newer else []))
         return Proposed({kind: _best_of(kind, by_sign, k) for kind in kinds}, stages, "index", k)
+
+    def _proposed(self, vectors: QueryVectors, sign: AnswerKind, k: int, least: int, effort: Effort) -> list[Ranked]:
+        return _listed(sign, *self._candidates.propose(_signed(sign, vectors), k, effort, least))
 
     def _by_rows(
         self, vectors: QueryVectors, kinds: Sequence[AnswerKind], k: int | None, at_least: float | None = None
     ) -> Proposed:
         """The best by full rows: of those that the index proposes, or of all that may answer."""
         if k is not None and at_least is None and self._allowed is None:
-            effort = self._effort(k)
+            efforts = self._efforts(kinds, k)
             # FAISS compares all rows for one kind at a time, and merges its blocks' answers in a time that grows with
             # their length; beyond that one pass of our own serves every kind and length.
-            if effort is not None or (len(kinds) == 1 and kinds[0] != "absolute" and k <= _FAISS_K):
-                return self._compared(vectors, kinds, k, effort)
+            if efforts is not None or (len(kinds) == 1 and kinds[0] != "absolute" and k <= _FAISS_K):
+                return self._compared(vectors, kinds, k, efforts)
         best = {kind: Best(kind, len(vectors), k, at_least) for kind in kinds}
         looked_at = np.zeros(len(vectors), dtype=np.int64)
         only = None if self._allowed is None else self._allowed.ids
@@ -179,13 +184,21 @@ class LocalSearcher:
         stages = (Stage("rows", int(looked_at.max())),)
         return Proposed({kind: of_kind.found() for kind, of_kind in best.items()}, stages, "rows", k)
 
-    def _compared(self, vectors: QueryVectors, kinds: Sequence[AnswerKind], k: int, effort: Effort | None) -> Proposed:
+    def _compared(
+        self,
+        vectors: QueryVectors,
+        kinds: Sequence[AnswerKind],
+        k: int,
+        efforts: Efforts | None,
+        least: int | None = None,
+    ) -> Proposed:
         """The best by full rows of what the index proposes, or of all rows."""
         by_sign, most = {}, 0
         for sign in signs(kinds):
-            scores, ids, compared = self._candidates.compared(_signed(sign, vectors), k, effort)
+            effort = None if efforts is None else efforts[sign]
+            scores, ids, compared = self._candidates.compared(_signed(sign, vectors), k, effort, least)
             by_sign[sign], most = _listed(sign, scores, ids), max(most, compared)
-        proposed = () if effort is None else (Stage("index", max(k, effort.proposals)),)
+        proposed = () if efforts is None else (Stage("index", max(k, *(e.proposals for e in efforts.values()))),)
         by_kind = {kind: _best_of(kind, by_sign, k) for kind in kinds}
         return Proposed(by_kind, (*proposed, Stage("rows", most)), "rows", k)
 
@@ -194,19 +207,20 @@ class LocalSearcher:
     ) -> Proposed:
         """Candidates for exact scores. Where the index proposes no more than these, their full rows decide nothing."""
         k = k or min(DEFAULT_K, self.n_train)
-        effort = self._effort(k)
-        default = candidates_for(k)
-        if effort is not None:
-            default = max(k, effort.proposals if self.exhaustive else min(effort.proposals, default))
-        wanted = min(self.n_train, candidates or default)
-        if effort is None or wanted >= self.n_train:
-            return self._by_rows(vectors, kinds, wanted)
-        if wanted >= effort.proposals and not self._candidates.newer:
-            by_kind = {
-                kind: _listed(kind, *self._candidates.propose(_signed(kind, vectors), wanted, effort)) for kind in kinds
-            }
-            return Proposed(by_kind, (Stage("index", wanted),), "index", wanted)
-        return self._compared(vectors, kinds, wanted, effort)
+        efforts = self._efforts(kinds, k)
+        if efforts is None:
+            return self._by_rows(vectors, kinds, min(self.n_train, candidates or candidates_for(k)))
+        wanted = {
+            sign: min(self.n_train, candidates or self._candidates.handed_on(k, effort))
+            for sign, effort in efforts.items()
+        }
+        most = max(wanted.values())
+        if most >= self.n_train:
+            return self._by_rows(vectors, kinds, most)
+        if self._candidates.newer or any(wanted[sign] < effort.proposals for sign, effort in efforts.items()):
+            return self._compared(vectors, kinds, most, efforts, k)
+        by_kind = {sign: self._proposed(vectors, sign, wanted[sign], k, effort) for sign, effort in efforts.items()}
+        return Proposed(by_kind, (Stage("index", most),), "index", most)
 
     def products(self, vectors: QueryVectors, query: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """See :class:`Searcher`."""
@@ -272,7 +286,8 @@ def _signed(sign: AnswerKind, vectors: QueryVectors) -> NDArray[np.float32]:
 
 
 def _listed(sign: AnswerKind, scores: NDArray[np.float32], ids: NDArray[np.int64]) -> list[Ranked]:
-    return list(zip(ids, scores if sign == "proponents" else -scores, strict=True))
+    signed = scores if sign == "proponents" else -scores
+    return [(some[some >= 0], of_some[some >= 0]) for some, of_some in zip(ids, signed, strict=True)]
 
 
 def _best_of(kind: AnswerKind, by_sign: Mapping[AnswerKind, list[Ranked]], k: int) -> list[Ranked]:

@@ -18,8 +18,8 @@ import gradindex
 from gradindex import evaluation
 from gradindex.cli import main
 from gradindex.errors import ArgumentError, OutOfMemoryError, RecallError
+from gradindex.evaluation import efforts, floors, trials, tuning
 from gradindex.evaluation import truth as truth_of
-from gradindex.evaluation import tuning
 from gradindex.index import CompactIndex, Shape, gpu
 from gradindex.index.kinds import base
 from gradindex.projection import Projection
@@ -32,8 +32,9 @@ def quick(monkeypatch):
     """Times that do not depend on the machine: as many milliseconds as rows are compared; no store is too small."""
     monkeypatch.setattr(tuning, "_SMALL", 0)
     monkeypatch.setattr(
-        tuning, "_milliseconds", lambda store, search, truth, effort, k: 1e6 if effort is None else effort.proposals
+        efforts, "milliseconds", lambda s, search, truth, effort, *_: 1e6 if effort is None else effort.proposals
     )
+    monkeypatch.setattr(floors.ScoringTime, "of", lambda self, count: 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +115,11 @@ def test_a_promise_that_cannot_be_kept_is_an_error_and_leaves_what_was_there(sto
     evaluation.index(folder, recall=0.9, k=10, n_query=100)
     before = {path: path.read_bytes() for path in (folder / "index").iterdir()}
     monkeypatch.setattr(base, "DIMS", (1,))
-    monkeypatch.setattr(tuning, "_PROPOSALS", (1,))
+    monkeypatch.setattr(efforts, "_PROPOSALS", (1,))
     with pytest.raises(
         RecallError,
-        match=r"No index of .* reaches recall 0.999 of the true top-10 .*: the best reaches at least 0\.\d+",
+        match=r"No index of .* can reach recall 0.999 of the true top-10 .*: all rows compared by 1 numbers each reach "
+        r"about 0\.\d+",
     ):
         evaluation.index(folder, recall=0.999, k=10, n_query=100)
     assert {path: path.read_bytes() for path in (folder / "index").iterdir()} == before
@@ -126,7 +128,7 @@ def test_a_promise_that_cannot_be_kept_is_an_error_and_leaves_what_was_there(sto
 def test_no_index_is_made_where_comparing_all_rows_is_as_fast(store, monkeypatch):
     _, folder = store
     monkeypatch.setattr(tuning, "_SMALL", 0)
-    monkeypatch.setattr(tuning, "_milliseconds", lambda *_: 1.0)
+    monkeypatch.setattr(efforts, "milliseconds", lambda *_: 1.0)
     (folder / "index").mkdir()
     (folder / "index" / "manifest.json").write_text("of another time, and damaged")
     assert evaluation.index(folder, recall=0.9, k=10, n_query=100).how == "exact over all rows"
@@ -194,7 +196,7 @@ def test_the_worse_of_both_kinds_counts():
 def test_what_is_measured_are_queries_that_were_not_tuned_with_and_it_decides(store, quick, monkeypatch):
     _, folder = store
     tuned, measured = [], []
-    fewest, measure = tuning._fewest_proposals, tuning.measure
+    fewest, measure = efforts.fewest_proposals, tuning.measure
 
     def watched(search, truth, *rest):
         tuned.append(truth.own.tolist())
@@ -204,7 +206,7 @@ def test_what_is_measured_are_queries_that_were_not_tuned_with_and_it_decides(st
         measured.append(truth.own.tolist())
         return replace(measure(search, truth, *rest, **options), opponents_at_least=0.5)
 
-    monkeypatch.setattr(tuning, "_fewest_proposals", watched)
+    monkeypatch.setattr(efforts, "fewest_proposals", watched)
     monkeypatch.setattr(tuning, "measure", poor)
     with pytest.raises(RecallError, match=r"the best reaches at least 0\.5000"):
         evaluation.index(folder, recall=0.9, k=10, n_query=100)
@@ -328,7 +330,7 @@ def test_a_store_of_few_rows_is_measured_with_as_many_as_there_are(tmp_path):
     assert result.exit_code == 0 and "recall@59" in result.stdout
     result = call("index", tmp_path / "store", "--kind", "pq", "--recall", 0.2, "-k", 10)
     assert result.exit_code == 0, result.output  # an even number of its 15 numbers
-    assert result.stderr.count("\n") <= 1
+    assert all(line.startswith("pq of ") for line in result.stderr.splitlines())  # FAISS warns of nothing
 
 
 def test_truth_comes_in_pieces_of_queries_and_of_rows():
@@ -347,16 +349,16 @@ def test_truth_comes_in_pieces_of_queries_and_of_rows():
 def test_more_lists_are_looked_into_where_that_answers_faster(store, monkeypatch):
     """Each proposal costs ten lists here: the fewest proposals win, not the fewest lists."""
     _, folder = store
-    efforts = {}
+    found = {}
     for cost, weight in (("proposals", 10), ("lists", 1e-3)):
         monkeypatch.setattr(
-            tuning, "_milliseconds",
-            lambda s, c, t, e, k, w=weight: 1e6 if e is None else w * e.proposals + e.probes,
+            efforts, "milliseconds",
+            lambda s, c, t, e, k, sign=1, w=weight: 1e6 if e is None else w * e.proposals + e.probes,
         )  # fmt: skip
-        efforts[cost] = evaluation.index(folder, recall=0.8, k=10, n_query=200, kind="ivf", dim=16).effort(10)
-    assert efforts["proposals"].probes >= efforts["lists"].probes
-    assert efforts["proposals"].proposals <= efforts["lists"].proposals
-    assert efforts["proposals"] != efforts["lists"]
+        found[cost] = evaluation.index(folder, recall=0.8, k=10, n_query=200, kind="ivf", dim=16).effort(10)
+    assert found["proposals"].probes >= found["lists"].probes
+    assert found["proposals"].proposals <= found["lists"].proposals
+    assert found["proposals"] != found["lists"]
 
 
 @pytest.mark.slow
@@ -411,8 +413,8 @@ def test_without_a_device_the_cpu_searches_and_says_so_once(store, quick, capsys
     ("n", "dim", "kind", "expected"),
     [
         (20_000, 3360, None, {"flat", "pq"}),
-        (250_000, 3000, None, {"ivf", "pq"}),
-        (1_281_167, 3000, None, {"ivf"}),
+        (250_000, 3000, None, {"ivf", "pq", "spill"}),
+        (1_281_167, 3000, None, {"ivf", "spill"}),
         (20_000, 200, None, {"flat"}),
         (20_000, 200, "pq", {"pq"}),
     ],
@@ -426,7 +428,7 @@ def test_what_is_tried_fits_the_number_of_rows(n, dim, kind, expected):
 
 def test_small_stores_are_searched_whole(store, monkeypatch):
     _, folder = store
-    monkeypatch.setattr(tuning, "_choices", lambda *_: pytest.fail("an index was made"))
+    monkeypatch.setattr(trials.Trials, "run", lambda *_: pytest.fail("an index was made"))
     (folder / "index").mkdir()
     (folder / "index" / "manifest.json").write_text("of another time")
     assert evaluation.index(folder, recall=0.999, k=10, n_query=100).how == "exact over all rows"
@@ -435,20 +437,122 @@ def test_small_stores_are_searched_whole(store, monkeypatch):
 
 def test_what_reached_most_is_tried_last():
     def choice(milliseconds, at_least):
-        return tuning.Choice(Shape("flat", 8), Effort(1, 10), milliseconds, at_least)
+        return efforts.Choice(Shape("flat", 8), dict.fromkeys(efforts.SIGNS, Effort(1, 10)), milliseconds, at_least)
 
     choices = [choice(m, a) for m, a in ((5, 0.99), (1, 0.95), (9, 0.999), (2, 0.94), (3, 0.96), (8, 0.97), (4, 0.95))]
     assert [each.milliseconds for each in tuning._tries(choices)] == [1, 2, 3, 4, 5, 9]
     assert [each.milliseconds for each in tuning._tries(choices[:3])] == [1, 5, 9]
 
 
-def test_lists_that_cannot_reach_the_recall_are_given_up_at_a_glance_and_their_bound_is_told(store, quick, monkeypatch):
+def test_what_cannot_reach_the_recall_is_not_made_and_what_it_would_reach_is_told(store, quick, monkeypatch, capsys):
     _, folder = store
-    glances, seen = [], tuning._with_all_lists
-    monkeypatch.setattr(tuning, "_with_all_lists", lambda *rest: glances.append(seen(*rest)) or glances[-1])
-    monkeypatch.setattr(tuning, "_fewest_proposals", lambda *_: pytest.fail("lists were looked into"))
-    with pytest.raises(RecallError, match=r"the best reaches at least 0\.\d+") as error:
+    monkeypatch.setattr(CompactIndex, "build", lambda *_: pytest.fail("an index was made"))
+    with pytest.raises(RecallError, match=r"all rows compared by 1 numbers each reach about (0\.\d+)\."):
         evaluation.index(folder, recall=0.999, k=10, n_query=100, kind="ivf", dim=1)
-    (glance,) = glances
-    assert f"at least {glance.at_least:.4f}." in str(error.value)
-    assert glance.at_least < min(glance.proponents, glance.opponents)
+    assert "ivf of 1 numbers, 128 lists: left out, for all rows compared by so few numbers" in capsys.readouterr().err
+
+
+def test_each_kind_of_answer_has_an_effort_of_its_own(store, quick):
+    task, folder = store
+    found = evaluation.index(folder, recall=0.9, k=10, n_query=100, kind="flat", dim=16)
+    made = found.index
+    del made.about["sha256"]
+    own = {"proponents": {"probes": 1, "proposals": 30}, "opponents": {"probes": 1, "proposals": 60}}
+    made.save(folder / "index", {"efforts": own, "effort": own["opponents"]})
+    retriever = gradindex.load(task, folder)
+    compared = {kind: retriever.search([0], 10, kind=kind).stages[0].rows for kind in ("proponents", "opponents")}
+    assert compared == {"proponents": 30, "opponents": 60}
+    both = retriever.search([0], 10, kind="absolute")
+    assert both.stages[0].rows == 60
+    del made.about["efforts"]  # as earlier versions did
+    made.save(folder / "index", {})
+    assert Candidates(GradientStore(folder)).effort(10) == Effort(1, 60)
+
+
+def test_what_is_tuned_is_told_for_both_kinds(store, quick):
+    _, folder = store
+    about = evaluation.index(folder, recall=0.9, k=10, n_query=100).index.about
+    assert about["efforts"].keys() == {"proponents", "opponents"}
+    for name in ("probes", "proposals"):
+        assert about["effort"][name] == max(effort[name] for effort in about["efforts"].values())
+
+
+def test_lists_that_hold_enough_are_not_followed_by_a_look_at_all_rows(store, monkeypatch):
+    _, folder = store
+    opened = GradientStore(folder)
+    rows = opened.rows(opened.ids)
+    index = CompactIndex.build(Shape("ivf", 16, 16), rows, opened.blocks)
+    search = Candidates(opened, index)
+    monkeypatch.setattr(Candidates, "_all_rows", lambda *_: pytest.fail("all rows were compared"))
+    _, ids = search.propose(rows[:5], 590, Effort(2, 590), least=5)
+    assert (ids >= 0).sum(1).min() >= 5 and (ids < 0).any()
+    scores, ids, _ = search.compared(rows[:5], 590, Effort(2, 589), least=5)
+    assert (scores[ids < 0] == -np.inf).all() and (ids < 0).any()
+    monkeypatch.undo()
+    assert (search.propose(rows[:5], 590, Effort(2, 590))[1] >= 0).all()
+
+
+def test_a_budget_ends_the_search_for_an_index(store, quick, monkeypatch, capsys):
+    _, folder = store
+    clock = [0.0]
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: clock[0])
+    built, build = [], trials.build
+
+    def slow(store, shape, *rest):
+        clock[0] += 50
+        built.append(shape)
+        return build(store, shape, *rest)
+
+    monkeypatch.setattr(trials, "build", slow)
+    evaluation.index(folder, recall=0.5, k=10, n_query=100, budget=40)
+    assert len(built) == 1
+    held_out = tuning.held_out
+    monkeypatch.setattr(tuning, "held_out", lambda *args: clock.__setitem__(0, clock[0] + 90) or held_out(*args))
+    with pytest.raises(ArgumentError, match="budget is 60 s, but to find the true top-k .* took 90 s, .* 270 at least"):
+        evaluation.index(folder, recall=0.5, k=10, n_query=100, budget=60)
+    for options, message in (({"budget": -1}, "budget is -1"), ({"copies": 0}, "copies is 0")):
+        with pytest.raises(ArgumentError, match=message):
+            evaluation.index(folder, recall=0.5, k=10, **options)
+
+
+def test_a_kind_that_lost_gets_no_more_than_a_third_of_the_fastest_ones_time():
+    tried = object.__new__(trials.Trials)
+    tried._until = np.inf
+    tried.fastest = efforts.Choice(Shape("ivf", 16, 8), {}, 1.0, 1.0)
+    for spent, enough in (({"ivf": 9.0, "pq": 2.9}, False), ({"ivf": 9.0, "pq": 3.1}, True), ({"ivf": 1.0}, False)):
+        tried._spent = spent
+        assert tried._enough(Shape("pq", 16)) is enough
+        assert not tried._enough(Shape("ivf", 32, 8))
+
+
+@pytest.mark.slow
+def test_rows_in_several_lists_are_tuned_and_answer(store, quick):
+    task, folder = store
+    found = evaluation.index(folder, recall=0.9, k=10, n_query=200, kind="spill", dim=40, copies=2)
+    assert found.index.shape == Shape("spill", 40, found.index.shape.lists, 2)
+    retriever = gradindex.load(task, folder)
+    assert "spill of 40 numbers" in retriever.search_note and "2 copies of a row" in retriever.search_note
+    exact = gradindex.load(task, folder, use_index=False)
+    for kind in ("proponents", "opponents"):
+        mine, all_rows = (getattr(each, kind)(range(20), k=10).ids for each in (retriever, exact))
+        assert toys.share(mine, all_rows) > 0.85
+    tried = {shape["copies"] for shape in (choice["shape"] for choice in found.index.about["curve"])}
+    assert tried == {2}
+
+
+def test_floors_say_what_all_rows_compared_by_so_few_numbers_reach(store):
+    _, folder = store
+    opened = GradientStore(folder)
+    rows = opened.rows(opened.ids)
+    truth = truth_of.held_out(opened, 200, 10)
+    found = floors.Floors(opened, rows, truth, [4, 16], 0)
+    for dim in (4, 16):
+        directions = floors.fitted_directions(rows, 16)[:, :dim]
+        for kind, sign in efforts.SIGNS.items():
+            scores = sign * (truth.rows @ directions) @ (rows @ directions).T
+            best = opened.ids[np.argsort(-scores, axis=1)[:, :41]]
+            reached = truth.recalls(sign, best, 40)
+            assert found.recall(dim, kind, 40) == pytest.approx(reached.mean(), abs=0.06)
+    needed = found.proposals(16, 0.9, [10, 20, 40, 400])
+    assert needed and all(10 <= count <= 400 for count in needed.values())
+    assert found.proposals(4, 1.5, [400]) is None

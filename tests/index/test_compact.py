@@ -8,7 +8,7 @@ import toys
 from gradindex.errors import ArgumentError, IndexFileError
 from gradindex.evaluation import tuning
 from gradindex.index import CompactIndex, LeftOut, SearchIndex, Shape, checked, compact, gpu, shapes
-from gradindex.index.kinds import ivf
+from gradindex.index.kinds import lists
 
 
 def clustered(n, dim, seed):
@@ -322,7 +322,9 @@ def test_devices_that_do_not_exist_are_refused(monkeypatch):
 @pytest.mark.parametrize("piece", [7, 100, 3000])
 def test_lists_are_fitted_to_every_so_manyth_row(least, piece):
     rows = np.arange(10_007, dtype=np.float32)[:, None]
-    found = ivf.every_nth(lambda: iter([(None, rows[s : s + piece]) for s in range(0, len(rows), piece)]), least)[:, 0]
+    found = lists.every_nth(lambda: iter([(None, rows[s : s + piece]) for s in range(0, len(rows), piece)]), least)[
+        :, 0
+    ]
     step = int(found[1] - found[0])
     np.testing.assert_array_equal(found, np.arange(0, len(rows), step))
     assert least <= len(found) < 2 * least or step == 1

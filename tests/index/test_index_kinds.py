@@ -10,7 +10,7 @@ import gradindex
 from gradindex import evaluation
 from gradindex.choices import INDEX_KINDS
 from gradindex.errors import ArgumentError, IndexFileError
-from gradindex.evaluation import tuning
+from gradindex.evaluation import efforts, tuning
 from gradindex.index import INDEXES, IndexMethod, LeftOut, Shape, checked
 from gradindex.index.library import load_faiss
 from gradindex.projection import Projection
@@ -49,7 +49,7 @@ def built(tmp_path_factory):
 def store(built, monkeypatch):
     """A store, its task, and times that do not depend on the machine; no index is left there."""
     monkeypatch.setattr(
-        tuning, "_milliseconds", lambda store, search, truth, effort, k: 1e6 if effort is None else effort.proposals
+        efforts, "milliseconds", lambda s, search, truth, effort, *_: 1e6 if effort is None else effort.proposals
     )
     yield built
     tuning.drop(built[0])

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...choices import INDEX_KINDS
+from ...errors import ArgumentError
 from ...registry import Registry
 from ..exact import Blocks
 from ..library import load_faiss
@@ -19,7 +20,7 @@ from ..library import load_faiss
 DIMS = (16, 32, 64, 128, 256, 512, 1024)
 # With fewer rows than this, lists cost more recall than they save time.
 LISTS_FROM = 100_000
-_ID_BYTES = 8
+ID_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,25 @@ class IndexMethod(ABC):
     Args:
         dim: numbers of a row in the index.
         lists: how many, for kinds that have lists.
+        copies: in how many lists a row stands, for kinds where it may be several.
 
     Attributes:
+        passes: how often rows stream while one is made.
+        copies_tried: how many copies of a row the tuner tries, the likeliest first; one for most kinds.
         mapped: whether the CPU searches a saved one where it lies on disk; worth it where a search reads a part of it.
 
     Raises:
         ArgumentError: there is no such index.
     """
 
+    passes: ClassVar[int] = 1
+    copies_tried: ClassVar[Sequence[int]] = (1,)
     mapped: ClassVar[bool] = False
 
-    def __init__(self, dim: int, lists: int = 0) -> None:
-        self.dim, self.lists = dim, lists
+    def __init__(self, dim: int, lists: int = 0, copies: int = 1) -> None:
+        if copies != 1 and tuple(self.copies_tried) == (1,):
+            raise ArgumentError(f"copies is {copies}, but only spill has several copies of a row. Choose kind='spill'.")
+        self.dim, self.lists, self.copies = dim, lists, copies
 
     @abstractmethod
     def make(self, rows: Rows) -> Any:
@@ -121,7 +129,7 @@ class IndexMethod(ABC):
 
     def bytes_for(self, n_rows: int) -> int:
         """Memory that making an index of so many rows takes at most: codes and ids, whose arrays grow by doubling."""
-        return 2 * n_rows * (self.code_bytes + _ID_BYTES)
+        return 2 * n_rows * (self.code_bytes + ID_BYTES)
 
     @property
     def details(self) -> str:
@@ -156,3 +164,10 @@ def norms_of(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """(m, 1) to divide by: a zero row keeps its zeros."""
     norms: NDArray[np.float32] = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.where(norms > 0, norms, np.float32(1))
+
+
+def turned_at_random(directions: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+    """The same space, such that each number holds as much as the others."""
+    dim = directions.shape[1]
+    turn = np.random.default_rng(seed).standard_normal((dim, dim)).astype(np.float32)
+    return np.ascontiguousarray(directions @ np.linalg.qr(turn)[0])

@@ -13,6 +13,8 @@ from .reach import Reach
 class Flat(IndexMethod):
     """All rows are compared, a byte a number; rows stream twice."""
 
+    passes = 2
+
     def make(self, rows: Rows) -> Any:
         """See :class:`IndexMethod`."""
         faiss = load_faiss()

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...errors import ArgumentError
 from .. import gpu
-from ..exact import Blocks
 from ..library import load_faiss
 from .base import INDEXES, LISTS_FROM, IndexMethod, Rows, norms_of
+from .lists import every_nth, most
 from .reach import Reach
 
-# The share of a list's rows whose norm stays below what the list is probed by.
-_NORM_QUANTILE = 0.9
 _KMEANS_ITERATIONS, _ROWS_PER_LIST = 10, 39  # fewer, and FAISS warns
 _LISTS = 4  # times the square root of the number of rows, about
 # While clustering: of a sampled row's number, twice a float32; of each row, its list and its norm.
@@ -32,6 +28,7 @@ class Ivf(IndexMethod):
     rows stay below.
     """
 
+    passes = 3
     mapped = True
 
     def make(self, rows: Rows) -> Any:
@@ -51,7 +48,7 @@ class Ivf(IndexMethod):
             lengths.append(np.linalg.norm(block, axis=1))
         lists = np.concatenate(assigned)
         quantizer = faiss.IndexFlatIP(self.dim)
-        quantizer.add(centroids * _most_norms(lists, np.concatenate(lengths), self.lists)[:, None])
+        quantizer.add(centroids * most(lists, np.concatenate(lengths), self.lists)[:, None])
         codes = faiss.IndexIVFScalarQuantizer(
             quantizer, self.dim, self.lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT, False
         )
@@ -105,26 +102,3 @@ class Ivf(IndexMethod):
     def lists_for(cls, n_rows: int) -> int:
         """See :class:`IndexMethod`."""
         return 1 << round(math.log2(_LISTS * n_rows**0.5))
-
-
-def every_nth(blocks: Callable[[], Blocks], least: int) -> NDArray[np.float32]:
-    """Every 2^i-th row: ``least`` to 2 x ``least`` of them, or all where there are fewer."""
-    parts: list[tuple[int, NDArray[np.float32]]] = []  # with the first one's number among those that are taken
-    step, seen, count = 1, 0, 0
-    for _, rows in blocks():
-        part = rows[-seen % step :: step].copy()
-        parts.append((-(-seen // step), part))
-        seen, count = seen + len(rows), count + len(part)
-        while count >= 2 * least:
-            parts = [(-(-first // 2), part[first % 2 :: 2].copy()) for first, part in parts]
-            step, count = 2 * step, sum(len(part) for _, part in parts)
-    return np.concatenate([part for _, part in parts])
-
-
-def _most_norms(lists: NDArray[np.int64], norms: NDArray[np.float32], count: int) -> NDArray[np.float32]:
-    """The norm that most of each list's rows stay below: (count,), 0 for an empty list."""
-    order = np.lexsort((norms, lists))
-    ends = np.searchsorted(lists[order], np.arange(count), side="right")
-    starts = np.searchsorted(lists[order], np.arange(count), side="left")
-    places = starts + np.floor(_NORM_QUANTILE * np.maximum(ends - starts - 1, 0)).astype(np.int64)
-    return np.where(ends > starts, norms[order][np.minimum(places, len(norms) - 1)], 0).astype(np.float32)

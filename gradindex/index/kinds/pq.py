@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ...errors import ArgumentError
 from ..library import load_faiss
-from .base import DIMS, INDEXES, IndexMethod, Rows
+from .base import DIMS, INDEXES, IndexMethod, Rows, turned_at_random
 
 _NUMBERS_A_CODE, _CODE_BITS = 2, 4
 # Tried unasked up to so many rows, for all are compared, and from so many numbers on.
@@ -26,15 +26,14 @@ class Pq(IndexMethod):
         ArgumentError: ``dim`` is odd.
     """
 
-    def __init__(self, dim: int, lists: int = 0) -> None:
+    def __init__(self, dim: int, lists: int = 0, copies: int = 1) -> None:
         if dim % _NUMBERS_A_CODE:
             raise ArgumentError(f"dim is {dim}, but must be even for pq.")
-        super().__init__(dim, lists)
+        super().__init__(dim, lists, copies)
 
     def directions(self, fitted: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
-        """Turned at random, so that each number holds as much as the others."""
-        turn = np.random.default_rng(seed).standard_normal((self.dim, self.dim)).astype(np.float32)
-        return np.ascontiguousarray(fitted @ np.linalg.qr(turn)[0])
+        """See :class:`IndexMethod`."""
+        return turned_at_random(fitted, seed)
 
     def make(self, rows: Rows) -> Any:
         """See :class:`IndexMethod`."""

@@ -1,0 +1,169 @@
+"""How far a search with an index must go for a recall, for proponents and for opponents each, and what that takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..choices import AnswerKind
+from ..index import Shape
+from ..retrieval.candidates import Candidates, Effort, candidates_for
+from ..retrieval.scoring import of_candidates
+from ..store import GradientStore
+from .truth import Truth, lower_bound
+
+Efforts: TypeAlias = Mapping[AnswerKind, Effort]
+
+# Opponents are searched with the negated query.
+SIGNS: Mapping[AnswerKind, int] = {"proponents": 1, "opponents": -1}
+_PROPOSALS = (1, 2, 3, 4, 5, 6, 8, 12, 20, 40)  # times k
+_TIMED = 40
+# Steps that go further than what is fastest.
+_FURTHER = 2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An index that reached the recall with the queries that it was tuned with.
+
+    Args:
+        shape: of the index.
+        efforts: how far a search goes.
+        milliseconds: what a query takes, the mean over both kinds.
+        at_least: the lower bound of the recall of the worse kind.
+    """
+
+    shape: Shape
+    efforts: Efforts
+    milliseconds: float
+    at_least: float
+
+
+@dataclass(frozen=True)
+class _Step:
+    effort: Effort
+    milliseconds: float
+    at_least: float
+
+
+def choices(
+    store: GradientStore, search: Candidates, shape: Shape, truth: Truth, recall: float
+) -> tuple[list[Choice], float]:
+    """What answers fastest, few lists and many proposals or many lists and few proposals; and the best recall of any.
+
+    After the fastest come two that go further, for when the fastest does not hold with other queries.
+    """
+    steps, best = {}, 1.0
+    for kind in SIGNS:
+        steps[kind], reached = _steps(store, search, shape, truth, recall, kind)
+        best = min(best, reached)
+    if not all(steps.values()):
+        return [], best
+    found = []
+    for each in zip(*steps.values(), strict=True):
+        efforts = {kind: step.effort for kind, step in zip(steps, each, strict=True)}
+        taken = float(np.mean([step.milliseconds for step in each]))
+        found.append(Choice(shape, efforts, taken, min(step.at_least for step in each)))
+    return found, best
+
+
+def _steps(
+    store: GradientStore, search: Candidates, shape: Shape, truth: Truth, recall: float, kind: AnswerKind
+) -> tuple[list[_Step], float]:
+    """Of one kind, the fastest and what goes further; none where no effort reaches the recall."""
+    every, sign = shape.method.probes, SIGNS[kind]
+    first, best = _first(search, truth, recall, every, sign)
+    fastest: _Step | None = None
+    for probes in every[first:]:
+        proposals, reached = fewest_proposals(search, truth, recall, probes, sign)
+        best = max(best, reached)
+        if proposals is None:
+            continue
+        if fastest is not None and proposals >= fastest.effort.proposals:
+            break  # more lists only take longer
+        effort = Effort(probes, proposals)
+        step = _Step(effort, milliseconds(store, search, truth, effort, truth.k, sign), reached)
+        if fastest is not None and step.milliseconds > fastest.milliseconds:
+            break
+        fastest = step
+    if fastest is None:
+        return [], best
+    found, effort = [fastest], fastest.effort
+    for _ in range(_FURTHER):
+        lists = [probes for probes in every if probes > effort.probes]
+        more = [count for count in counts(search.n_train, truth.k) if count > effort.proposals]
+        effort = Effort((lists or [effort.probes])[0], (more or [effort.proposals])[0])
+        taken = milliseconds(store, search, truth, effort, truth.k, sign)
+        proposed = _proposed(search, truth, effort.proposals + 1, effort.probes, sign)
+        found.append(_Step(effort, taken, lower_bound(truth.recalls(sign, proposed, effort.proposals), truth.k)))
+    return found, best
+
+
+def _first(search: Candidates, truth: Truth, recall: float, every: list[int], sign: int) -> tuple[int, float]:
+    """The place of the fewest lists that reach the recall with as many proposals as there may be, by bisection."""
+    low, high, best = 0, len(every) - 1, 0.0
+    most = counts(search.n_train, truth.k)[-1]
+    while low < high:
+        middle = (low + high) // 2
+        proposed = _proposed(search, truth, most + 1, every[middle], sign)
+        reached = lower_bound(truth.recalls(sign, proposed, most), truth.k)
+        best = max(best, reached)
+        low, high = (low, middle) if reached >= recall else (middle + 1, high)
+    return low, best
+
+
+def counts(n_train: int, k: int) -> list[int]:
+    """How many proposals are tried."""
+    return sorted({min(times * k, n_train) for times in _PROPOSALS})
+
+
+def _proposed(search: Candidates, truth: Truth, most: int, probes: int, sign: int) -> NDArray[np.int64]:
+    """The ids that the index proposes; one more than count, for it may be the query itself."""
+    assert search.index is not None
+    return search.index.search(sign * truth.rows, min(most, search.n_train), probes=probes)[1]
+
+
+def fewest_proposals(
+    search: Candidates, truth: Truth, recall: float, probes: int, sign: int
+) -> tuple[int | None, float]:
+    """How many reach the recall with so many lists, or ``None``; and the recall that was reached."""
+    tried = counts(search.n_train, truth.k)
+    proposed = _proposed(search, truth, tried[-1] + 1, probes, sign)
+    reached = 0.0
+    for count in tried:
+        reached = lower_bound(truth.recalls(sign, proposed, count), truth.k)
+        if reached >= recall:
+            return count, reached
+    return None, reached
+
+
+def milliseconds(
+    store: GradientStore, search: Candidates, truth: Truth, effort: Effort | None, k: int, sign: int = 1
+) -> float:
+    """What a query asked alone takes to find its candidates, and to score or read them: the median of some.
+
+    Each is asked twice, for the first time also verifies blocks and brings them to memory.
+    """
+    seconds, count = [], _TIMED if effort else _TIMED // 8  # comparing all rows takes long, and about as long each time
+    for place, row in zip(store.spread_ids(count), truth.rows[:: max(1, len(truth.rows) // count)], strict=False):
+        # Whose factors are compared makes no difference in time.
+        asked = None if store.manifest.factors is None else store.factors(np.array([place]))
+        for _ in range(2):
+            started = time.perf_counter()
+            if effort is None:
+                ids = search.search(row[None], min(candidates_for(k), store.n_train))[1][0]
+            else:
+                ids = search.propose(sign * row[None], effort.proposals, effort, k)[1][0]
+            ids = np.sort(ids[ids >= 0])
+            if asked is None:
+                store.rows(ids)
+            else:
+                of_candidates(store, asked, [ids])
+            taken = time.perf_counter() - started
+        seconds.append(taken)
+    return 1000 * float(np.median(seconds))

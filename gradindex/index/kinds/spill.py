@@ -1,0 +1,187 @@
+"""Lists of rows that lie near a direction or its opposite, each row in several of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import ArgumentError
+from ..library import load_faiss
+from .base import DIMS, ID_BYTES, INDEXES, LISTS_FROM, IndexMethod, Rows, norms_of, turned_at_random
+from .lists import every_nth, most
+
+_NUMBERS_A_CODE, _CODE_BITS = 4, 4
+# FAISS lays codes out in blocks of as many rows, the last of a list padded.
+_BLOCK = 32
+_ITERATIONS, _ROWS_PER_DIRECTION = 8, 24
+# While learning: of a sampled row's number, twice a float32; of each copy, its list and its part.
+_CLUSTERED_BYTES, _ASSIGNED_BYTES = 8, 16
+_DIRECTIONS = 4  # times the square root of the number of rows, about; each has two lists
+# Fewer numbers are tried only where the kind is asked for: rows of few directions are found in one list each.
+_LEAST_DIM = 256
+_PRODUCTS = 1 << 24  # of rows and directions, at once
+
+
+@INDEXES.register("spill")
+class Spill(IndexMethod):
+    """The rows of the most promising lists are compared, a bit a number; a row stands in ``copies`` lists.
+
+    Directions are learnt (k-means of lines through the origin), and each has two lists, one for each sign. A row goes
+    to the direction that explains most of it, then to the one that explains most of what is left, and so on (matching
+    pursuit). So a row with a few large parts, as the gradient of a classifier's last layer is, is found by a query that
+    shares any of them, whichever sign it has there: an opponent shares one with the query that is not its own largest.
+    Copies of a row have the same code. Rows stream twice, and a part of them before.
+
+    Source: lists that a row's residual chooses are Sun et al. 2023 (arXiv:2404.00774), SOAR, for nearest neighbours;
+    matching pursuit is Mallat and Zhang 1993.
+
+    Raises:
+        ArgumentError: ``dim`` is not a multiple of 8, or there are fewer directions than copies.
+    """
+
+    passes = 3
+    copies_tried = (3, 2, 4)
+
+    def __init__(self, dim: int, lists: int = 0, copies: int = 1) -> None:
+        if dim % (2 * _NUMBERS_A_CODE):
+            raise ArgumentError(f"dim is {dim}, but must be a multiple of {2 * _NUMBERS_A_CODE} for spill.")
+        super().__init__(dim, lists, copies)
+
+    def directions(self, fitted: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+        """See :class:`IndexMethod`."""
+        return turned_at_random(fitted, seed)
+
+    def make(self, rows: Rows) -> Any:
+        """See :class:`IndexMethod`."""
+        faiss = load_faiss()
+        lines = learnt(rows, self.lists // 2)
+        if not 1 <= self.copies <= len(lines):
+            raise ArgumentError(f"copies is {self.copies}, but must be from 1 to the directions, {len(lines)}.")
+        found = [assigned(block, lines, self.copies) for _, block in rows.blocks()]
+        lists, parts = (np.concatenate(side) for side in zip(*found, strict=True))
+        del found
+        quantizer = faiss.IndexFlatIP(self.dim)
+        quantizer.add(np.concatenate([lines, -lines]) * most(lists.ravel(), parts.ravel(), 2 * len(lines))[:, None])
+        codes = faiss.IndexIVFPQ(
+            quantizer, self.dim, 2 * len(lines), self.dim // _NUMBERS_A_CODE, _CODE_BITS, faiss.METRIC_INNER_PRODUCT
+        )
+        codes.by_residual = False
+        codes.pq.cp.seed, codes.pq.cp.min_points_per_centroid = rows.seed + 1, 1
+        codes.pq.train(rows.sample)
+        codes.is_trained = True
+        start = 0
+        for ids, block in rows.blocks():
+            ids = np.ascontiguousarray(ids)
+            for copy in range(self.copies):
+                mine = lists[start : start + len(ids), copy].astype(np.int64)
+                codes.add_core(len(ids), faiss.swig_ptr(block), faiss.swig_ptr(ids), faiss.swig_ptr(mine))
+            start += len(ids)
+        return faiss.IndexIVFPQFastScan(codes)
+
+    def options(self, index: Any, n_query: int, probes: int, selector: Any) -> Any:
+        """See :class:`IndexMethod`."""
+        return load_faiss().SearchParametersIVF(nprobe=probes, sel=selector)
+
+    def for_gpu(self, codes: Any) -> None:
+        """None: GPUs do not know these codes."""
+
+    @property
+    def code_bytes(self) -> int:
+        """See :class:`IndexMethod`."""
+        return self.copies * (self.dim * _CODE_BITS // (8 * _NUMBERS_A_CODE) + ID_BYTES) - ID_BYTES
+
+    def bytes_for(self, n_rows: int) -> int:
+        """See :class:`IndexMethod`: codes twice, for FAISS lays them out anew."""
+        learning = _CLUSTERED_BYTES * _ROWS_PER_DIRECTION * self.lists // 2 * self.dim
+        assigned = self.copies * _ASSIGNED_BYTES * n_rows
+        return super().bytes_for(n_rows) + learning + assigned
+
+    @property
+    def details(self) -> str:
+        """See :class:`IndexMethod`."""
+        return f", {self.lists} lists, {self.copies} copies of a row"
+
+    @property
+    def probes(self) -> list[int]:
+        """See :class:`IndexMethod`."""
+        return [2**i for i in range(max(self.lists, 1).bit_length())]
+
+    @classmethod
+    def tried_unasked(cls, n_rows: int, dim: int | None) -> bool:
+        """See :class:`IndexMethod`."""
+        return n_rows >= LISTS_FROM and (dim is None or dim % (2 * _NUMBERS_A_CODE) == 0)
+
+    @classmethod
+    def dims(cls, row_dim: int, asked: bool) -> list[int]:
+        """See :class:`IndexMethod`; as many as there are as well, for their codes are small."""
+        step = 2 * _NUMBERS_A_CODE
+        every = max(step, row_dim // step * step)
+        least = 1 if asked else _LEAST_DIM
+        found = sorted({dim for dim in (*DIMS, every) if least <= dim <= min(every, DIMS[-1])})
+        return found or ([every] if asked else [])
+
+    @classmethod
+    def lists_for(cls, n_rows: int) -> int:
+        """See :class:`IndexMethod`."""
+        return 2 * round(_DIRECTIONS * math.sqrt(n_rows) / _BLOCK) * _BLOCK
+
+
+def learnt(rows: Rows, count: int) -> NDArray[np.float32]:
+    """(count, dim) unit directions such that most rows lie near the line through one of them, by k-means of lines."""
+    sample = every_nth(rows.blocks, _ROWS_PER_DIRECTION * count)
+    sample = sample[np.linalg.norm(sample, axis=1) > 0]
+    if not 1 <= count <= len(sample):
+        raise ArgumentError(
+            f"lists is {2 * count}, but must be from 2 to twice the number of rows that are not zero, {len(sample)}."
+        )
+    sample /= norms_of(sample)
+    generator = np.random.default_rng(rows.seed)
+    lines: NDArray[np.float32] = sample[generator.choice(len(sample), count, replace=False)].copy()
+    for _ in range(_ITERATIONS):
+        sums = np.zeros_like(lines)
+        for some in _pieces(sample, count):
+            products = some @ lines.T
+            nearest = np.abs(products).argmax(1)
+            signed = some * np.sign(products[np.arange(len(some)), nearest])[:, None]
+            order = np.argsort(nearest, kind="stable")
+            used, starts = np.unique(nearest[order], return_index=True)
+            sums[used] += np.add.reduceat(signed[order], starts)
+        lone = np.flatnonzero(~sums.any(1))
+        sums[lone] = sample[generator.choice(len(sample), len(lone), replace=False)]
+        lines = sums / norms_of(sums)
+    return lines
+
+
+def assigned(
+    rows: NDArray[np.float32], lines: NDArray[np.float32], copies: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Which lists rows stand in, and their parts along the lists' directions: (m, copies) each.
+
+    List j is direction j, list j + count its opposite.
+    """
+    lists, parts = np.empty((len(rows), copies), np.int32), np.empty((len(rows), copies), np.float32)
+    shared, start = lines @ lines.T, 0
+    for some in _pieces(rows, len(lines)):
+        products, every, here = some @ lines.T, np.arange(len(some)), slice(start, start + len(some))
+        sizes = np.empty_like(products)
+        for copy in range(copies):
+            np.abs(products, out=sizes)
+            sizes[every[:, None], lists[here, :copy] % len(lines)] = -1  # a part of zero must not be taken again
+            chosen = sizes.argmax(1)
+            part = products[every, chosen]
+            lists[here, copy], parts[here, copy] = np.where(part < 0, chosen + len(lines), chosen), np.abs(part)
+            if copy + 1 < copies:
+                products -= part[:, None] * shared[chosen]  # with what is left of the rows
+        start += len(some)
+    return lists, parts
+
+
+def _pieces(rows: NDArray[np.float32], count: int) -> Iterator[NDArray[np.float32]]:
+    """Some rows after others, whose products with so many directions fit the memory."""
+    step = max(1, _PRODUCTS // count)
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
