@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .allocating import memory_kept
 from .choices import Precision
 from .examples import Examples, RowBatch
 from .forking import check_threads, one_thread_in_children
@@ -56,7 +57,8 @@ def running(
         task, precision, options.device, options.channels_last, tracked, batch_size == 1, options.one_at_a_time
     )
     engine.batch_tokens = options.batch_tokens
-    with preserved_random_state(), engine:
+    kept = memory_kept() if engine.device.type == "cpu" else nullcontext()
+    with preserved_random_state(), kept, engine:
         for line in engine.notes:
             note(line)
         check_routes(engine)

@@ -24,6 +24,7 @@ import torch
 from harness import Bench
 
 import gradindex
+from gradindex.allocating import memory_kept
 from gradindex.choices import Precision
 from gradindex.factors import Formed, Gradients
 from gradindex.gradients import Engine, check_routes
@@ -32,7 +33,12 @@ from gradindex.projection.kronecker import sizes
 from gradindex.rows import RowMaker
 
 BATCH, QUICK_BATCH = 64, 4
-PARTS = ("float32", "bfloat16", "memory")  # bfloat16 takes an hour on processors without instructions for it
+PARTS = (
+    "float32",
+    "bfloat16",
+    "memory",
+    "allocator",
+)  # bfloat16 takes an hour on processors without instructions for it
 
 
 def make_task(folder: Path, layers: str, batch: int) -> gradindex.Task:
@@ -182,13 +188,35 @@ def memory(bench: Bench, batch: int) -> None:
     bench.bar("peak memory, sketch rows of all layers / step", peaks["rows"] / peaks["step"], "x", 1.3, at_most=True)
 
 
+def allocator(bench: Bench, rounds: int, batch: int) -> None:
+    """Rows with freed memory kept, as in a build, against the same with what glibc does by itself, in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        contestants = Contestants(Path(folder), "float32", batch)
+        actions = {
+            "last layer rows": contestants.rows(contestants.last, Projection(), "exact"),
+            "fitted rows": contestants.rows(contestants.whole, Projection("fitted", 256 * 17), "projected"),
+            "sketch rows": contestants.rows(contestants.whole, Projection(), "exact"),
+        }
+        for name, action in actions.items():
+            seconds: dict[str, list[float]] = {"kept": [], "returned": []}
+            for _ in range(rounds):
+                action()
+                seconds["returned"].append(timed(action))
+                with memory_kept():
+                    action()
+                    seconds["kept"].append(timed(action))
+            bench.figure(f"float32: {name}, memory returned / kept", ratio(seconds, "returned", "kept"), "x")
+
+
 def main() -> None:
     """Measure and print."""
     bench = Bench("Extraction: ResNet-9, batches of 64", __doc__, parts={"parts": PARTS})
     rounds, batch = (1, QUICK_BATCH) if bench.quick else (15, BATCH)
     if "memory" in bench.options.parts:  # before this process takes memory, which a fork of it may use again
         memory(bench, batch)
-    for precision in [part for part in bench.options.parts if part != "memory"]:
+    if "allocator" in bench.options.parts:
+        allocator(bench, rounds, batch)
+    for precision in [part for part in bench.options.parts if part in ("float32", "bfloat16")]:
         seconds = measure(precision, rounds, batch)
         over = partial(ratio, seconds)
         for name in ("forward", "step", "forward, channels last", "step, channels last"):
