@@ -15,6 +15,7 @@ pytestmark = [
     ),
 ]
 
+KINDS = ("ddp", "fsdp1", "fsdp2")
 # Run by both processes: trains, records, and compares what the first one wrote with the whole weights.
 WORKER = """
 import sys, warnings
@@ -24,28 +25,34 @@ import together
 import toys
 import gradindex
 
-kind, folder = sys.argv[1:]
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
-torch.manual_seed(0)
-model = toys.mlp()
-model.register_buffer("scale", torch.ones(2))
-model = together.wrapped(model, kind)
-moments = kind != "fsdp1"
-kinds = torch.optim.Adam if moments else torch.optim.SGD
-optimizer = kinds(model.parameters(), 0.5)
-recorder = gradindex.Recorder(model, optimizer, folder, second_moments=moments)
-generator = torch.Generator().manual_seed(rank)
-for _ in range(2):
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(torch.randn(4, 6, generator=generator)).square().mean().backward()
-        optimizer.step()
-    path = recorder.save()
-    torch.distributed.barrier()
-    assert path.is_file()
-if rank == 1:
-    assert recorder.step == 6
+
+
+def train(kind, folder):
+    torch.manual_seed(0)
+    model = toys.mlp()
+    model.register_buffer("scale", torch.ones(2))
+    model = together.wrapped(model, kind)
+    moments = kind != "fsdp1"
+    kinds = torch.optim.Adam if moments else torch.optim.SGD
+    optimizer = kinds(model.parameters(), 0.5)
+    recorder = gradindex.Recorder(model, optimizer, folder, second_moments=moments)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(2):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 6, generator=generator)).square().mean().backward()
+            optimizer.step()
+        path = recorder.save()
+        torch.distributed.barrier()
+        assert path.is_file()
+    if rank == 1:
+        assert recorder.step == 6
+
+
+for kind in sys.argv[2:]:
+    train(kind, f"{sys.argv[1]}/{kind}")
 torch.distributed.destroy_process_group()
 """
 
@@ -57,11 +64,14 @@ def expected():
     return model, [torch.Generator().manual_seed(rank) for rank in range(2)]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
-def test_the_first_process_writes_whole_weights(tmp_path, kind):
-    (tmp_path / "worker.py").write_text(WORKER)
-    run_together(tmp_path / "worker.py", kind, tmp_path / "checkpoints")
-    first, second = gradindex.find_checkpoints(tmp_path / "checkpoints")
+def run(folder):
+    (folder / "worker.py").write_text(WORKER)
+    run_together(folder / "worker.py", folder, *KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_process_writes_whole_weights(made_once, kind):
+    first, second = gradindex.find_checkpoints(made_once("recorded together", run) / kind)
     assert (first.step, second.step) == (3, 6)
     model, generators = expected()
     make = torch.optim.SGD if kind == "fsdp1" else torch.optim.Adam

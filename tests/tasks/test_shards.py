@@ -34,65 +34,72 @@ import together
 import toys
 import gradindex
 
-kind, folder = sys.argv[1], Path(sys.argv[2])
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
-torch.manual_seed(0)
-model = toys.mlp()
-model.register_buffer("scale", torch.ones(2))
-model = together.wrapped(model, kind)
 try:  # what Accelerator.save_state calls; an Accelerator itself shards on GPUs alone
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.state import PartialState
     from accelerate.utils import fsdp_utils
+
+    PartialState(cpu=True)
 except ImportError:
     fsdp_utils = None
-else:
-    PartialState(cpu=True)
+
+
+def train(kind, folder):
+    torch.manual_seed(0)
+    model = toys.mlp()
+    model.register_buffer("scale", torch.ones(2))
+    model = together.wrapped(model, kind)
     accelerator = types.SimpleNamespace(
         process_index=rank, num_processes=2, is_fsdp2=kind == "fsdp2", is_main_process=rank == 0,
         wait_for_everyone=torch.distributed.barrier,
     )
-moments = kind != "fsdp1"
-first, *rest = model.parameters()
-optimizer = torch.optim.Adam([{"params": [first], "lr": 0.01}, {"params": rest, "lr": 0.002}])
-schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-used = []
-optimizer.register_step_pre_hook(lambda o, *_: used.append([group["lr"] for group in o.param_groups]))
-whole = gradindex.Recorder(model, optimizer, folder / "whole", second_moments=moments)
-shards = gradindex.Recorder(model, optimizer, folder / "shards", second_moments=moments, sharded=True)
-generator = torch.Generator().manual_seed(rank)
-for _ in range(2):
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(torch.randn(4, 6, generator=generator)).square().mean().backward()
-        optimizer.step()
-        schedule.step()
-    whole.save(0.5)
-    path = shards.save(0.5)
-    assert (path / ".metadata").is_file() and (path / "gradindex.json").is_file()
-    assert path.name == f"step_{shards.step:08d}"
-    weights, state = get_state_dict(model, optimizer)
-    extra = {"lr_scheduler": schedule.state_dict()}
-    dcp.save({"model": weights, "optimizer": state, **extra}, checkpoint_id=str(folder / "guide" / path.name))
-    flat = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))[1]
-    dcp.save({"model": weights, "optimizer": flat}, checkpoint_id=str(folder / "flat" / path.name))
-    here = folder / "accelerate" / path.name
-    here.mkdir(parents=True, exist_ok=True)
-    if kind == "ddp" or fsdp_utils is None:
-        dcp.save({"model": weights}, checkpoint_id=str(here / "pytorch_model_fsdp_0"))
-        dcp.save({"optimizer": state}, checkpoint_id=str(here / "optimizer_0"))
-    else:
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=int(kind[-1]), state_dict_type="SHARDED_STATE_DICT")
-        fsdp_utils.save_fsdp_model(plugin, accelerator, model, str(here))
-        fsdp_utils.save_fsdp_optimizer(plugin, accelerator, optimizer, model, str(here))
-    torch.save({}, here / f"random_states_{rank}.pkl")
-    if rank == 0:
-        torch.save(schedule.state_dict(), here / "scheduler.bin")
-        torch.save(used, folder / "used.pt")
-torch.distributed.barrier()
+    moments = kind != "fsdp1"
+    first, *rest = model.parameters()
+    optimizer = torch.optim.Adam([{"params": [first], "lr": 0.01}, {"params": rest, "lr": 0.002}])
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    used = []
+    optimizer.register_step_pre_hook(lambda o, *_: used.append([group["lr"] for group in o.param_groups]))
+    whole = gradindex.Recorder(model, optimizer, folder / "whole", second_moments=moments)
+    shards = gradindex.Recorder(model, optimizer, folder / "shards", second_moments=moments, sharded=True)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(2):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 6, generator=generator)).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+        whole.save(0.5)
+        path = shards.save(0.5)
+        assert (path / ".metadata").is_file() and (path / "gradindex.json").is_file()
+        assert path.name == f"step_{shards.step:08d}"
+        weights, state = get_state_dict(model, optimizer)
+        extra = {"lr_scheduler": schedule.state_dict()}
+        dcp.save({"model": weights, "optimizer": state, **extra}, checkpoint_id=str(folder / "guide" / path.name))
+        flat = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))[1]
+        dcp.save({"model": weights, "optimizer": flat}, checkpoint_id=str(folder / "flat" / path.name))
+        here = folder / "accelerate" / path.name
+        here.mkdir(parents=True, exist_ok=True)
+        if kind == "ddp" or fsdp_utils is None:
+            dcp.save({"model": weights}, checkpoint_id=str(here / "pytorch_model_fsdp_0"))
+            dcp.save({"optimizer": state}, checkpoint_id=str(here / "optimizer_0"))
+        else:
+            plugin = FullyShardedDataParallelPlugin(fsdp_version=int(kind[-1]), state_dict_type="SHARDED_STATE_DICT")
+            fsdp_utils.save_fsdp_model(plugin, accelerator, model, str(here))
+            fsdp_utils.save_fsdp_optimizer(plugin, accelerator, optimizer, model, str(here))
+        torch.save({}, here / f"random_states_{rank}.pkl")
+        if rank == 0:
+            torch.save(schedule.state_dict(), here / "scheduler.bin")
+            torch.save(used, folder / "used.pt")
+    torch.distributed.barrier()
+
+
+for kind in sys.argv[2:]:
+    train(kind, Path(sys.argv[1]) / kind)
 torch.distributed.destroy_process_group()
 """
+KINDS = ("ddp", "fsdp1", "fsdp2")
 NAMES = ["0.weight", "0.bias", "2.weight", "2.bias"]
 
 
@@ -102,9 +109,9 @@ def run(made_once, request):
 
     def make(folder):
         (folder / "worker.py").write_text(WORKER)
-        run_together(folder / "worker.py", request.param, folder)
+        run_together(folder / "worker.py", folder, *KINDS)
 
-    folder = made_once(f"shards {request.param}", make)
+    folder = made_once("shards", make) / request.param
     return folder, torch.load(folder / "used.pt")
 
 
@@ -126,7 +133,7 @@ def same_moments(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["ddp", "fsdp1", "fsdp2"], indirect=True)
+@pytest.mark.parametrize("run", KINDS, indirect=True)
 def test_shards_hold_what_the_first_process_writes_whole(run):
     folder, used = run
     sharded, whole = find_checkpoints(folder / "shards"), find_checkpoints(folder / "whole")
@@ -150,7 +157,7 @@ def test_shards_hold_what_the_first_process_writes_whole(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["ddp", "fsdp1", "fsdp2"], indirect=True)
+@pytest.mark.parametrize("run", KINDS, indirect=True)
 @pytest.mark.parametrize("way", ["guide", "flat", "accelerate"])
 def test_of_folders_that_others_wrote_the_optimizer_is_read(run, way):
     """The scheduler's state tells what the last step used; without it, the groups have what it set afterwards."""

@@ -15,8 +15,6 @@ from .base import DIMS, ID_BYTES, INDEXES, LISTS_FROM, IndexMethod, Rows, norms_
 from .lists import every_nth, most
 
 _NUMBERS_A_CODE, _CODE_BITS = 4, 4
-# FAISS lays codes out in blocks of as many rows, the last of a list padded.
-_BLOCK = 32
 _ITERATIONS, _ROWS_PER_DIRECTION = 8, 24
 # While learning: of a sampled row's number, twice a float32; of each copy, its list and its part.
 _CLUSTERED_BYTES, _ASSIGNED_BYTES = 8, 16
@@ -127,7 +125,7 @@ class Spill(IndexMethod):
     @classmethod
     def lists_for(cls, n_rows: int) -> int:
         """See :class:`IndexMethod`."""
-        return 2 * round(_DIRECTIONS * math.sqrt(n_rows) / _BLOCK) * _BLOCK
+        return 2 * max(1, min(n_rows, round(_DIRECTIONS * math.sqrt(n_rows))))
 
 
 def learnt(rows: Rows, count: int) -> NDArray[np.float32]:
