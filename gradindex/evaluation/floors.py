@@ -40,7 +40,7 @@ class Floors:
     ) -> None:
         self._k, self._dims = truth.k, sorted(set(dims))
         some = truth.part(0, max(1, len(truth.rows) // _QUERIES))
-        others = sample[:_ROWS]
+        others = sample[:: -(-len(sample) // _ROWS)]  # of the whole store, which may be in the order of its classes
         directions = fitted_directions(sample, self._dims[-1], seed)  # the leading ones come first
         turned, queries = others @ directions, some.rows @ directions
         times, spans = store.n_train / len(others), list(zip([0, *self._dims], self._dims, strict=False))
@@ -63,15 +63,15 @@ class Floors:
                     self._ranks[stop][kind].append(np.maximum(before, np.argsort(np.argsort(mine))))
 
     def recall(self, dim: int, kind: AnswerKind, proposals: int) -> float:
-        """What so many proposals of an index of ``dim`` numbers reach at most, about."""
+        """The mean recall of so many proposals of an index of ``dim`` numbers, were its codes exact."""
         shares = [np.minimum((ranks < proposals).sum(), self._k) / self._k for ranks in self._ranks[dim][kind]]
-        return float(np.mean(shares)) + _SLACK
+        return float(np.mean(shares))
 
     def proposals(self, dim: int, recall: float, counts: Sequence[int]) -> dict[AnswerKind, int] | None:
         """The fewest of ``counts`` for each kind, or ``None`` where none reaches the recall."""
         fewest = {}
         for kind in SIGNS:
-            enough = [count for count in counts if self.recall(dim, kind, count) >= recall]
+            enough = [count for count in counts if self.recall(dim, kind, count) + _SLACK >= recall]
             if not enough:
                 return None
             fewest[kind] = enough[0]

@@ -556,3 +556,22 @@ def test_floors_say_what_all_rows_compared_by_so_few_numbers_reach(store):
     needed = found.proposals(16, 0.9, [10, 20, 40, 400])
     assert needed and all(10 <= count <= 400 for count in needed.values())
     assert found.proposals(4, 1.5, [400]) is None
+
+
+def test_floors_look_at_the_whole_of_a_store_that_is_in_the_order_of_its_classes(store, monkeypatch):
+    """The sample is in the order of the ids: its first part alone would be of some classes alone."""
+    _, folder = store
+    opened = GradientStore(folder)
+    rows = opened.rows(opened.ids)
+    order = np.argsort(rows @ floors.fitted_directions(rows, 1)[:, 0])  # by what tells most of them apart
+    truth = truth_of.held_out(opened, 200, 10)
+    monkeypatch.setattr(floors, "_ROWS", 150)
+    found, alone = floors.Floors(opened, rows[order], truth, [16], 0), floors.Floors(opened, rows, truth, [16], 0)
+    for kind in efforts.SIGNS:
+        assert found.recall(16, kind, 20) == pytest.approx(alone.recall(16, kind, 20), abs=0.05)
+
+
+def test_the_last_step_looks_into_all_lists():
+    assert Shape("spill", 16, 44, 2).method.probes == [1, 2, 4, 8, 16, 32, 44]
+    assert Shape("ivf", 16, 32).method.probes == [1, 2, 4, 8, 16, 32]
+    assert Shape("flat", 16).method.probes == [1]

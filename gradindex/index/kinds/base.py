@@ -62,6 +62,7 @@ class IndexMethod(ABC):
     Attributes:
         passes: how often rows stream while one is made.
         copies_tried: how many copies of a row the tuner tries, the likeliest first; one for most kinds.
+        turned: whether directions are turned at random, so that each number holds as much as the others.
         mapped: whether the CPU searches a saved one where it lies on disk; worth it where a search reads a part of it.
 
     Raises:
@@ -70,6 +71,7 @@ class IndexMethod(ABC):
 
     passes: ClassVar[int] = 1
     copies_tried: ClassVar[Sequence[int]] = (1,)
+    turned: ClassVar[bool] = False
     mapped: ClassVar[bool] = False
 
     def __init__(self, dim: int, lists: int = 0, copies: int = 1) -> None:
@@ -86,8 +88,11 @@ class IndexMethod(ABC):
         """
 
     def directions(self, fitted: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
-        """(n, dim) orthonormal directions whose numbers are coded, of those that were fitted: by default the same."""
-        return fitted
+        """(n, dim) orthonormal directions whose numbers are coded, of those that were fitted, see ``turned``."""
+        if not self.turned:
+            return fitted
+        turn = np.random.default_rng(seed).standard_normal((self.dim, self.dim)).astype(np.float32)
+        return np.ascontiguousarray(fitted @ np.linalg.qr(turn)[0])
 
     def options(self, index: Any, n_query: int, probes: int, selector: Any) -> Any | None:
         """FAISS's parameters for a search on the CPU.
@@ -139,7 +144,8 @@ class IndexMethod(ABC):
     @property
     def probes(self) -> list[int]:
         """How many lists the tuner looks into, ascending; the last is all of them."""
-        return [1]
+        lists = max(self.lists, 1)
+        return sorted({*(2**i for i in range(lists.bit_length())), lists})
 
     @classmethod
     def tried_unasked(cls, n_rows: int, dim: int | None) -> bool:
@@ -164,10 +170,3 @@ def norms_of(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """(m, 1) to divide by: a zero row keeps its zeros."""
     norms: NDArray[np.float32] = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.where(norms > 0, norms, np.float32(1))
-
-
-def turned_at_random(directions: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
-    """The same space, such that each number holds as much as the others."""
-    dim = directions.shape[1]
-    turn = np.random.default_rng(seed).standard_normal((dim, dim)).astype(np.float32)
-    return np.ascontiguousarray(directions @ np.linalg.qr(turn)[0])

@@ -88,11 +88,6 @@ class Ivf(IndexMethod):
         """See :class:`IndexMethod`."""
         return f", {self.lists} lists"
 
-    @property
-    def probes(self) -> list[int]:
-        """See :class:`IndexMethod`."""
-        return [2**i for i in range(max(self.lists, 1).bit_length())]
-
     @classmethod
     def tried_unasked(cls, n_rows: int, dim: int | None) -> bool:
         """See :class:`IndexMethod`."""

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ...errors import ArgumentError
 from ..library import load_faiss
-from .base import DIMS, INDEXES, IndexMethod, Rows, turned_at_random
+from .base import DIMS, INDEXES, IndexMethod, Rows
 
 _NUMBERS_A_CODE, _CODE_BITS = 2, 4
 # Tried unasked up to so many rows, for all are compared, and from so many numbers on.
@@ -26,14 +23,12 @@ class Pq(IndexMethod):
         ArgumentError: ``dim`` is odd.
     """
 
+    turned = True
+
     def __init__(self, dim: int, lists: int = 0, copies: int = 1) -> None:
         if dim % _NUMBERS_A_CODE:
             raise ArgumentError(f"dim is {dim}, but must be even for pq.")
         super().__init__(dim, lists, copies)
-
-    def directions(self, fitted: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
-        """See :class:`IndexMethod`."""
-        return turned_at_random(fitted, seed)
 
     def make(self, rows: Rows) -> Any:
         """See :class:`IndexMethod`."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ...errors import ArgumentError
 from ..library import load_faiss
-from .base import DIMS, ID_BYTES, INDEXES, LISTS_FROM, IndexMethod, Rows, norms_of, turned_at_random
+from .base import DIMS, ID_BYTES, INDEXES, LISTS_FROM, IndexMethod, Rows, norms_of
 from .lists import every_nth, most
 
 _NUMBERS_A_CODE, _CODE_BITS = 4, 4
@@ -42,16 +42,13 @@ class Spill(IndexMethod):
     """
 
     passes = 3
+    turned = True
     copies_tried = (3, 2, 4)
 
     def __init__(self, dim: int, lists: int = 0, copies: int = 1) -> None:
         if dim % (2 * _NUMBERS_A_CODE):
             raise ArgumentError(f"dim is {dim}, but must be a multiple of {2 * _NUMBERS_A_CODE} for spill.")
         super().__init__(dim, lists, copies)
-
-    def directions(self, fitted: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
-        """See :class:`IndexMethod`."""
-        return turned_at_random(fitted, seed)
 
     def make(self, rows: Rows) -> Any:
         """See :class:`IndexMethod`."""
@@ -102,11 +99,6 @@ class Spill(IndexMethod):
     def details(self) -> str:
         """See :class:`IndexMethod`."""
         return f", {self.lists} lists, {self.copies} copies of a row"
-
-    @property
-    def probes(self) -> list[int]:
-        """See :class:`IndexMethod`."""
-        return [2**i for i in range(max(self.lists, 1).bit_length())]
 
     @classmethod
     def tried_unasked(cls, n_rows: int, dim: int | None) -> bool:
