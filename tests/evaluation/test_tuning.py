@@ -1,10 +1,8 @@
 """An index keeps the recall that it promises, and follows its store."""
 
 import json
-import shutil
 import threading
 from dataclasses import replace
-from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -17,42 +15,13 @@ from torch.utils.data import Subset
 import gradindex
 from gradindex import evaluation
 from gradindex.cli import main
-from gradindex.errors import ArgumentError, OutOfMemoryError, RecallError
-from gradindex.evaluation import efforts, floors, trials, tuning
-from gradindex.evaluation import truth as truth_of
+from gradindex.errors import ArgumentError, RecallError
+from gradindex.evaluation import efforts, trials, tuning
 from gradindex.index import CompactIndex, Shape, gpu
 from gradindex.index.kinds import base
 from gradindex.projection import Projection
 from gradindex.retrieval.candidates import Candidates, Effort
 from gradindex.store import GradientStore
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Times that do not depend on the machine: as many milliseconds as rows are compared; no store is too small."""
-    monkeypatch.setattr(tuning, "_SMALL", 0)
-    monkeypatch.setattr(
-        efforts, "milliseconds", lambda s, search, truth, effort, *_: 1e6 if effort is None else effort.proposals
-    )
-    monkeypatch.setattr(floors.ScoringTime, "of", lambda self, count: 0.0)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A store of 600 rows, and its task, which has 900 training examples."""
-    folder = tmp_path_factory.mktemp("tuning")
-    task = toys.make_task(folder, n_train=900, n_query=40)
-    gradindex.build(
-        replace(task, train=Subset(task.train, range(600))), folder / "store", projection=Projection("none"),
-        factors="float32", batch_size=50, shard_rows=100,
-    )  # fmt: skip
-    return task, folder / "store"
-
-
-@pytest.fixture
-def store(made, tmp_path):
-    shutil.copytree(made[1], tmp_path / "store")
-    return made[0], tmp_path / "store"
 
 
 @pytest.mark.slow
@@ -133,60 +102,6 @@ def test_no_index_is_made_where_comparing_all_rows_is_as_fast(store, monkeypatch
     (folder / "index" / "manifest.json").write_text("of another time, and damaged")
     assert evaluation.index(folder, recall=0.9, k=10, n_query=100).how == "exact over all rows"
     assert not (folder / "index").exists()
-
-
-def test_truth_counts_equal_scores_and_not_the_query_itself(store):
-    _, folder = store
-    opened = GradientStore(folder)
-    truth = truth_of.held_out(opened, 30, 10)
-    ids = opened.ids
-    chosen = truth.own.tolist()
-    np.testing.assert_array_equal(opened.rows(truth.own), truth.rows)
-    rows = opened.rows(ids).astype(np.float64)
-    for sign in (1, -1):
-        scores = sign * rows[chosen] @ rows.T
-        scores[np.arange(30), chosen] = -np.inf
-        for query in range(30):
-            best = truth.best[sign][query]
-            assert set(best[best >= 0]) == set(np.argsort(-scores[query])[:10])
-    assert truth.recalls(1, np.where(truth.best[1] >= 0, truth.best[1], 0), 99).min() == 1
-    assert truth.recalls(1, np.full((30, 5), -1), 99).max() == 0
-    first = np.concatenate([truth.own[:, None], truth.best[1]], 1)  # the query itself takes no place
-    assert truth.recalls(1, first, first.shape[1] - 1).min() == 1
-
-
-def test_queries_whose_top_is_not_clear_are_left_out():
-    rows = np.eye(30, 40, dtype=np.float32)
-    scores = np.random.default_rng(0).standard_normal((30, 50)).astype(np.float32)
-    scores[:5] = 1  # all equal
-    scores[5, :4] = 9  # four equal at the top, of which any three are the top-3
-    truth = truth_of.truth_from(rows, [(slice(0, 30), np.arange(50), scores)], np.full(30, -1), 3, "", 0)
-    assert len(truth.rows) == 25
-    (place,) = np.flatnonzero(truth.rows[:, 5])
-    assert set(truth.best[1][place]) - {-1} == {0, 1, 2, 3}
-    assert sorted(truth.rows.argmax(1)) == list(range(5, 30))
-    assert truth.rows.argmax(1).tolist() != list(range(5, 30))  # in no order, so that halves are not alike
-    scores[:] = 1
-    with pytest.raises(
-        ArgumentError, match="Only 0 of 30 queries have a top-3 without ties, but at least 20 are needed"
-    ):
-        truth_of.truth_from(rows, [(slice(0, 30), np.arange(50), scores)], np.full(30, -1), 3, "", 0)
-
-
-def test_the_lower_bound_holds_as_often_as_it_says_and_is_never_certain():
-    generator, missed = np.random.default_rng(0), 0
-    for _ in range(2000):
-        values = 1 - generator.integers(0, 3, 40) * (generator.random(40) < 0.3) / 10
-        missed += truth_of.lower_bound(values, 10) > 1 - 0.3 / 10
-    assert missed / 2000 < 0.06
-    assert 0.95 < truth_of.lower_bound(np.ones(20), 10) < 0.995
-    assert 0.999 < truth_of.lower_bound(np.ones(250), 100) < 1
-    assert truth_of.lower_bound(np.ones(20), 10, tries=5) < truth_of.lower_bound(np.ones(20), 10)
-    # Student's t with 10 degrees of freedom has 1.8125 at 95%.
-    values = np.array([0.9, 1.0] * 5)
-    with_one = np.append(values, 0.8)
-    expected = with_one.mean() - 1.8125 * with_one.std(ddof=1) / 11**0.5
-    assert truth_of.lower_bound(values, 10) == pytest.approx(expected, abs=2e-4)
 
 
 def test_the_worse_of_both_kinds_counts():
@@ -333,67 +248,6 @@ def test_a_store_of_few_rows_is_measured_with_as_many_as_there_are(tmp_path):
     assert all(line.startswith("pq of ") for line in result.stderr.splitlines())  # FAISS warns of nothing
 
 
-def test_truth_comes_in_pieces_of_queries_and_of_rows():
-    generator = np.random.default_rng(0)
-    rows, scores = np.eye(30, 40, dtype=np.float32), generator.standard_normal((30, 50)).astype(np.float32)
-    pieces = [
-        (slice(q, q + 15), np.arange(i, i + 5), scores[q : q + 15, i : i + 5]) for q in (0, 15) for i in range(0, 50, 5)
-    ]
-    truth = truth_of.truth_from(rows, pieces, np.full(30, 7), 3, "", 0)
-    scores[:, 7] = np.nan
-    for row, best in zip(truth.rows, truth.best[-1], strict=True):
-        assert set(best) - {-1} == set(np.argsort(scores[row.argmax()])[:3])
-
-
-@pytest.mark.slow
-def test_more_lists_are_looked_into_where_that_answers_faster(store, monkeypatch):
-    """Each proposal costs ten lists here: the fewest proposals win, not the fewest lists."""
-    _, folder = store
-    found = {}
-    for cost, weight in (("proposals", 10), ("lists", 1e-3)):
-        monkeypatch.setattr(
-            efforts, "milliseconds",
-            lambda s, c, t, e, k, sign=1, w=weight: 1e6 if e is None else w * e.proposals + e.probes,
-        )  # fmt: skip
-        found[cost] = evaluation.index(folder, recall=0.8, k=10, n_query=200, kind="ivf", dim=16).effort(10)
-    assert found["proposals"].probes >= found["lists"].probes
-    assert found["proposals"].proposals <= found["lists"].proposals
-    assert found["proposals"] != found["lists"]
-
-
-@pytest.mark.slow
-def test_kind_and_numbers_can_be_chosen(store, quick):
-    _, folder = store
-    shape = evaluation.index(folder, recall=0.9, k=10, n_query=100, kind="ivf", dim=24).index.about["shape"]
-    assert (shape["kind"], shape["dim"]) == ("ivf", 24)
-    for options, message in (
-        ({"kind": "hnsw"}, "kind is 'hnsw', but must be one of: flat, ivf, pq"),
-        ({"dim": 0}, r"dim is 0, but must be from 1 to the numbers in a row, \d+"),
-    ):
-        with pytest.raises(ArgumentError, match=message):
-            evaluation.index(folder, recall=0.9, k=10, n_query=100, **options)
-
-
-def test_an_index_that_the_memory_cannot_hold_is_not_begun(store, quick, monkeypatch):
-    _, folder = store
-    n = 600
-    monkeypatch.setattr(tuning, "available_bytes", lambda device: n * 2 * (32 + 8) // 2 + 1000)
-    with pytest.raises(
-        OutOfMemoryError, match=r"600 rows with 48 numbers .* GiB to build, .* fewer numbers: --dim (24|32)\."
-    ):
-        evaluation.index(folder, recall=0.9, k=10, n_query=100, dim=48)
-    built = []
-    build = CompactIndex.build.__func__
-    monkeypatch.setattr(
-        CompactIndex,
-        "build",
-        classmethod(lambda cls, shape, *rest: built.append(shape.dim) or build(cls, shape, *rest)),
-    )
-    evaluation.index(folder, recall=0.5, k=10, n_query=100)
-    assert max(built) <= 32
-    assert len(set(built)) == 2
-
-
 def test_without_a_device_the_cpu_searches_and_says_so_once(store, quick, capsys):
     if faiss.get_num_gpus():
         pytest.skip("there is a CUDA device")
@@ -409,23 +263,6 @@ def test_without_a_device_the_cpu_searches_and_says_so_once(store, quick, capsys
     assert capsys.readouterr().err.count("FAISS sees no CUDA device, so rows are searched on the CPU") == 1
 
 
-@pytest.mark.parametrize(
-    ("n", "dim", "kind", "expected"),
-    [
-        (20_000, 3360, None, {"flat", "pq"}),
-        (250_000, 3000, None, {"ivf", "pq", "spill"}),
-        (1_281_167, 3000, None, {"ivf", "spill"}),
-        (20_000, 200, None, {"flat"}),
-        (20_000, 200, "pq", {"pq"}),
-    ],
-)
-def test_what_is_tried_fits_the_number_of_rows(n, dim, kind, expected):
-    tried = tuning._shapes(SimpleNamespace(n_train=n, dim=dim), kind, None)
-    assert {shape.kind for shape in tried} == expected
-    assert all(shape.dim >= 256 for shape in tried if shape.kind == "pq" and kind is None)
-    assert all(shape.lists > 0 for shape in tried if shape.kind == "ivf")
-
-
 def test_small_stores_are_searched_whole(store, monkeypatch):
     _, folder = store
     monkeypatch.setattr(trials.Trials, "run", lambda *_: pytest.fail("an index was made"))
@@ -433,23 +270,6 @@ def test_small_stores_are_searched_whole(store, monkeypatch):
     (folder / "index" / "manifest.json").write_text("of another time")
     assert evaluation.index(folder, recall=0.999, k=10, n_query=100).how == "exact over all rows"
     assert not (folder / "index").exists()
-
-
-def test_what_reached_most_is_tried_last():
-    def choice(milliseconds, at_least):
-        return efforts.Choice(Shape("flat", 8), dict.fromkeys(efforts.SIGNS, Effort(1, 10)), milliseconds, at_least)
-
-    choices = [choice(m, a) for m, a in ((5, 0.99), (1, 0.95), (9, 0.999), (2, 0.94), (3, 0.96), (8, 0.97), (4, 0.95))]
-    assert [each.milliseconds for each in tuning._tries(choices)] == [1, 2, 3, 4, 5, 9]
-    assert [each.milliseconds for each in tuning._tries(choices[:3])] == [1, 5, 9]
-
-
-def test_what_cannot_reach_the_recall_is_not_made_and_what_it_would_reach_is_told(store, quick, monkeypatch, capsys):
-    _, folder = store
-    monkeypatch.setattr(CompactIndex, "build", lambda *_: pytest.fail("an index was made"))
-    with pytest.raises(RecallError, match=r"all rows compared by 1 numbers each reach about (0\.\d+)\."):
-        evaluation.index(folder, recall=0.999, k=10, n_query=100, kind="ivf", dim=1)
-    assert "ivf of 1 numbers, 128 lists: left out, for all rows compared by so few numbers" in capsys.readouterr().err
 
 
 def test_each_kind_of_answer_has_an_effort_of_its_own(store, quick):
@@ -492,39 +312,6 @@ def test_lists_that_hold_enough_are_not_followed_by_a_look_at_all_rows(store, mo
     assert (search.propose(rows[:5], 590, Effort(2, 590))[1] >= 0).all()
 
 
-def test_a_budget_ends_the_search_for_an_index(store, quick, monkeypatch, capsys):
-    _, folder = store
-    clock = [0.0]
-    monkeypatch.setattr(tuning.time, "monotonic", lambda: clock[0])
-    built, build = [], trials.build
-
-    def slow(store, shape, *rest):
-        clock[0] += 50
-        built.append(shape)
-        return build(store, shape, *rest)
-
-    monkeypatch.setattr(trials, "build", slow)
-    evaluation.index(folder, recall=0.5, k=10, n_query=100, budget=40)
-    assert len(built) == 1
-    held_out = tuning.held_out
-    monkeypatch.setattr(tuning, "held_out", lambda *args: clock.__setitem__(0, clock[0] + 90) or held_out(*args))
-    with pytest.raises(ArgumentError, match="budget is 60 s, but to find the true top-k .* took 90 s, .* 270 at least"):
-        evaluation.index(folder, recall=0.5, k=10, n_query=100, budget=60)
-    for options, message in (({"budget": -1}, "budget is -1"), ({"copies": 0}, "copies is 0")):
-        with pytest.raises(ArgumentError, match=message):
-            evaluation.index(folder, recall=0.5, k=10, **options)
-
-
-def test_a_kind_that_lost_gets_no_more_than_a_third_of_the_fastest_ones_time():
-    tried = object.__new__(trials.Trials)
-    tried._until = np.inf
-    tried.fastest = efforts.Choice(Shape("ivf", 16, 8), {}, 1.0, 1.0)
-    for spent, enough in (({"ivf": 9.0, "pq": 2.9}, False), ({"ivf": 9.0, "pq": 3.1}, True), ({"ivf": 1.0}, False)):
-        tried._spent = spent
-        assert tried._enough(Shape("pq", 16)) is enough
-        assert not tried._enough(Shape("ivf", 32, 8))
-
-
 @pytest.mark.slow
 def test_rows_in_several_lists_are_tuned_and_answer(store, quick):
     task, folder = store
@@ -538,40 +325,3 @@ def test_rows_in_several_lists_are_tuned_and_answer(store, quick):
         assert toys.share(mine, all_rows) > 0.85
     tried = {shape["copies"] for shape in (choice["shape"] for choice in found.index.about["curve"])}
     assert tried == {2}
-
-
-def test_floors_say_what_all_rows_compared_by_so_few_numbers_reach(store):
-    _, folder = store
-    opened = GradientStore(folder)
-    rows = opened.rows(opened.ids)
-    truth = truth_of.held_out(opened, 200, 10)
-    found = floors.Floors(opened, rows, truth, [4, 16], 0)
-    for dim in (4, 16):
-        directions = floors.fitted_directions(rows, 16)[:, :dim]
-        for kind, sign in efforts.SIGNS.items():
-            scores = sign * (truth.rows @ directions) @ (rows @ directions).T
-            best = opened.ids[np.argsort(-scores, axis=1)[:, :41]]
-            reached = truth.recalls(sign, best, 40)
-            assert found.recall(dim, kind, 40) == pytest.approx(reached.mean(), abs=0.06)
-    needed = found.proposals(16, 0.9, [10, 20, 40, 400])
-    assert needed and all(10 <= count <= 400 for count in needed.values())
-    assert found.proposals(4, 1.5, [400]) is None
-
-
-def test_floors_look_at_the_whole_of_a_store_that_is_in_the_order_of_its_classes(store, monkeypatch):
-    """The sample is in the order of the ids: its first part alone would be of some classes alone."""
-    _, folder = store
-    opened = GradientStore(folder)
-    rows = opened.rows(opened.ids)
-    order = np.argsort(rows @ floors.fitted_directions(rows, 1)[:, 0])  # by what tells most of them apart
-    truth = truth_of.held_out(opened, 200, 10)
-    monkeypatch.setattr(floors, "_ROWS", 150)
-    found, alone = floors.Floors(opened, rows[order], truth, [16], 0), floors.Floors(opened, rows, truth, [16], 0)
-    for kind in efforts.SIGNS:
-        assert found.recall(16, kind, 20) == pytest.approx(alone.recall(16, kind, 20), abs=0.05)
-
-
-def test_the_last_step_looks_into_all_lists():
-    assert Shape("spill", 16, 44, 2).method.probes == [1, 2, 4, 8, 16, 32, 44]
-    assert Shape("ivf", 16, 32).method.probes == [1, 2, 4, 8, 16, 32]
-    assert Shape("flat", 16).method.probes == [1]
