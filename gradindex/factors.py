@@ -2,7 +2,7 @@
 
 The forms have the same methods: :class:`Factors` (sums of outer products, never formed unless
 that is cheaper), :class:`Lookups` (columns of an embedding), :class:`Formed` (the gradient itself)
-and :class:`Sum` (of several of these); in ``blocks``, ``Blocks`` (of a stack of matrices).
+and :class:`Sum` (of several of these); in ``stacks``, ``Stacks`` (of a stack of matrices).
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Rows, concatenated
 from ..errors import TaskError
 from ..factors import Gradients, Layer
+from ..stacks import Rows, concatenated
 from ..tree import map_tensors
 from . import uses
 from .owners import Call, Lay, Weights, basic_route, by_rows

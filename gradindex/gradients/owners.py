@@ -15,9 +15,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..blocks import Rows
 from ..factors import Layer
 from ..memory import InseparableError
+from ..stacks import Rows
 
 # Added to a route's name.
 BY_ROWS = " by rows"

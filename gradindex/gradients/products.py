@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..blocks import Blocks
 from ..errors import GradIndexError
 from ..examples import Examples, Role
 from ..factors import Factors, Formed, Gradients
 from ..memory import LARGEST_TRIED, available_bytes, batch_size_for
+from ..stacks import Stacks
 from ..task import spread
 from ..tree import preserved_random_state
 from .check import COMPARED, TOLERANCE, TRIED
@@ -325,7 +325,7 @@ def _smaller(gradients: Gradients) -> Gradients:
         d_out = gradients.output_gradients.shape[2]
         if positions * (d_out + d_in) > d_out * d_in:
             return Formed(torch.cat([piece.gradient for _, piece in gradients.parts()]))
-    if isinstance(gradients, Blocks):
+    if isinstance(gradients, Stacks):
         formed = gradients.n * gradients.output_gradients.shape[1] * gradients.n_blocks * gradients.width
         if gradients.numbers > formed:
             return Formed(gradients.gradient)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ..blocks import Blocks, Rows
 from ..factors import Factors, Formed, Gradients, Layer, Lookups
+from ..stacks import Rows, Stacks
 from .owners import Lay, basic_route, last_axis
 from .uses import ELEMENTWISE, TRANSPOSED, VIEWING, Uses, as_matrix
 
@@ -184,7 +184,7 @@ class RowUses(Uses):
             blocks = part.blocks
             if not isinstance(blocks, Tensor):
                 blocks = torch.full_like(rows.owners, blocks or 0)
-            return Blocks(right, left, rows.owners, blocks, rows.n, len(part.parameter))
+            return Stacks(right, left, rows.owners, blocks, rows.n, len(part.parameter))
 
         return self._watched_rows(part, make, output, lay)
 

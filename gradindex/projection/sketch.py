@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..blocks import Blocks
 from ..factors import Factors, Gradients, Lookups, Sum, part_bytes
+from ..stacks import Stacks
 from .base import PROJECTIONS, BlockMap, MapSpec
 from .hashing import buckets_and_signs, key
 
@@ -46,7 +46,7 @@ class TensorSketch(BlockMap):
         if isinstance(gradients, Sum):
             for term in gradients.terms:
                 self._add(block, columns, rows, term)
-        elif isinstance(gradients, Blocks):
+        elif isinstance(gradients, Stacks):
             for number, examples, factors in gradients.by_block:
                 share = block.new_zeros(len(examples), self.dim)
                 self._add(share, columns.part(gradients.columns(number)), rows, factors)

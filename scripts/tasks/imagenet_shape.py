@@ -4,7 +4,7 @@ No pictures: the features are drawn, each example's from its position, and kept 
 takes room on the disk. They are positive and heavy-tailed, as means over the places of a picture after a ReLU are;
 classes stand in a tree, and an example lies between its own class and a near one, so that most of the probability is
 shared by a few classes. The three checkpoints see different features, whose classes come apart as training goes on;
-the layer is trained on a part of the rows, with momentum SGD, and gets 70 to 78% of the queries right at the last. 5%
+the layer is trained on a part of the rows, with momentum SGD, and gets about 78% of the queries right at the last. 5%
 of the labels are wrong.
 
     gradindex build scripts/tasks/imagenet_shape.py:task --out /tmp/shape --projection fitted --dim 1000 \

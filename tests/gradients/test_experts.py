@@ -13,13 +13,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import gradindex
-from gradindex.blocks import Blocks, concatenated
 from gradindex.errors import NonFiniteGradientError
 from gradindex.factors import Factors, Formed, Layer, Sum
 from gradindex.gradients import Engine, check_routes
 from gradindex.gradients.owners import Weights
 from gradindex.memory import InseparableError
 from gradindex.projection import Projection
+from gradindex.stacks import Stacks, concatenated
 
 WIDTH, INNER, EXPERTS = 6, 4, 3
 BY_ROWS = {"linear by rows", "function by rows"}
@@ -247,7 +247,7 @@ def blocks_of(n, seed, rows=14, n_blocks=3):
     owners = torch.randint(-1, n - 1, (rows,), generator=generator)  # the last example has no row
     blocks = torch.randint(0, n_blocks - 1, (rows,), generator=generator)  # nor has the last block
     sides = (torch.randn(rows, size, generator=generator, dtype=torch.float64) for size in (4, 5))
-    return Blocks(*sides, owners, blocks, n, n_blocks)
+    return Stacks(*sides, owners, blocks, n, n_blocks)
 
 
 def formed_by_hand(form):

@@ -1,6 +1,6 @@
 """Recipes run from top to bottom, give answers that make sense, and exact scores as plain autograd has them.
 
-Pages on real data read it where it is (GRADINDEX_DATA), and made-up data of the same form elsewhere. The pages on
+Pages on real data read it where it is (GRADINDEX_DATA), and made-up data of the same form everywhere. The pages on
 language models and on Captum are run by test_docs.py, with the same checks.
 """
 
@@ -81,8 +81,7 @@ def mnist_folders(given, monkeypatch, folder, n_train=30, n_test=2):
     assert not any(left.values())
 
 
-# Both have one form, so that one of them tells.
-GIVEN = pytest.mark.parametrize("given", ["real data" if DATA.is_dir() else "made up"])
+GIVEN = pytest.mark.parametrize("given", ["real data", "made up"])
 
 
 @pytest.mark.parametrize("name", RECIPES)

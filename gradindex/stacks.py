@@ -45,12 +45,12 @@ class Rows:
         return rows.new_zeros(self.n, *rows.shape[1:]).index_add_(0, self.owners[order], rows[order])
 
 
-class Blocks(Whole):
+class Stacks(Whole):
     """Per-example gradients of a stack of matrices, each of which sees some of the rows.
 
     G_z = sum over the rows r of z of output_gradients[r] (e_blocks[r] (x) activations[r])^T, with e the unit vectors:
     a row adds an outer product to the columns of its block. :class:`Lookups` is the case of blocks of one column,
-    :class:`Factors` that of one block. Blocks have no columns in common, so norms and products are sums over blocks
+    :class:`Factors` that of one block. The blocks have no columns in common, so norms and products are sums over blocks
     of what their factors give, and no block is formed that saw no row.
 
     Args:
@@ -71,7 +71,7 @@ class Blocks(Whole):
         self.owners, self.blocks, self.n, self.n_blocks = owners, blocks, n, n_blocks
 
     @classmethod
-    def joined(cls, parts: Sequence[Blocks]) -> Blocks:
+    def joined(cls, parts: Sequence[Stacks]) -> Stacks:
         """The sum of several of one batch and layer."""
         activations = torch.cat([part.activations for part in parts])
         output_gradients = torch.cat([part.output_gradients for part in parts])
@@ -122,7 +122,7 @@ class Blocks(Whole):
         """See :class:`Gradients`."""
         if isinstance(other, Sum):
             return torch.stack([self.products(term) for term in other.terms]).sum(0)
-        if not isinstance(other, Blocks):
+        if not isinstance(other, Stacks):
             formed = other.gradient
             products = self.activations.new_zeros(self.n, len(formed))
             for block, examples, factors in self.by_block:
@@ -178,8 +178,8 @@ def concatenated(parts: Sequence[Gradients]) -> Gradients:
         return parts[0]
     factors = [part for part in parts if isinstance(part, Factors)]
     lookups = [part for part in parts if isinstance(part, Lookups)]
-    blocks = [part for part in parts if isinstance(part, Blocks)]
-    others = [part.gradient for part in parts if not isinstance(part, (Factors, Lookups, Blocks))]
+    blocks = [part for part in parts if isinstance(part, Stacks)]
+    others = [part.gradient for part in parts if not isinstance(part, (Factors, Lookups, Stacks))]
     terms: list[Gradients] = []
     if factors:
         terms.append(
@@ -197,7 +197,7 @@ def concatenated(parts: Sequence[Gradients]) -> Gradients:
             )
         )
     if blocks:
-        terms.append(Blocks.joined(blocks))
+        terms.append(Stacks.joined(blocks))
     if others:
         terms.append(Formed(torch.stack(others).sum(0)))
     return terms[0] if len(terms) == 1 else Sum(terms)
