@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from .errors import ArgumentError
 
@@ -46,3 +48,20 @@ def check_threads(count: int) -> None:
             f"This process was forked from one that had used gradindex, but a build with {count} threads would wait "
             "for threads that a fork leaves behind. Start it with multiprocessing's 'spawn', or as a command."
         )
+
+
+@contextmanager
+def no_fork_meanwhile() -> Iterator[None]:
+    """Have this process fork before the block or after it, so that no lock that the block takes stays taken in a child.
+
+    For short pieces of work of a thread of our own: whoever forks waits for the piece. It must run no code of users.
+    """
+    global _gated
+    if not _gated:
+        _gated = True
+        os.register_at_fork(before=_GATE.acquire, after_in_parent=_GATE.release, after_in_child=_GATE.release)
+    with _GATE:
+        yield
+
+
+_GATE, _gated = threading.Lock(), False

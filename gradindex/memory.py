@@ -86,12 +86,17 @@ def available_bytes(device: torch.device) -> int:
     """What passes may use unasked: half of what a CUDA device has free, a quarter of the machine's free memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 2
+    return free_bytes() // 4
+
+
+def free_bytes() -> int:
+    """The machine's free memory, with what only keeps files at hand; 8 GiB where the system does not tell."""
     info = Path("/proc/meminfo")
     if info.exists():
         for line in info.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 // 4
-    return 2 << 30
+                return int(line.split()[1]) * 1024
+    return 8 << 30
 
 
 def batch_size_for(action: Callable[[Examples], Any], examples: Examples, budget: int, device: torch.device) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,13 @@ from .explanation import Explanation
 from .filters import allow
 from .hits import Both, Hits
 from .question import Question, QuestionKeywords, SearchKeywords
+from .rehearsing import rehearsal
 from .scoring import Scores, joined, measured, scored_as, shares
 from .searcher import LocalSearcher
 from .stages import Search
 from .streaming import streamed
 from .tokens import TokenExplanation, explain_tokens
+from .warming import Warming, Warmth
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,6 +87,7 @@ class Retriever:
         self._bases = store.bases()
         self._search_options: dict[str, Any] = {"use_index": use_index, "device": device}
         self._opened = store, Candidates(store, **self._search_options)
+        self._warming: Warming | None = None
 
     def __repr__(self) -> str:
         return f"<Retriever of {self.task!r} on {self._opened[0]!r}>"
@@ -92,12 +96,41 @@ class Retriever:
         store, candidates = self._opened
         return as_html({"model": repr(self.task)[1:-1]} | described(store) | {"search": candidates.how})
 
-    @contextmanager
-    def _computing(self) -> Iterator[Engine]:
-        """The engine, for this thread alone."""
-        # The random state is saved once the lock is held: saved before, another thread's would be restored later.
-        with self._engine as engine, preserved_random_state():
-            yield engine
+    def _computing(self) -> AbstractContextManager[Engine]:
+        return _computing(self._engine)
+
+    def warm(self, wait: bool = False) -> Warmth:
+        """Get ready for queries in the background, so that the first costs what the others do.
+
+        A thread verifies and reads what queries read, in the order of the files: the index, stored factors, rows and
+        columns, as far as they fit the free memory. Queries go on meanwhile, and profit from what is done. A question
+        is asked here, and another one there at the end, for libraries set up much at their first use. Where the store
+        changes, the next query begins it anew.
+
+        Args:
+            wait: until it has ended, with progress.
+
+        Returns:
+            How far it is.
+
+        Raises:
+            StoreError: a file is damaged. Without ``wait``, the next query raises it.
+        """
+        opened = self._now()
+        if self._warming is None or (self._warming.warmth.over and not self._warming.warmth.ready):
+            self._warming = Warming(*opened, *self._rehearsal(opened[0]))
+        return self._warming.waited() if wait else self._warming.warmth
+
+    @property
+    def warmth(self) -> Warmth | None:
+        """How far :meth:`warm` has come; ``None`` where it was not asked for."""
+        return None if self._warming is None else self._warming.warmth
+
+    def _rehearsal(self, store: GradientStore) -> tuple[Callable[[GradientStore, Candidates], None] | None, str]:
+        def prepared() -> Queries:
+            return self.prepare([0]) if self.task.n_query else self.prepare(store.spread_ids(1).tolist(), "train")
+
+        return rehearsal(self.task, store, self._geometry, prepared, partial(_computing, self._engine))
 
     @property
     def store(self) -> GradientStore:
@@ -111,11 +144,15 @@ class Retriever:
     def _now(self) -> tuple[GradientStore, Candidates]:
         """The store as it is now, and its search; what asks both is asked again (:func:`asked_again`) as a whole."""
         store, candidates = self._opened
+        if self._warming is not None:
+            self._warming.check()
         if not candidates.current:
             now = GradientStore(store.folder)
             if now.manifest.fingerprint != store.manifest.fingerprint:
                 raise StoreError(f"{store.folder} has different rows than when it was opened. Load it again.")
             self._opened = store, candidates = now, Candidates(now, **self._search_options)
+            if self._warming is not None:
+                self._warming = self._warming.again(store, candidates)
         return store, candidates
 
     @property
@@ -369,6 +406,14 @@ class Retriever:
         yield from streamed(self.store, queries, self._geometry, self._computing)
 
 
+@contextmanager
+def _computing(engine: Engine) -> Iterator[Engine]:
+    """The engine, for this thread alone."""
+    # The random state is saved once the lock is held: saved before, another thread's would be restored later.
+    with engine, preserved_random_state():
+        yield engine
+
+
 def load(
     task: Task,
     folder: str | os.PathLike[str],
@@ -376,6 +421,7 @@ def load(
     device: str | None = None,
     use_index: bool = True,
     one_at_a_time: bool | None = None,
+    warm: bool = False,
 ) -> Retriever:
     """Open a store for queries.
 
@@ -385,10 +431,14 @@ def load(
         device: where to compute and to search, such as ``"cuda"``; by default where the model is, and the CPU searches.
         use_index: whether an index is used, where there is one; else all rows are compared.
         one_at_a_time: whether to hold the weights of one checkpoint at a time; by default if not all fit into memory.
+        warm: whether to get ready for queries in the background, see :meth:`Retriever.warm`.
 
     Raises:
         StoreError: missing, damaged or not complete.
         MismatchError: the task is not the store's; says what differs.
     """
     task, folder = in_order(task, folder, Task, "load(task, folder)")
-    return asked_again(lambda: Retriever(task, GradientStore(folder), device, use_index, one_at_a_time))
+    retriever = asked_again(lambda: Retriever(task, GradientStore(folder), device, use_index, one_at_a_time))
+    if warm:
+        asked_again(retriever.warm)
+    return retriever

@@ -219,6 +219,27 @@ def _item_bytes(place: Mapping[str, Any]) -> int:
     return math.prod(shape[1:]) * size
 
 
+def _first_block(place: Mapping[str, Any], block_bytes: int) -> int:
+    offset: int = place["offset"]
+    return offset // block_bytes
+
+
+def _stop_block(place: Mapping[str, Any], block_bytes: int) -> int:
+    end: int = place["offset"] + place["shape"][0] * _item_bytes(place)
+    return -(-end // block_bytes)
+
+
+def blocks_of(seal: Mapping[str, Any], beginnings: tuple[str, ...]) -> NDArray[np.int64]:
+    """Ascending numbers of the blocks in which arrays lie whose names begin so; ``seal`` as for :class:`Container`."""
+    size = seal["block_bytes"]
+    spans = [
+        np.arange(_first_block(place, size), _stop_block(place, size))
+        for name, place in seal["arrays"].items()
+        if name.startswith(beginnings) and math.prod(place["shape"])
+    ]
+    return np.unique(np.concatenate(spans)) if spans else np.empty(0, dtype=np.int64)
+
+
 class Container:
     """A sealed file, mapped read-only; every block is compared with its checksum before it is first handed out.
 
@@ -244,7 +265,8 @@ class Container:
             size = os.fstat(file.fileno()).st_size
             if size != seal["bytes"]:
                 raise StoreError(f"{path} has {size} bytes instead of {seal['bytes']}")
-            self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._bytes = memoryview(self._map)
         self.sound = np.zeros(len(self._digests) // _DIGEST_BYTES, dtype=bool) if sound is None else sound
 
     def __contains__(self, name: str) -> bool:
@@ -311,6 +333,22 @@ class Container:
         (values,) = self.at([name], positions)
         return np.take(values, positions, axis=0, out=out, mode="clip")  # unclipped, NumPy would copy twice
 
+    def verify(self, blocks: NDArray[np.int64], then: NDArray[np.int64]) -> None:
+        """Verify blocks before anybody asks for them, and keep their pages with this process.
+
+        Args:
+            blocks: ascending numbers.
+            then: those that come next, which the disk is asked for meanwhile.
+
+        Raises:
+            StoreError: one is damaged.
+        """
+        if len(then) and hasattr(self._map, "madvise"):
+            start, stop = int(then[0]) * self._block_bytes, (int(then[-1]) + 1) * self._block_bytes
+            whole_pages = start - start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, whole_pages, min(stop, len(self._map)) - whole_pages)
+        self._verify(blocks)
+
     def damaged(self) -> list[int]:
         """Numbers of all damaged blocks of the file, every block read anew, and not through the map.
 
@@ -347,15 +385,26 @@ class Container:
             self._arrays[name] = found
         return found
 
-    def _verify(self, blocks: NDArray[np.int64], name: str) -> None:
+    def _verify(self, blocks: NDArray[np.int64], name: str | None = None) -> None:
+        """Compare those with their checksums that were not before; ``name`` of the array that they are read for."""
         for number in blocks[~self.sound[blocks]].tolist():
             start = number * self._block_bytes
             if _digest(self._bytes[start : start + self._block_bytes]) != self._expected(number):
                 raise StoreError(
-                    f"{self.path} is damaged (block {number}, in {name}). Run `gradindex verify` to see all damage, "
-                    "and `gradindex build --repair` to compute damaged shards again."
+                    f"{self.path} is damaged (block {number}, in {name or self._holds(number)}). "
+                    "Run `gradindex verify` to see all damage, and `gradindex build --repair` to compute damaged "
+                    "shards again."
                 )
             self.sound[number] = True
+
+    def _holds(self, block: int) -> str:
+        """Names of the arrays that have a part in a block."""
+        size = self._block_bytes
+        return " and ".join(
+            name
+            for name, place in self._places.items()
+            if _first_block(place, size) <= block < _stop_block(place, size)
+        )
 
     def _expected(self, number: int) -> bytes:
         return self._digests[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES]

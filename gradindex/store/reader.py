@@ -25,6 +25,7 @@ from .layout import FACTOR_SIDES, factor_name
 from .manifest import ShardEntry
 from .shards import OpenShards, Shard, check_unchanged
 from .summary import described, flat
+from .touching import bytes_of, verified
 from .verifying import damaged, problems_of
 
 # Places in a list of ids, their positions in the arrays, and by (checkpoint, layer) activations and output gradients.
@@ -375,6 +376,21 @@ class GradientStore:
             raise ArgumentError(
                 f"There is no training id {wrong}; ids go from {self._entries[0].first} to {self._entries[-1].last}."
             )
+
+    def bytes_of(self, *beginnings: str) -> int:
+        """What :meth:`verified` goes through, in bytes."""
+        return bytes_of(self._shards, len(self._entries), beginnings)
+
+    def verified(self, *beginnings: str) -> Iterator[int]:
+        """Verify the arrays whose names begin so, as queries would on their way; see :mod:`.touching`.
+
+        Yields:
+            How many bytes are through, after each piece of some MiB.
+
+        Raises:
+            StoreError: a block is damaged.
+        """
+        return verified(self._shards, len(self._entries), beginnings)
 
     def _live(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The ids of a shard that are not removed, and where they are."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -32,8 +33,10 @@ from gradindex.projection import Projection
 from gradindex.retrieval.candidates import Candidates
 
 K, TUNED, QUICK_TUNED, JUDGED, BATCH = 100, 1000, 40, 500, 100
-PARTS = ("augmented", "pseudo_classes", "cifar10", "float16", "mnist", "growth", "all_layers")
-QUICK_PARTS = ("augmented", "growth", "all_layers")  # the others take the same way
+PARTS = ("augmented", "pseudo_classes", "cifar10", "float16", "mnist", "growth", "all_layers", "first_query")
+QUICK_PARTS = ("augmented", "growth", "all_layers", "first_query")  # the others take the same way
+# Rows of ImageNet's shape for the first query, and how many are asked.
+FIRST_ROWS, FIRST_QUERIES = 131_072, 100
 # What a row of the store may take, in KiB.
 ROOM = {"augmented": 3.5, "float16": 1.8}
 
@@ -163,9 +166,7 @@ def cold(bench: Bench, name: str, case: Case) -> None:
 
     Before anything else maps the files: what is mapped stays in memory.
     """
-    for path in case.store.folder.rglob("*.*"):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    evict(case.store.folder)
     for where in ("on disk", "in memory"):
         retriever = gradindex.load(case.judging, case.store.folder)
         seconds = []
@@ -177,6 +178,59 @@ def cold(bench: Bench, name: str, case: Case) -> None:
         bench.figure(f"{name}: first query after opening, files {where}", 1000 * seconds[0], "ms")
         bench.figure(f"{name}: next 19 queries, files {where}, median", 1000 * float(np.median(seconds[1:])), "ms")
         del retriever
+
+
+def evict(folder: Path) -> None:
+    """Have the system forget a store's files, as far as nobody maps them."""
+    for path in folder.rglob("*.*"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def first_query(bench: Bench) -> None:
+    """The first query of a process, its gradient included, against the median: as it comes, and after warming."""
+    n = None if bench.quick else FIRST_ROWS
+    store = store_of("imagenet_shape", n)
+    if not bench.quick and not (store.folder / "index").exists():
+        evaluation.index(store.folder, recall=0.95, k=K, n_query=tuned(bench.quick))
+    name = f"ImageNet's shape, {store.n_train:,} rows"
+    ratios = []
+    for _ in range(1 if bench.quick else 3):
+        evict(store.folder)
+        ready, meanwhile, asked = bench.in_a_process(first_queries_here, n, True)
+        ratios.append(asked[0] / np.median(asked))
+    bench.bar(f"{name}: first query after load(warm=True), against the median", float(np.median(ratios)), "x", 2, True)
+    bench.figure(f"{name}: first query after load(warm=True)", 1000 * asked[0], "ms")
+    bench.figure(f"{name}: the next {len(asked) - 1} queries, median", 1000 * float(np.median(asked)), "ms")
+    bench.figure(f"{name}: warm after, files on disk, with a query a second", ready, "s")
+    bench.figure(f"{name}: a query meanwhile, median of {len(meanwhile)}", 1000 * float(np.median(meanwhile)), "ms")
+    for where in ("on disk", "in memory"):
+        if where == "on disk":
+            evict(store.folder)
+        _, _, asked = bench.in_a_process(first_queries_here, n, False)
+        bench.figure(f"{name}: first query without warm, files {where}", 1000 * asked[0], "ms")
+        bench.figure(f"{name}: the next {len(asked) - 1}, files {where}, median", 1000 * float(np.median(asked)), "ms")
+
+
+def first_queries_here(n: int | None, warm: bool) -> tuple[float, list[float], list[float]]:
+    """Seconds until all is warm, and of queries: meanwhile, and afterwards one after another, from the first on."""
+    task = task_of("imagenet_shape", n)
+    retriever = gradindex.load(task, store_of("imagenet_shape", n).folder, warm=warm)
+    loaded, meanwhile = time.perf_counter(), []
+
+    def ask(position: int) -> float:
+        started = time.perf_counter()
+        retriever.search([position], K)
+        return time.perf_counter() - started
+
+    while retriever.warmth is not None and not retriever.warmth.over:
+        meanwhile.append(ask(len(meanwhile)))
+        time.sleep(0.01 if n is None else 1)
+    if warm:
+        assert retriever.warm(wait=True).ready
+    ready = time.perf_counter() - loaded
+    rest = range(task.n_query // 2, task.n_query // 2 + FIRST_QUERIES)
+    return ready, meanwhile, [ask(position) for position in rest]
 
 
 def answered(truth: Truth, rows: NDArray[np.float32], ids: NDArray[np.int64], sign: int) -> NDArray[np.float64]:
@@ -300,7 +354,7 @@ def all_layers(bench: Bench) -> None:
         bench.figure(f"{name}: a query with {candidates} candidates re-scored through the model", taken, "s")
 
 
-OTHERS = {"growth": growth, "all_layers": all_layers}
+OTHERS = {"growth": growth, "all_layers": all_layers, "first_query": first_query}
 
 
 def timed_each(action: Callable[[NDArray[np.float32]], Any], rows: NDArray[np.float32]) -> float:

@@ -18,19 +18,24 @@ TEN_CLASSES = {"projection": Projection("fitted", 81), "row_type": "int8", "fact
 
 
 def task_of(name: str, n_train: int | None = None) -> gradindex.Task:
-    """``"mnist"``, ``"augmented"``, ``"pseudo_classes"``, or ``"all_layers"`` of CIFAR-10's network.
+    """``"mnist"``, ``"augmented"``, ``"pseudo_classes"``, ``"imagenet_shape"`` or ``"all_layers"`` (of CIFAR-10).
 
     Args:
         name: see above.
-        n_train: how many rows of ``"augmented"``, by default all; 50,000 are CIFAR-10 itself.
+        n_train: how many rows of ``"augmented"`` or ``"imagenet_shape"``, by default all; 50,000 of ``"augmented"`` are
+            CIFAR-10 itself.
     """
     import augmented
     import cifar10
+    import imagenet_shape
     import mnist
 
     if name == "mnist":
         task = mnist.task()
         return part_of(task, range(2000)) if quick() else task
+    if name == "imagenet_shape":
+        task = imagenet_shape.task()
+        return task if n_train is None else part_of(task, range(n_train))
     if name == "pseudo_classes":
         return augmented.pseudo_classes()
     if name == "all_layers":
@@ -51,7 +56,7 @@ def store_of(name: str, n_train: int | None = None, **changed: Any) -> gradindex
 
     Args:
         name: see :func:`task_of`.
-        n_train: how many rows of ``"augmented"``.
+        n_train: how many rows of ``"augmented"`` or ``"imagenet_shape"``.
         **changed: options of ``build`` that differ, which get a store of their own.
     """
     task = task_of(name, n_train)
@@ -62,6 +67,8 @@ def store_of(name: str, n_train: int | None = None, **changed: Any) -> gradindex
         options |= {"projection": projection, "row_type": "float32"}
     elif name == "pseudo_classes":
         options |= {"projection": Projection("fitted", 100 if quick() else 1000)}
+    elif name == "imagenet_shape":
+        options |= {"projection": Projection("fitted", 100 if quick() else 1000), "shard_rows": 32_768}
     elif name == "all_layers":
         options |= {
             "projection": Projection(dim=256) if quick() else Projection("fitted", 1024),

@@ -20,7 +20,7 @@ PAGES = [
     *(TOP / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
     *sorted((TOP / "docs").rglob("*.md")),
 ]
-BY_TASK = ("build.md", "explain.md", "grow.md")
+BY_TASK = ("build.md", "explain.md", "queries.md", "grow.md")
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "GRADINDEX_DATA": str(DATA)}
 
 # What README calls "yours": a model, its data, and the loop's variables.
