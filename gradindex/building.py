@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, overload
 
 import torch
 
-from .errors import MismatchError
+from .errors import ArgumentError, MismatchError
 from .estimating import Estimate, timed
 from .filling import fill, planned, running
 from .gradients import Engine, with_unit_norm
@@ -34,6 +35,7 @@ from .store import (
     shard_bytes,
     share,
     take_ended_plan,
+    wide_bytes,
     write_bases,
 )
 from .task import Task
@@ -144,7 +146,7 @@ def estimate(
     with running(task, options.precision, options, options.batch_size) as engine:
         projection, described = _described(task, engine, options)
         columns, norms = partial(task.column_arrays, "train"), options.self_influence
-        fixed, each = memory_of_pass(engine, projection, norms)
+        fixed, each = memory_of_pass(engine, projection, norms, options.wide)
         budget = available_bytes(engine.device) if options.memory is None else options.memory
         batch_size = options.batch_size or largest_batch(fixed, each, budget)
         plan = planned(task.train_ids, _rows_a_shard(options, task, batch_size))
@@ -160,7 +162,8 @@ def estimate(
             to_fit = False
         # Bases that are not fitted yet are as large as random ones.
         geometry = with_unit_norm(engine.geometry, options.unit_norm)
-        maker = RowMaker(engine, projection.unfitted, None, norms, geometry, options.factors is not None)
+        factors = options.factors is not None
+        maker = RowMaker(engine, projection.unfitted, None, norms, geometry, factors, wide=options.wide)
         read_s, compute_s = timed(maker, task, batch_size)
         return Estimate(
             rows=rows,
@@ -168,6 +171,7 @@ def estimate(
             dim=described.dim,
             row_bytes=disk // len(task.train_ids),
             factor_bytes=factor_bytes(described, 1),
+            wide_bytes=wide_bytes(described, 1),
             disk_bytes=disk,
             disk_left_bytes=left,
             free_bytes=free_bytes(folder),
@@ -188,8 +192,9 @@ def _build(task: Task, folder: Path, part: Part | None, options: BuildOptions) -
             _check_built(GradientStore(folder), described, engine)
             take_ended_plan(folder)
             return
-        if options.factors is not None:  # before hours of other work
-            RowMaker(engine, Projection("none"), factors=True).rows(task.first_and_last())
+        if options.factors is not None or options.wide is not None:  # before hours of other work
+            beside = options.factors is not None
+            RowMaker(engine, Projection("none"), factors=beside, wide=options.wide).rows(task.first_and_last())
         with claimed(folder, part, new=True):
             if GradientStore.complete(folder):  # in the meantime, by another process
                 _check_built(GradientStore(folder), described, engine)
@@ -204,6 +209,8 @@ def _described(task: Task, engine: Engine, options: BuildOptions) -> tuple[Proje
     """The map with its size, and what the manifest will say as far as it is known before bases are fitted."""
     projection = options.projection or Projection()
     projection = projection.resolved(engine.n_checkpoints, *number_bytes(options.row_type))
+    if options.wide is not None:
+        _check_wide(options.wide, projection, projection.block_dim(engine.layers))
     return projection, Manifest(
         task=task.name,
         map=describe(engine, projection, options.unit_norm),
@@ -215,7 +222,30 @@ def _described(task: Task, engine: Engine, options: BuildOptions) -> tuple[Proje
         self_influence=options.self_influence,
         columns=task.column_types(),
         next_id=task.n_train,
+        wide=options.wide,
     )
+
+
+def _check_wide(wide: int, projection: Projection, block_dim: int) -> None:
+    if projection.whole:
+        raise ArgumentError(
+            f"Rows of projection {projection.kind!r} are whole gradients, whose products are exact, so wide rows would "
+            "decide nothing. Leave wide out, or choose another projection."
+        )
+    if wide <= block_dim:
+        raise ArgumentError(
+            f"wide is {wide:,}, but must be more than the {block_dim:,} numbers per checkpoint of a row. Give more, "
+            f"such as {16 * block_dim:,}, or a smaller dim."
+        )
+
+
+def _that_fit(described: Manifest, bytes_of: Callable[[Manifest], int], free: int) -> str:
+    """What to say of a disk that is too small for wide rows: how wide they may be, if that is any use."""
+    wide, least = described.wide or 0, described.dim // described.n_checkpoints
+    while (wide := wide // 4 * 2) > least:
+        if bytes_of(replace(described, wide=wide)) <= free:
+            return f"wide={wide} fits"
+    return "leave wide out" if described.wide else ""
 
 
 def _rows_a_shard(options: BuildOptions, task: Task, batch_size: int) -> int:
@@ -237,10 +267,15 @@ def _begin_build(
             )
         check_room(folder, job.bytes_missing(columns))
         return job
-    check_room(folder, shard_bytes(described, planned(task.train_ids, _rows_a_shard(options, task, 1)), columns))
+
+    def bytes_of(manifest: Manifest) -> int:
+        return shard_bytes(manifest, planned(task.train_ids, _rows_a_shard(options, task, 1)), columns)
+
+    wanted, free = bytes_of(described), free_bytes(folder)
+    check_room(folder, wanted, _that_fit(described, bytes_of, free) if wanted > free else "")
     norms, batch_size = options.self_influence, options.batch_size
     if batch_size is None:
-        batch_size = pick_batch_size(engine, projection, norms, options.memory)
+        batch_size = pick_batch_size(engine, projection, norms, options.memory, options.wide)
     shard_rows = _rows_a_shard(options, task, batch_size)
     rows = described.map
     if options.bases_from is not None:

@@ -43,7 +43,7 @@ AnswerKind = Literal["proponents", "opponents", "absolute"]
 ANSWER_KINDS: tuple[AnswerKind, ...] = get_args(AnswerKind)
 
 # The last stage of a search.
-Rerank = Literal["exact", "rows", "none"]
+Rerank = Literal["exact", "wide", "rows", "none"]
 RERANKS: tuple[Rerank, ...] = get_args(Rerank)
 
 # Whose positions a question names.

@@ -25,6 +25,7 @@ class Estimate:
         dim: numbers in a row.
         row_bytes: on disk, of a row with all that stands beside it.
         factor_bytes: of these, exact factors.
+        wide_bytes: of these, wide rows.
         disk_bytes: of the whole store.
         disk_left_bytes: of these, what is still to be written.
         free_bytes: on the disk of the store.
@@ -52,6 +53,7 @@ class Estimate:
     read_s: float
     compute_s: float
     fitting_rows: int = 0
+    wide_bytes: int = 0
 
     @property
     def row_s(self) -> float:
@@ -71,6 +73,7 @@ class Estimate:
     def __str__(self) -> str:
         done = f", {self.rows_done:,} of them done" if self.rows_done else ""
         factors = f", {_size(self.factor_bytes)} of it exact factors" if self.factor_bytes else ""
+        factors += f", {_size(self.wide_bytes)} of it wide rows" if self.wide_bytes else ""
         readers = {0: "the same process", 1: "1 process"}.get(self.workers, f"{self.workers} processes")
         lines = (
             f"rows    {self.rows:,} of {self.dim:,} numbers{done}",

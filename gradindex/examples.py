@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,20 @@ class Examples:
         return (self[place : place + 1] for place in range(len(self)))
 
 
+class Coded(NamedTuple):
+    """Wide rows of b examples as they are stored, of an even number ``wide`` of numbers a checkpoint.
+
+    Args:
+        codes: (b, C wide / 2) uint8, two codes of 4 bits in each.
+        scales: (b, C) float32, what codes less 8 are multiplied by.
+        norms: (b, C) float32, of the checkpoints' blocks before they were coded.
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    norms: NDArray[np.float32]
+
+
 @dataclass(frozen=True, eq=False)
 class RowBatch:
     """What is stored of b examples at C checkpoints.
@@ -67,12 +81,14 @@ class RowBatch:
         losses: (b, C) float64.
         factors: by (checkpoint, layer), where asked for: activations (b, d_in) and output gradients
             (b, d_out) of layers whose gradient is one outer product, times sqrt(eta_c).
+        wide: (b, C wide) float32, or as they are stored, where the store has wide rows.
     """
 
     rows: NDArray[np.float32]
     self_influence: NDArray[np.float64]
     losses: NDArray[np.float64]
     factors: Mapping[tuple[int, int], Sides]
+    wide: NDArray[np.float32] | Coded | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,6 +105,7 @@ class RowBatch:
             np.concatenate([part.losses for part in parts]),
             {key: (np.concatenate([x for x, _ in pairs]), np.concatenate([d for _, d in pairs]))
              for key, pairs in sides.items()},
+            None if parts[0].wide is None else np.concatenate([part.wide for part in parts]),
         )  # fmt: skip
 
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from .allocating import memory_kept
 from .choices import Precision
-from .examples import Examples, RowBatch
+from .examples import Coded, Examples, RowBatch
 from .forking import check_threads, one_thread_in_children
-from .gradients import Engine, Tracked, check_routes, with_unit_norm
+from .gradients import Engine, Geometry, Tracked, check_routes, with_unit_norm
 from .index import require
 from .matching import check_losses
 from .options import ComputeOptions
@@ -22,7 +22,7 @@ from .projection import Bases
 from .reading import read, reading_processes
 from .rows import Blocks, RowMaker, projection_of
 from .spotcheck import SpotCheck
-from .store import GradientStore, Job, Manifest, Part, PlannedShard, read_bases, runs
+from .store import GradientStore, Job, Manifest, Part, PlannedShard, read_bases, runs, wide_encoded
 from .task import Task, sampled
 from .tree import preserved_random_state
 
@@ -87,6 +87,7 @@ def row_maker(engine: Engine, manifest: Manifest, bases: Bases | None, first: in
         with_unit_norm(engine.geometry, manifest.map.unit_norm and first == 0),  # added blocks: with the others
         manifest.has_factors,
         first,
+        manifest.wide,
     )
 
 
@@ -125,7 +126,20 @@ def _beside(store: GradientStore, engine: Engine, examples: Examples, later: Row
         np.concatenate([squares, later.self_influence], 1),
         np.concatenate([store.losses(ids), later.losses], 1),
         {**(store.factors(ids) if store.has_factors else {}), **later.factors},
+        None if later.wide is None else _beside_wide(store, geometry, ids, later),
     )
+
+
+def _beside_wide(store: GradientStore, geometry: Geometry, ids: NDArray[np.int64], later: RowBatch) -> Coded:
+    """The same of wide rows: codes stay as they are, and what they are multiplied by changes as rows do."""
+    assert isinstance(later.wide, np.ndarray)
+    stored, added = store.wide(ids), wide_encoded(later.wide, later.self_influence.shape[1])
+    squares = store.self_influence(ids), later.self_influence
+    scales, norms = (
+        geometry.joined_rows(mine, squares[0], new, squares[1])
+        for mine, new in ((stored.scales, added.scales), (stored.norms, added.norms))
+    )
+    return Coded(np.concatenate([stored.codes, added.codes], 1), scales, norms)
 
 
 def batches(

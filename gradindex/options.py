@@ -78,6 +78,7 @@ class BuildKeywords(ComputeKeywords, total=False):
     precision: Precision
     row_type: RowType
     factors: FactorType | None
+    wide: int | None
     self_influence: Norms
     unit_norm: bool
     batch_size: int | None
@@ -142,6 +143,9 @@ class BuildOptions(ComputeOptions):
         factors: also store the two factors whose outer product is each layer's gradient, in ``"float32"`` or
             ``"float16"``, so that exact scores need no backward pass over training examples; only for linear layers
             without positions.
+        wide: numbers per checkpoint of a second, wider row beside each, such as 16,384, stored in 4 bits each. It
+            settles the order among candidates of a store without factors, so that exact scores, which go through the
+            model, are computed for few of them, or with ``rerank="wide"`` for none. Even, and more than a row has.
         self_influence: ``"exact"``, or ``"projected"``: the squared norm of the row, which costs nothing and is an
             estimate (with a fitted projection: too low).
         unit_norm: divide each row by its norm: answers are ranked by the cosine of the gradients, so that examples
@@ -166,6 +170,11 @@ class BuildOptions(ComputeOptions):
         None,
         "Also store factors of linear layers: exact scores without a backward pass over training examples.",
         choices=FACTOR_TYPES,
+    )
+    wide: int | None = option(
+        None,
+        "Numbers per checkpoint of a second, wider row, such as 16384: exact scores through the model then go to few.",
+        type=int,
     )
     self_influence: Norms = option(
         "exact", "Exact, or projected: the squared norm of the row, a faster estimate.", choices=NORMS
@@ -192,6 +201,12 @@ class BuildOptions(ComputeOptions):
             if value is not None and value < least:
                 raise ArgumentError(f"{name} is {value}, but must be at least {least}.")
         super().__post_init__()
+        if self.wide is not None and (not isinstance(self.wide, int) or self.wide < 2 or self.wide % 2):
+            raise ArgumentError(f"wide is {self.wide!r}, but must be an even number of at least 2, such as 16384.")
+        if self.wide is not None and self.factors is not None:
+            raise ArgumentError(
+                "Stored factors give exact scores, so wide rows would decide nothing. Give one of them."
+            )
         if self.batch_size is not None and self.memory is not None:
             raise ArgumentError("Give batch_size, or memory to have it chosen, not both.")
         if self.self_influence not in NORMS:

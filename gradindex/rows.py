@@ -19,7 +19,7 @@ from .gradients import Engine, Geometry, in_batches, non_finite
 from .losses import name_of
 from .memory import LARGEST_TRIED, available_bytes, batch_size_for, pass_bytes
 from .progress import progress
-from .projection import Bases, Fit, Projection, Share, hash64, key
+from .projection import Bases, Fit, Projection, Share, WideMap, hash64, key
 from .store import RowMap, StoredCheckpoint, StoredLayer, StoredProjection
 
 # Of how many examples, at most, bases are fitted to the gradients.
@@ -35,12 +35,14 @@ class Blocks:
         squares: (b, C) float64, squared norms of the gradients.
         losses: (b, C) float64.
         factors: as of :class:`RowBatch`.
+        wide: (b, C wide) in the engine's type, of a store that has wide rows.
     """
 
     rows: Tensor
     squares: Tensor
     losses: Tensor
     factors: dict[tuple[int, int], Sides]
+    wide: Tensor | None = None
 
     @classmethod
     def below(cls, parts: Sequence[Blocks]) -> Blocks:
@@ -53,6 +55,7 @@ class Blocks:
             torch.cat([part.squares for part in parts]),
             torch.cat([part.losses for part in parts]),
             {name: (np.concatenate(x), np.concatenate(d)) for name, (x, d) in sides.items()},
+            _joined([part.wide for part in parts], 0),
         )
 
     @classmethod
@@ -65,7 +68,13 @@ class Blocks:
             torch.cat([part.squares for part in parts], 1),
             torch.cat([part.losses for part in parts], 1),
             {name: sides for part in parts for name, sides in part.factors.items()},
+            _joined([part.wide for part in parts], 1),
         )
+
+
+def _joined(parts: Sequence[Tensor | None], axis: int) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there, axis) if there else None
 
 
 class RowMaker:
@@ -80,9 +89,10 @@ class RowMaker:
         factors: whether exact factors are made as well.
         first: the number of the engine's first checkpoint among all of a store's, whose maps are
             independent.
+        wide: numbers of a checkpoint in a wide row, where such are made as well.
 
     Raises:
-        TaskError: factors were asked for, but give no exact scores in this geometry.
+        TaskError: factors or wide rows were asked for, but give no scores in this geometry.
     """
 
     def __init__(
@@ -94,24 +104,37 @@ class RowMaker:
         geometry: Geometry | None = None,
         factors: bool = False,
         first: int = 0,
+        wide: int | None = None,
     ) -> None:
         self._exact_norms = norms == "exact"
         self._factors, self._first = factors, first
         self.engine, self.geometry = engine, engine.geometry if geometry is None else geometry
-        if factors and not self.geometry.by_factors:
+        if not self.geometry.by_factors and (factors or wide):
+            lacking, option = (
+                ("Stored factors give no exact", "factors") if factors else ("Wide rows estimate no", "wide")
+            )
             raise TaskError(
-                f"Stored factors give no exact scores with preconditioner {engine.task.preconditioner!r}. "
-                "Build without factors."
+                f"{lacking} scores with preconditioner {engine.task.preconditioner!r}. Build without {option}."
             )
         like = torch.zeros((), dtype=engine.dtype, device=engine.device)
         numbers = range(first, first + engine.n_checkpoints)
         self._maps = [projection.for_checkpoint(c, engine.layers, like, bases) for c in numbers]
         self._block_dim = projection.block_dim(engine.layers)
+        self._wide = [
+            WideMap(block_map, wide, number, engine.layers, projection.seed, like)
+            for number, block_map in zip(numbers, self._maps, strict=True)
+            if wide is not None
+        ]
 
     @property
     def dim(self) -> int:
         """Numbers in a row."""
         return self._block_dim * len(self._maps)
+
+    @property
+    def wide_dim(self) -> int:
+        """Numbers in a wide row, 0 where none are made."""
+        return sum(wide_map.dim for wide_map in self._wide)
 
     @property
     def turns(self) -> list[list[int]]:
@@ -138,34 +161,43 @@ class RowMaker:
         """Rows of examples whose blocks at all checkpoints are there, in the order of the checkpoints."""
         whole = Blocks.beside(parts)
         finish = self.geometry.query_rows if role == "query" else self.geometry.train_rows
-        rows = finish(whole.rows.to(self.engine.device), whole.squares.to(self.engine.device))
-        return RowBatch(rows.float().cpu().numpy(), whole.squares.numpy(), whole.losses.numpy(), whole.factors)
+        squares = whole.squares.to(self.engine.device)
+        rows, wide = (
+            None if made is None else finish(made.to(self.engine.device), squares).float().cpu().numpy()
+            for made in (whole.rows, whole.wide)
+        )
+        assert rows is not None
+        return RowBatch(rows, whole.squares.numpy(), whole.losses.numpy(), whole.factors, wide)
 
     def _blocks(self, checkpoints: Sequence[int], examples: Examples) -> list[Blocks]:
-        blocks, norms, losses = [], [], []
+        blocks, wide_blocks, norms, losses = [], [], [], []
         factors: dict[tuple[int, int], Sides] = {}
         for checkpoint in checkpoints:
             for loss_scale in self.engine.loss_scales:
-                block, squared, loss, sides = self._at_checkpoint(checkpoint, examples, loss_scale)
-                bad = ~(loss.isfinite() & squared.isfinite() & block.isfinite().all(1))
+                block, wide, squared, loss, sides = self._at_checkpoint(checkpoint, examples, loss_scale)
+                bad = ~(loss.isfinite() & squared.isfinite() & block.isfinite().all(1) & wide.isfinite().all(1))
                 if not bool(bad.any()):
                     break
             else:
                 names = [name for name, wrong in zip(examples.names, bad.tolist(), strict=True) if wrong]
                 raise non_finite(self.engine, checkpoint, names, bool(loss.isfinite().all()))
             blocks.append(block)
+            wide_blocks.append(wide.cpu())
             norms.append(squared)
             losses.append(loss.double())
             factors |= {(self._first + checkpoint, number): pair for number, pair in sides.items()}
         squares, columns = torch.stack(norms, 1), torch.stack(losses, 1)
-        return [Blocks(torch.cat(blocks, 1).cpu(), squares.cpu(), columns.cpu(), factors)]
+        beside = torch.cat(wide_blocks, 1) if self._wide else None
+        return [Blocks(torch.cat(blocks, 1).cpu(), squares.cpu(), columns.cpu(), factors, beside)]
 
     def _at_checkpoint(
         self, checkpoint: int, examples: Examples, loss_scale: float
-    ) -> tuple[Tensor, Tensor, Tensor, dict[int, Sides]]:
-        """Blocks (b, block_dim), squared norms (b,), losses (b,) and factors by layer."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[int, Sides]]:
+        """Blocks (b, block_dim), wide blocks (b, wide), squared norms (b,), losses (b,) and factors by layer."""
         engine, block_map, mapped = self.engine, self._maps[checkpoint], self._mapped(examples)
         block = torch.zeros(len(examples), self._block_dim, dtype=engine.dtype, device=engine.device)
+        wide_map = self._wide[checkpoint] if self._wide else None
+        wide = block.new_zeros(len(examples), 0 if wide_map is None else wide_map.dim)
         squared = torch.zeros(len(examples), dtype=torch.float64, device=engine.device)
         sides = {number: _no_sides(layer, len(examples)) for number, layer in enumerate(engine.layers) if self._factors}
 
@@ -175,11 +207,15 @@ class RowMaker:
                 sides[number] = _sides(engine.layers[number], gradients)
             for part, piece in gradients.parts():
                 block_map.add(block[part], number, piece)
+                if wide_map is not None:
+                    wide_map.add(wide[part], number, piece)
                 if self._exact_norms:
                     squared[part] += piece.squared_norms()
 
         losses = engine.run(checkpoint, examples, consume, loss_scale=loss_scale)
-        return block, squared if self._exact_norms else block.double().square().sum(1), losses, sides
+        if wide_map is not None:
+            wide = wide_map.finished(wide, block)
+        return block, wide, squared if self._exact_norms else block.double().square().sum(1), losses, sides
 
     def _mapped(self, examples: Examples) -> Callable[[int, Layer, Gradients], Gradients]:
         return self.geometry.query if examples.role == "query" else self.geometry.train
@@ -271,7 +307,9 @@ def _shares(engine: Engine, checkpoint: int, fit: Fit, examples: Examples) -> li
     return [share for example in examples for share in _shares(engine, checkpoint, fit, example)]
 
 
-def pick_batch_size(engine: Engine, projection: Projection, norms: Norms, budget: int | None) -> int:
+def pick_batch_size(
+    engine: Engine, projection: Projection, norms: Norms, budget: int | None, wide: int | None = None
+) -> int:
     """How many examples fit into a memory budget at once; see :func:`batch_size_for`.
 
     Args:
@@ -279,27 +317,30 @@ def pick_batch_size(engine: Engine, projection: Projection, norms: Norms, budget
         projection: which maps.
         norms: as for :class:`RowMaker`.
         budget: bytes, by default what the device can spare.
+        wide: as for :class:`RowMaker`.
     """
     budget = available_bytes(engine.device) if budget is None else budget
-    return batch_size_for(_hungriest(engine, projection, norms), _few(engine), budget, engine.device)
+    return batch_size_for(_hungriest(engine, projection, norms, wide), _few(engine), budget, engine.device)
 
 
-def memory_of_pass(engine: Engine, projection: Projection, norms: Norms) -> tuple[int, int]:
+def memory_of_pass(engine: Engine, projection: Projection, norms: Norms, wide: int | None = None) -> tuple[int, int]:
     """Bytes that a pass takes whatever its size, and bytes for each example; arguments as above."""
-    return pass_bytes(_hungriest(engine, projection, norms), _few(engine), engine.device)
+    return pass_bytes(_hungriest(engine, projection, norms, wide), _few(engine), engine.device)
 
 
 def _few(engine: Engine) -> Examples:
     return engine.task.read(engine.task.train_ids[:LARGEST_TRIED])
 
 
-def _hungriest(engine: Engine, projection: Projection, norms: Norms) -> Callable[[Examples], Any]:
+def _hungriest(engine: Engine, projection: Projection, norms: Norms, wide: int | None) -> Callable[[Examples], Any]:
     """What a build does with a batch that takes most memory."""
-    if projection.fitted:  # fitting takes more than what follows
-        like = torch.zeros((), dtype=engine.dtype, device=engine.device)
-        shares = partial(_shares, engine, 0, projection.fit(0, engine.layers, like))
-        return partial(in_batches, engine, shares)
-    return RowMaker(engine, projection, norms=norms).rows
+    rows = RowMaker(engine, projection.unfitted, norms=norms, wide=wide).rows
+    if not projection.fitted:
+        return rows
+    like = torch.zeros((), dtype=engine.dtype, device=engine.device)
+    shares = partial(in_batches, engine, partial(_shares, engine, 0, projection.fit(0, engine.layers, like)))
+    # Fitting takes more than what follows, but for wide rows.
+    return (lambda examples: (shares(examples), rows(examples))) if wide else shares
 
 
 def projection_of(rows: RowMap) -> Projection:

@@ -1,4 +1,4 @@
-"""Make data/golden/: small stores of format version 1 that the tests read, one for each type of rows.
+"""Make data/golden/: small stores of format version 1 that the tests read, one for each type of rows, one with wide.
 
 Run it only when the format gets a new version: what is in data/golden/ must stay readable for ever.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,19 +45,20 @@ def make_task(folder: Path) -> gradindex.Task:
 
 
 def main(out: Path) -> None:
-    """Write one store for each type."""
+    """Write one store for each type, and one with wide rows."""
+    kinds: dict[str, dict[str, Any]] = {
+        row_type: {
+            "projection": Projection("none"),
+            "row_type": row_type,
+            "factors": "float16" if row_type == "float16" else "float32",
+        }
+        for row_type in ROW_TYPES
+    }
+    kinds["wide"] = {"projection": Projection(dim=4), "wide": 16}
     with tempfile.TemporaryDirectory() as folder:
         task = make_task(Path(folder))
-        for row_type in ROW_TYPES:
-            store = gradindex.build(
-                task,
-                out / row_type,
-                projection=Projection("none"),
-                row_type=row_type,
-                factors="float16" if row_type == "float16" else "float32",
-                batch_size=2,
-                shard_rows=6,
-            )
+        for name, options in kinds.items():
+            store = gradindex.build(task, out / name, **options, batch_size=2, shard_rows=6)
             gradindex.store.remove(store.folder, np.array([3]))
             (store.folder / "log.jsonl").unlink()
             for lock in store.folder.glob("lock*"):

@@ -59,6 +59,7 @@ def info(folder: Path, as_json: bool) -> None:
     columns = ", ".join(map(printable, manifest.columns)) or "none"
     unit = ", rows of unit norm" if manifest.map.unit_norm else ""
     factors = f", exact factors in {manifest.factors}" if manifest.has_factors else ""
+    factors += "" if manifest.wide is None else f", wide rows of {manifest.wide:,} numbers a checkpoint"
     say(
         f"{printable(manifest.task)}: {found.n_train:,} rows of {manifest.dim:,} numbers ({found.state})\n"
         f"projection {projection.kind}{sketch}; gradients in {manifest.map.precision}{unit}\n"

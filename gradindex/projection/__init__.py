@@ -17,3 +17,4 @@ from .hashing import hash64 as hash64
 from .hashing import key as key
 from .maps import DEFAULT_DIM as DEFAULT_DIM
 from .maps import Projection as Projection
+from .wide import WideMap as WideMap

@@ -79,10 +79,15 @@ class BlockMap(ABC):
     Attributes:
         fit: how its sides are fitted to a sample of training examples; ``None`` for a map that needs no data.
         stand_in: of a fitted kind, the name of one of the same size that needs no data: it is timed before a fit.
+        whole: whether it keeps whole gradients, so that wide rows would add nothing.
+        orthonormal: whether a block's numbers are the coordinates of orthonormal directions (:meth:`directions`), so
+            that wide rows hold what these leave out.
     """
 
     fit: ClassVar[type[Fit] | None] = None
     stand_in: ClassVar[str | None] = None
+    whole: ClassVar[bool] = False
+    orthonormal: ClassVar[bool] = False
 
     def __init__(self, spec: MapSpec) -> None:
         self.spec = spec
@@ -95,6 +100,10 @@ class BlockMap(ABC):
     @abstractmethod
     def add(self, block: Tensor, number: int, gradients: Gradients) -> None:
         """Add layer ``number``'s projected gradients to ``block`` (batch, block_dim), in place."""
+
+    def directions(self) -> list[tuple[slice, Tensor, Tensor]]:
+        """Of an orthonormal map: of each layer its numbers in the block, row by row B^T G A, with B and A."""
+        return []
 
 
 PROJECTIONS: Registry[type[BlockMap]] = Registry("projection", PROJECTION_KINDS)

@@ -120,6 +120,7 @@ class Fitted(TwoSided):
 
     fit = SubspaceFit
     stand_in = "kronecker"
+    orthonormal = True
 
     def __init__(self, spec: MapSpec) -> None:
         assert spec.sides is not None

@@ -93,6 +93,16 @@ class Projection:
         """How many numbers one checkpoint takes in a row."""
         return self._map.block_dim(layers, self.dim)
 
+    @property
+    def whole(self) -> bool:
+        """Whether rows are whole gradients, so that their inner products are exact."""
+        return self._map.whole
+
+    @property
+    def orthonormal(self) -> bool:
+        """Whether rows are coordinates of orthonormal directions, so that wide rows hold what these leave out."""
+        return self._map.orthonormal
+
     def fit(self, checkpoint: int, layers: Sequence[Layer], like: Tensor) -> Fit:
         """Begin to fit the map of one checkpoint; arguments as for :meth:`for_checkpoint`.
 

@@ -31,3 +31,8 @@ class TwoSided(BlockMap):
         """See :class:`BlockMap`."""
         start, end = self._spans[number]
         block[:, start:end] += gradients.two_sided(*self._sides[number]).flatten(1)
+
+    def directions(self) -> list[tuple[slice, Tensor, Tensor]]:
+        """See :class:`BlockMap`."""
+        each = zip(self._spans, self._sides, strict=True)
+        return [(slice(*span), left, right) for span, (left, right) in each] if self.orthonormal else []

@@ -42,6 +42,14 @@ class TensorSketch(BlockMap):
         """See :class:`BlockMap`."""
         self._add(block, *self._sides[number], gradients)
 
+    def spectra(self, number: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the columns of ``left`` (d_out, a) and ``right`` (d_in, b): (a, f) and (b, f), complex.
+
+        The product of two of them is the Fourier transform of the sketch of the columns' outer product.
+        """
+        columns, rows = self._sides[number]
+        return torch.fft.rfft(rows(left.T[None])[0]), torch.fft.rfft(columns(right.T[None])[0])
+
     def _add(self, block: Tensor, columns: CountSketch, rows: CountSketch, gradients: Gradients) -> None:
         if isinstance(gradients, Sum):
             for term in gradients.terms:

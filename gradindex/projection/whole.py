@@ -15,6 +15,8 @@ from .base import PROJECTIONS, BlockMap, MapSpec
 class Whole(BlockMap):
     """The layers' gradients side by side, whatever ``dim`` and seed are."""
 
+    whole = True
+
     def __init__(self, spec: MapSpec) -> None:
         ends = list(accumulate(layer.size for layer in spec.layers))
         self._spans = list(zip([0, *ends[:-1]], ends, strict=True))

@@ -18,6 +18,8 @@ from .ranking import Ranked
 from .scoring import scored_as
 from .stages import Answer
 
+# What scores are called that are not exact, by the stage that they come from.
+_ESTIMATED: Mapping[str, str] = {"wide": "wide-estimated", "rows": "projected", "index": "index-estimated"}
 # Hits from which on columns are looked up when they are asked for, and not kept.
 _KEPT_COLUMNS = 1 << 18
 
@@ -39,7 +41,7 @@ def hits_of(task: Task, store: GradientStore, queries: Queries, kind: AnswerKind
         ids=ids,
         scores=scores,
         kind=kind,
-        scored={"exact": scored_as(store), "rows": "projected", "index": "index-estimated"}[answer.last],
+        scored=scored_as(store) if answer.last == "exact" else _ESTIMATED[answer.last],
         queries=queries.names,
         stages=answer.stages,
         measure=measure,

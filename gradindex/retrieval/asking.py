@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ..choices import AGGREGATES, SOURCES, Aggregate, Source
 from ..columns import is_whole, positions_of, values_of
 from ..errors import ArgumentError, GradIndexError
-from ..examples import Examples, RowBatch, read_example
+from ..examples import Coded, Examples, RowBatch, read_example
 from ..gradients import Engine, Products
 from ..progress import progress
 from ..rows import RowMaker
@@ -324,13 +324,17 @@ def prepare(
     if aggregate is None:
         made = RowBatch.joined(list(_batches(examples, maker, store)))
         norms, factors = np.sqrt(made.self_influence.sum(1)), made.factors if stored else None
-        return Queries(examples, tuple(examples.names), QueryVectors(made.rows, norms, factors, fingerprint), None)
+        assert not isinstance(made.wide, Coded)  # but for a store
+        vectors = QueryVectors(made.rows, norms, factors, fingerprint, wide=made.wide)
+        return Queries(examples, tuple(examples.names), vectors, None)
     m = len(examples.names)
     weight = 1 / m if aggregate == "mean" else 1.0
-    row, sums = np.zeros(maker.dim), dict[tuple[int, int], NDArray[np.float32]]()
+    row, wide, sums = np.zeros(maker.dim), np.zeros(maker.wide_dim), dict[tuple[int, int], NDArray[np.float32]]()
     weights: list[NDArray[np.float64]] = []
     for batch in _batches(examples, maker, store):
         row += weight * batch.rows.sum(0, dtype=np.float64)
+        if isinstance(batch.wide, np.ndarray):
+            wide += weight * batch.wide.sum(0, dtype=np.float64)
         # Rows have what the geometry divides by in them already; factors do not.
         weights.append(weight / maker.geometry.lengths(np.sqrt(batch.self_influence.sum(1))))
         for key, (activations, output_gradients) in batch.factors.items():
@@ -338,7 +342,8 @@ def prepare(
             sums[key] = sums[key] + share if key in sums else share
     name = f"{aggregate} of {m:,} {'query' if m == 1 else 'queries'}"
     rows, every = row[None].astype(np.float32), np.concatenate(weights)
-    vectors = QueryVectors(rows, np.ones(1), sums if stored else None, fingerprint, grouped=True)
+    beside = wide[None].astype(np.float32) if len(wide) else None
+    vectors = QueryVectors(rows, np.ones(1), sums if stored else None, fingerprint, grouped=True, wide=beside)
     return Queries(examples, (name,), vectors, every)
 
 

@@ -42,12 +42,23 @@ class Stage:
 
     Args:
         name: ``"index"``: by the index's estimates, of which these are the best; ``"rows"``: by their full rows;
-            ``"stored factors"`` or ``"model"``: by exact scores from there.
+            ``"wide"``: by wide rows; ``"stored factors"`` or ``"model"``: by exact scores from there.
         rows: how many.
+        share: of the candidates' top-k, what is expected here at least, where candidates were left out because their
+            wide rows give them next to no chance of a place in it.
     """
 
     name: str
     rows: int
+    share: float | None = None
+
+    def __str__(self) -> str:
+        share = "" if self.share is None else f" (at least {self.share:.0%} of their top-k expected)"
+        return f"{self.name} {self.rows:,}{share}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it, without what is not said."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -63,8 +74,8 @@ class Hits:
         scores: (n_query, w), signed; positive = proponent.
         kind: ``"proponents"``, ``"opponents"`` or ``"absolute"``: by score descending, ascending, or by magnitude
             descending; ties by ascending id.
-        scored: where the scores come from: ``"exact"`` gradients, ``"projected"`` rows, the ``"index-estimated"`` ones,
-            or ``"float16-factor"`` and ``"bfloat16-factor"``.
+        scored: where the scores come from: ``"exact"`` gradients, ``"projected"`` rows, the ``"wide-estimated"`` or
+            the ``"index-estimated"`` ones, or ``"float16-factor"`` and ``"bfloat16-factor"``.
         measure: what the scores are, ``"TracInCP scores"`` or cosines of the gradients behind them.
         queries: what to call each query.
         stages: the stages of the search, in order.
@@ -287,7 +298,7 @@ def _cut(columns: Mapping[str, NDArray[Any]], name: str, queries: int, k: int) -
 
 def summary(answers: Sequence[Hits]) -> dict[str, Any]:
     """What answers to the same queries say besides their hits: the note, where scores come from, stages by kind."""
-    stages = {answer.kind: [asdict(stage) for stage in answer.stages] for answer in answers}
+    stages = {answer.kind: [stage.to_dict() for stage in answer.stages] for answer in answers}
     return {"note": note(answers), "scored": answers[0].scored, "stages": stages}
 
 
@@ -296,11 +307,7 @@ def note(answers: Sequence[Hits]) -> str:
     ways = {f"stages of {answer.kind}": answer.stages for answer in answers}
     if len(set(ways.values())) == 1:
         ways = {"stages": answers[0].stages}
-    told = [
-        f"; {name}: {', '.join(f'{stage.name} {stage.rows:,}' for stage in stages)}"
-        for name, stages in ways.items()
-        if stages
-    ]
+    told = [f"; {name}: {', '.join(map(str, stages))}" for name, stages in ways.items() if stages]
     return f"{answers[0].scored} {answers[0].measure}; {SIGN}{''.join(told)}"
 
 

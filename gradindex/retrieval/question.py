@@ -51,10 +51,11 @@ class Question:
         k: most hits per query, from 1 to n_train; by default 10 (or all, if there are fewer), with ``at_least`` all.
         at_least: for proponents only scores >= this, for opponents only scores <= its negative, for ``"absolute"``
             only magnitudes >= this.
-        rerank: the last stage: ``"exact"``; ``"rows"`` for the inner products with the full rows; ``"none"`` for the
-            index's estimates (without an index all rows are scanned, as with ``"rows"``).
-        candidates: how many rows to re-rank by exact score, by default 10 k, or as the index was tuned; with
-            ``at_least``, how many to start with.
+        rerank: the last stage: ``"exact"``; ``"wide"`` for estimates from wide rows; ``"rows"`` for the inner products
+            with the full rows; ``"none"`` for the index's estimates (without an index all rows are scanned, as with
+            ``"rows"``).
+        candidates: how many rows to re-rank by exact score or by wide rows, by default 10 k, or as the index was
+            tuned; with ``at_least``, how many to start with.
         ids: only these training ids.
         where: only training examples whose columns have these values: ``{"label": "cat"}``, or a list to match any of
             its values; several columns must all match.
@@ -77,7 +78,7 @@ class Question:
     )
     rerank: Rerank = option(
         "exact",
-        "Last stage: exact scores, inner products of the rows, or the index's estimates.",
+        "Last stage: exact scores, estimates from wide rows, inner products of the rows, or the index's estimates.",
         choices=RERANKS,
     )
     candidates: int | None = option(
@@ -106,8 +107,10 @@ class Question:
                 raise ArgumentError(f"at_least is a {type(self.at_least).__name__}, but must be a number.") from None
             if math.isnan(self.at_least):
                 raise ArgumentError("at_least is NaN, but must be a number.")
-        if self.candidates is not None and self.rerank != "exact":
-            raise ArgumentError(f"candidates needs rerank='exact', but rerank is {self.rerank!r}. Drop one of them.")
+        if self.candidates is not None and self.rerank not in ("exact", "wide"):
+            raise ArgumentError(
+                f"candidates needs rerank='exact' or 'wide', but rerank is {self.rerank!r}. Drop one of them."
+            )
         if self.source not in SOURCES:
             raise ArgumentError(f"source is {self.source!r}, but must be 'query' or 'train'.")
         if self.aggregate is not None and self.aggregate not in AGGREGATES:
@@ -137,6 +140,18 @@ class Question:
             for name, value in said.items()
             if not (name not in ("ids", "where") and value == getattr(defaults, name)) and value is not None
         }
+
+    def check_wide(self, wide: bool) -> None:
+        """Refuse ``rerank="wide"`` where there are no wide rows.
+
+        Raises:
+            ArgumentError: says how to get them.
+        """
+        if self.rerank == "wide" and not wide:
+            raise ArgumentError(
+                "rerank is 'wide', but the store has no wide rows. Build it again with wide=16384, or another even "
+                "number, or ask with rerank='exact' or 'rows'."
+            )
 
     @property
     def filtered(self) -> bool:

@@ -44,6 +44,13 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+def _how(store: GradientStore, candidates: Candidates) -> str:
+    """How a store is searched, for people."""
+    wide = store.manifest.wide
+    beside = "" if wide is None else f"; wide rows of {wide:,} numbers a checkpoint settle the order of candidates"
+    return f"{candidates.how}{beside}"
+
+
 class Retriever:
     """An open store and its task, ready for queries. Create one with :func:`load`.
 
@@ -88,13 +95,14 @@ class Retriever:
         self._search_options: dict[str, Any] = {"use_index": use_index, "device": device}
         self._opened = store, Candidates(store, **self._search_options)
         self._warming: Warming | None = None
+        self._made: tuple[tuple[bool, int | None], RowMaker] | None = None
 
     def __repr__(self) -> str:
         return f"<Retriever of {self.task!r} on {self._opened[0]!r}>"
 
     def _repr_html_(self) -> str:
         store, candidates = self._opened
-        return as_html({"model": repr(self.task)[1:-1]} | described(store) | {"search": candidates.how})
+        return as_html({"model": repr(self.task)[1:-1]} | described(store) | {"search": _how(store, candidates)})
 
     def _computing(self) -> AbstractContextManager[Engine]:
         return _computing(self._engine)
@@ -163,7 +171,7 @@ class Retriever:
     @property
     def search_note(self) -> str:
         """How rows are searched: with which index and recall, or by scanning all of them."""
-        return asked_again(self._now)[1].how
+        return _how(*asked_again(self._now))
 
     def prepare(
         self, queries: int | Sequence[Any], source: Source = "query", aggregate: Aggregate | None = None
@@ -189,10 +197,17 @@ class Retriever:
             NonFiniteGradientError: names the query.
         """
         store, examples = self.store, find(self.task, queries, source)
-        stored = store.has_factors
         with self._computing() as engine:
-            maker = RowMaker(engine, self._projection, self._bases, geometry=self._geometry, factors=stored)
-            return prepare(examples, maker, store, aggregate)
+            return prepare(examples, self._maker(engine, store), store, aggregate)
+
+    def _maker(self, engine: Engine, store: GradientStore) -> RowMaker:
+        """Makes queries' rows; kept, for wide rows are made with transforms of bases."""
+        wanted = store.has_factors, store.manifest.wide
+        if self._made is None or self._made[0] != wanted:
+            factors, wide = wanted
+            maker = RowMaker(engine, self._projection, self._bases, "exact", self._geometry, factors, wide=wide)
+            self._made = wanted, maker
+        return self._made[1]
 
     def ask(
         self, queries: int | Sequence[Any], source: Source = "query", aggregate: Aggregate | None = None
@@ -211,6 +226,7 @@ class Retriever:
                 "source and aggregate belong to prepare(), but these queries are already prepared. Drop them."
             )
         lacks = store.has_factors and queries.factors is None
+        lacks |= store.manifest.wide is not None and queries.vectors.wide is None
         if queries.vectors.fingerprint != store.manifest.fingerprint or lacks:
             raise ArgumentError(
                 f"These queries were prepared for different rows than those of {store.folder}. Prepare them again."
@@ -273,6 +289,7 @@ class Retriever:
         self, queries: int | Sequence[Any] | Queries, question: Question, kinds: Sequence[AnswerKind]
     ) -> list[Hits]:
         question.most(self.store.n_train)  # refused before the gradients are computed
+        question.check_wide(self.store.manifest.wide is not None)
         prepared = self._prepared(self.store, queries, question.source, question.aggregate)
 
         def answers() -> list[Hits]:

@@ -16,17 +16,19 @@ from ..examples import Examples
 from ..gradients import HALF, Engine, Geometry, Products, check_queries, check_routes
 from ..index import paired_products
 from ..progress import progress
-from ..store import GradientStore, runs
+from ..store import GradientStore, runs, wide_products
 from ..task import Task
 from ..tree import preserved_random_state
 from .asking import Queries, find
 from .candidates import pieces
-from .vectors import QueryFactors
+from .vectors import QueryFactors, QueryVectors
 
 # Memory for the gradients of queries while they are compared; more queries go in turns.
 _QUERY_BYTES = 2 << 30
 # Memory for factors that were gathered, and numbers of scores, at once.
 _FACTOR_BYTES, _SCORES = 64 << 20, 4 << 20
+# Wide rows, as numbers, whose codes are gathered at once.
+_WIDE_BYTES = 256 << 20
 # Pairs of a query and a training example that are scored at once.
 _PAIRS = 1 << 20
 # Scores that are kept while weights are held one checkpoint at a time.
@@ -192,6 +194,31 @@ def by_factors(store: GradientStore, factors: QueryFactors, n_query: int, ids: N
         for _, share in _factor_shares(store, factors, piece):
             scores += share
         yield slice(0, n_query), piece, scores
+
+
+def by_wide_rows(
+    store: GradientStore, vectors: QueryVectors, query: int, ids: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Estimates of exact scores from wide rows, and their standard errors: (2, m).
+
+        sum_c <w_c(z), w_c(q)>, with a variance of about sum_c (||w_c(z)||^2 ||w_c(q)||^2 + <w_c(z), w_c(q)>^2) / wide
+
+    Args:
+        store: one that has wide rows.
+        vectors: the queries.
+        query: which of them.
+        ids: (m,) training ids that have a row.
+    """
+    assert vectors.wide is not None
+    wide, own = store.manifest.wide or 1, vectors.wide[query]
+    squares = np.square(own, dtype=np.float64).reshape(store.n_checkpoints, -1).sum(1)
+    found = [np.empty((2, 0))]
+    for some in pieces(ids, _WIDE_BYTES // own.nbytes):
+        coded = store.wide(some)
+        products = wide_products(coded, own)
+        variances = np.square(coded.norms, dtype=np.float64) @ squares + np.square(products).sum(1)
+        found.append(np.stack([products.sum(1), np.sqrt(variances / wide)]))
+    return np.concatenate(found, 1)
 
 
 def of_candidates(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..choices import AnswerKind, Rerank
 from ..gradients import Engine, Geometry
+from ..rows import projection_of
 from ..store import GradientStore
 from .asking import Queries
 from .candidates import Candidates, Effort, candidates_for, pieces, scan
@@ -19,7 +20,7 @@ from .filters import Allowed
 from .hits import Stage
 from .question import DEFAULT_K
 from .ranking import Best, Ranked, ranked, united
-from .scoring import Scores, by_factors, measured, of_candidates, through_model
+from .scoring import Scores, by_factors, by_wide_rows, measured, of_candidates, through_model
 from .vectors import QueryVectors
 
 _FAISS_K = 1024
@@ -60,11 +61,13 @@ class Searcher(Protocol):
         n_train: how many rows it has, whether they may answer or not.
         exact_from: where exact scores come from, ``"stored factors"`` or ``"model"``.
         exhaustive: whether exact scores of all rows cost little enough to be asked for (:meth:`score_all`).
+        wide: whether it has wide rows, which :meth:`estimate` exact scores.
     """
 
     n_train: int
     exact_from: str
     exhaustive: bool
+    wide: bool
 
     def propose(
         self,
@@ -83,13 +86,16 @@ class Searcher(Protocol):
             kinds: what is the best; where they go to exact scores, proponents and opponents alone.
             k: how many at most; ``None`` for all from ``at_least`` on.
             last: ``"none"``: by the index's own estimates, where there is one that can be used; ``"rows"``: by full
-                rows; ``"exact"``: as candidates for exact scores.
+                rows; ``"exact"`` and ``"wide"``: as candidates for such scores.
             at_least: strengths below are left out.
-            candidates: with ``last="exact"``, how many; by default what suits.
+            candidates: how many of these; by default what suits.
         """
 
     def products(self, vectors: QueryVectors, query: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """(m,) inner products of a query's row with the rows of ascending ids, each computed alone."""
+
+    def estimate(self, vectors: QueryVectors, lists: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
+        """Estimates of each query's own ascending ids from wide rows, and their standard errors: (2, m) each."""
 
     def score(self, vectors: QueryVectors, lists: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
         """Exact scores of each query's own ascending ids, the same bit by bit whatever else is asked."""
@@ -123,6 +129,7 @@ class LocalSearcher:
         self._queries, self._allowed, self._geometry = queries, allowed, geometry
         self.n_train, self.exhaustive = store.n_train, store.has_factors
         self.exact_from = "stored factors" if store.has_factors else "model"
+        self.wide = store.manifest.wide is not None
 
     def propose(
         self,
@@ -135,7 +142,7 @@ class LocalSearcher:
         candidates: int | None = None,
     ) -> Proposed:
         """See :class:`Searcher`."""
-        if last == "exact":
+        if last in ("exact", "wide"):
             return self._for_exact(vectors, kinds, k, candidates)
         if last == "none" and k is not None and at_least is None:
             efforts = self._efforts(kinds, k)
@@ -225,6 +232,16 @@ class LocalSearcher:
     def products(self, vectors: QueryVectors, query: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """See :class:`Searcher`."""
         return self._candidates.products(vectors.rows[query], ids)
+
+    def estimate(self, vectors: QueryVectors, lists: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
+        """See :class:`Searcher`."""
+        estimated = []
+        for query, ids in enumerate(lists):
+            found = by_wide_rows(self._store, vectors, query, ids)
+            if projection_of(self._store.manifest.map).orthonormal:  # wide rows hold what rows leave out
+                found[0] += self.products(vectors, query, ids)
+            estimated.append(found)
+        return estimated
 
     def score(self, vectors: QueryVectors, lists: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
         """See :class:`Searcher`."""

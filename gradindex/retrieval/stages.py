@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,14 @@ from ..choices import AnswerKind
 from ..errors import ArgumentError
 from .hits import Stage
 from .question import Question
-from .ranking import Best, Ranked, ranked, united
+from .ranking import Best, Ranked, ranked, strength, united
 from .searcher import SIGNS, Proposed, Searcher, signs
 from .vectors import QueryVectors
+
+# For each kind of answer, ascending ids of each query.
+ByKind: TypeAlias = Mapping[AnswerKind, Sequence[NDArray[np.int64]]]
+# Of the candidates' top-k, the share that exact scores are computed for, as far as wide rows tell.
+_SHARE = 0.99
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,12 @@ class Answer:
     Args:
         found: for each query ids and scores, in order.
         stages: what they went through.
-        last: the stage that the scores come from: ``"index"``, ``"rows"`` or ``"exact"``.
+        last: the stage that the scores come from: ``"index"``, ``"rows"``, ``"wide"`` or ``"exact"``.
     """
 
     found: list[Ranked]
     stages: tuple[Stage, ...]
-    last: Literal["index", "rows", "exact"]
+    last: Literal["index", "rows", "wide", "exact"]
 
 
 def merged(kind: AnswerKind, answers: Sequence[Answer], k: int | None = None, at_least: float | None = None) -> Answer:
@@ -70,7 +76,7 @@ class Search:
         kinds: of answers, one or several.
 
     Raises:
-        ArgumentError: ``k`` is out of range, or ``candidates`` would decide nothing.
+        ArgumentError: ``k`` is out of range, ``candidates`` would decide nothing, or there are no wide rows to rank by.
     """
 
     def __init__(
@@ -78,7 +84,9 @@ class Search:
     ) -> None:
         self._searcher, self._vectors, self._question, self._kinds = searcher, vectors, question, kinds
         self._k = question.most(searcher.n_train)
-        if searcher.exhaustive and question.at_least is not None and question.candidates is not None:
+        question.check_wide(searcher.wide)
+        self._exhaustive = searcher.exhaustive and question.rerank == "exact"
+        if self._exhaustive and question.at_least is not None and question.candidates is not None:
             raise ArgumentError(
                 "candidates decides nothing with at_least: the store has factors, so all that may answer get exact "
                 "scores. Leave it out."
@@ -87,10 +95,10 @@ class Search:
     def answers(self) -> list[Answer]:
         """One for each kind."""
         question, kinds = self._question, self._kinds
-        if question.rerank == "exact":
+        if question.rerank in ("exact", "wide"):
             if question.at_least is None:
                 return self._reranked(kinds)
-            return self._all_exact(kinds) if self._searcher.exhaustive else self._doubling(kinds)
+            return self._all_exact(kinds) if self._exhaustive else self._doubling(kinds)
         proposed = self._searcher.propose(
             self._vectors, kinds, self._k, last=question.rerank, at_least=question.a_little_less
         )
@@ -112,31 +120,83 @@ class Search:
         return settled
 
     def _reranked(self, kinds: Sequence[AnswerKind]) -> list[Answer]:
-        """The candidates re-ranked by exact score."""
+        """The candidates re-ranked by exact score, or by wide rows; those decide which of them get exact scores."""
         proposed = self._candidates(kinds, self._question.candidates)
-        by_kind = {kind: _candidate_ids(kind, proposed) for kind in kinds}
-        scores = self._exact(by_kind)
+        by_kind: ByKind = {kind: _candidate_ids(kind, proposed) for kind in kinds}
+        stages, share = proposed.stages, None
+        narrowing = self._searcher.wide and self._question.rerank == "exact" and not self._exhaustive
+        if narrowing:
+            stages, share = (*stages, Stage("wide", _longest(*by_kind.values()))), _SHARE
+            by_kind, scores = self._narrowed(by_kind)
+        else:
+            scores = self._scored(by_kind)
         answers = []
         for kind in kinds:
             pairs = zip(by_kind[kind], scores[kind], strict=True)
-            stage = Stage(self._searcher.exact_from, max(map(len, by_kind[kind])))
+            stage = self._stage(_longest(by_kind[kind]), share)
             found = [ranked(kind, ids, of_query, self._k) for ids, of_query in pairs]
-            answers.append(Answer(found, (*proposed.stages, stage), "exact"))
+            answers.append(Answer(found, (*stages, stage), self._last))
         return answers
 
-    def _candidates(self, kinds: Sequence[AnswerKind], count: int | None) -> Proposed:
-        return self._searcher.propose(self._vectors, signs(kinds), self._k, last="exact", candidates=count)
+    def _narrowed(self, by_kind: ByKind) -> tuple[ByKind, dict[AnswerKind, list[NDArray[np.float64]]]]:
+        """Exact scores of the best by wide rows, and then of all others that may be better than the worst of these.
 
-    def _exact(
-        self, by_kind: Mapping[AnswerKind, list[NDArray[np.int64]]]
+        Which may be is told by the standard errors of their estimates, or more where those of the best fall short of
+        what the exact scores show: all but as many of the least likely ones as have less than 1 - ``_SHARE`` of the
+        top-k among them, as far as is to be expected.
+        """
+        k, estimates = self._k or 1, self._of_each(by_kind, self._searcher.estimate)
+        first = {
+            kind: [
+                np.sort(ranked(kind, ids, of_query[0], k)[0])
+                for ids, of_query in zip(lists, estimates[kind], strict=True)
+            ]
+            for kind, lists in by_kind.items()
+        }
+        exact, rest = self._scored(first), dict[AnswerKind, list[NDArray[np.int64]]]()
+        for kind, lists in by_kind.items():
+            places = [np.searchsorted(ids, some) for ids, some in zip(lists, first[kind], strict=True)]
+            known = [each[:, some] for each, some in zip(estimates[kind], places, strict=True)]
+            wider = _short_of(known, exact[kind])
+            rest[kind] = [
+                ids[_may_enter(strength(kind, each[0]), wider * each[1], strength(kind, scores), some, k)]
+                for ids, each, scores, some in zip(lists, estimates[kind], exact[kind], places, strict=True)
+            ]
+        more = self._scored(rest)
+        return (
+            {kind: [np.concatenate(both) for both in zip(first[kind], rest[kind], strict=True)] for kind in by_kind},
+            {kind: [np.concatenate(both) for both in zip(exact[kind], more[kind], strict=True)] for kind in by_kind},
+        )
+
+    @property
+    def _last(self) -> Literal["wide", "exact"]:
+        return "wide" if self._question.rerank == "wide" else "exact"
+
+    def _stage(self, rows: int, share: float | None = None) -> Stage:
+        return Stage("wide" if self._last == "wide" else self._searcher.exact_from, rows, share)
+
+    def _candidates(self, kinds: Sequence[AnswerKind], count: int | None) -> Proposed:
+        return self._searcher.propose(self._vectors, signs(kinds), self._k, last=self._last, candidates=count)
+
+    def _scored(self, by_kind: ByKind) -> dict[AnswerKind, list[NDArray[np.float64]]]:
+        """Scores of some ascending ids of each query, for each kind: exact ones, or from wide rows."""
+        if self._last == "exact":
+            return self._of_each(by_kind, self._searcher.score)
+        estimates = self._of_each(by_kind, self._searcher.estimate)
+        return {kind: [of_query[0] for of_query in lists] for kind, lists in estimates.items()}
+
+    def _of_each(
+        self,
+        by_kind: ByKind,
+        score: Callable[[QueryVectors, Sequence[NDArray[np.int64]]], list[NDArray[np.float64]]],
     ) -> dict[AnswerKind, list[NDArray[np.float64]]]:
-        """Exact scores of some ascending ids of each query, for each kind; what several kinds want is scored once."""
+        """What several kinds want is scored once; scores have ids as their last axis."""
         lists = [of_query[0] if len(of_query) == 1 else np.unique(np.concatenate(of_query))
                  for of_query in zip(*by_kind.values(), strict=True)]  # fmt: skip
-        scores = self._searcher.score(self._vectors, lists)
+        scores = score(self._vectors, lists)
         return {
             kind: [
-                of_query if ids is wanted else of_query[np.searchsorted(ids, wanted)]
+                of_query if ids is wanted else of_query[..., np.searchsorted(ids, wanted)]
                 for ids, of_query, wanted in zip(lists, scores, of_kind, strict=True)
             ]
             for kind, of_kind in by_kind.items()
@@ -183,7 +243,7 @@ class Search:
                     np.setdiff1d(ids, seen[kind][query], assume_unique=True) if query in active else ids[:0]
                     for query, ids in enumerate(_candidate_ids(kind, proposed))
                 ]
-            scores = self._exact(fresh)
+            scores = self._scored(fresh)
             for kind in kinds:
                 left = []
                 for query in going[kind]:
@@ -195,8 +255,48 @@ class Search:
                         left.append(query)
                 going[kind] = left
             wanted, first = min(n_train, 2 * wanted), False
-        last = {kind: Stage(self._searcher.exact_from, max(map(len, seen[kind]))) for kind in kinds}
-        return [Answer(strong[kind].found(), (*stages, last[kind]), "exact") for kind in kinds]
+        last = {kind: self._stage(_longest(seen[kind])) for kind in kinds}
+        return [Answer(strong[kind].found(), (*stages, last[kind]), self._last) for kind in kinds]
+
+
+def _longest(*of_kinds: Sequence[NDArray[np.int64]]) -> int:
+    return max(len(ids) for lists in of_kinds for ids in lists)
+
+
+def _short_of(estimates: Sequence[NDArray[np.float64]], exact: Sequence[NDArray[np.float64]]) -> float:
+    """How many times their standard errors (2, m) estimates are off by, in the root of the mean square; at least 1."""
+    (found, errors), true = np.concatenate(estimates, 1), np.concatenate(exact)
+    off = np.divide(true - found, errors, out=np.zeros_like(found), where=errors > 0)
+    return max(1.0, float(np.sqrt(np.square(off).mean())))
+
+
+def _may_enter(
+    strengths: NDArray[np.float64],
+    errors: NDArray[np.float64],
+    exact: NDArray[np.float64],
+    known: NDArray[np.int64],
+    k: int,
+) -> NDArray[np.bool_]:
+    """Which others may be among the best k: (m,).
+
+    Args:
+        strengths: (m,) estimates.
+        errors: (m,) their standard errors.
+        exact: strengths of those that are known.
+        known: their places among the m.
+        k: how many are the best.
+    """
+    if len(exact) < k:
+        return ~np.isin(np.arange(len(strengths)), known)
+    above = np.divide(
+        exact.min() - strengths, errors, out=np.copysign(np.inf, exact.min() - strengths), where=errors > 0
+    )
+    chances = np.array([math.erfc(each / math.sqrt(2)) / 2 for each in above.tolist()])
+    chances[known] = 0
+    order = np.argsort(chances, kind="stable")
+    wanted = np.zeros(len(chances), dtype=bool)
+    wanted[order[np.cumsum(chances[order]) > (1 - _SHARE) * k]] = True
+    return wanted
 
 
 def _candidate_ids(kind: AnswerKind, proposed: Proposed) -> list[NDArray[np.int64]]:

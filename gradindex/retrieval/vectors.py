@@ -25,6 +25,7 @@ class QueryVectors:
         factors: see ``QueryFactors``; ``None`` where the store has none.
         fingerprint: of the store's map, which the rows belong to.
         grouped: whether they are one question about several examples.
+        wide: (n_query, C wide) float32 wide rows; ``None`` where the store has none.
     """
 
     rows: NDArray[np.float32]
@@ -32,6 +33,7 @@ class QueryVectors:
     factors: QueryFactors | None
     fingerprint: str
     grouped: bool = False
+    wide: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -189,7 +189,7 @@ def _needed(store: GradientStore, candidates: Candidates) -> list[tuple[str, ...
     beside = ("ids", "columns/", *(("self_influence",) if store.manifest.map.unit_norm else ()))
     rows, factors = ("rows", "scales"), ("factors/",)
     if not store.has_factors:
-        return [beside, rows]
+        return [beside, rows, *([] if store.manifest.wide is None else [("wide",)])]
     if candidates.index is None or candidates.newer:
         return [beside, rows, factors]
     return [beside, factors, rows]  # full rows only for filters and thresholds

@@ -24,6 +24,7 @@ from .layout import check_room as check_room
 from .layout import factor_bytes as factor_bytes
 from .layout import free_bytes as free_bytes
 from .layout import shard_bytes as shard_bytes
+from .layout import wide_bytes as wide_bytes
 from .manifest import Manifest as Manifest
 from .manifest import RowMap as RowMap
 from .manifest import StoredCheckpoint as StoredCheckpoint
@@ -41,3 +42,5 @@ from .upkeep import merge as merge
 from .upkeep import remove as remove
 from .upkeep import rewritten as rewritten
 from .upkeep import seal as seal
+from .wide import wide_encoded as wide_encoded
+from .wide import wide_products as wide_products

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ..errors import ArgumentError, StoreError
 from ..files import checked, is_there, read_checked, read_text, storing, write_checked
 from . import runs
-from .forms import DATES_NEED, check_manifest, check_pending, check_unfinished
+from .forms import DATES_NEED, WIDE_NEED, check_manifest, check_pending, check_unfinished
 from .manifest import VERSION, Manifest, ShardEntry
 
 FORMAT = "gradindex-store"
@@ -21,7 +21,7 @@ SHARDS, INDEX = "shards", "index"
 # Beside a plan: names of the shards that are of no manifest yet, for when the plan is taken away.
 UNFINISHED = "unfinished.json"
 # What a manifest may list under "needs": parts of the format that came after version 1 and cannot be ignored.
-FEATURES = (DATES_NEED,)
+FEATURES = (DATES_NEED, WIDE_NEED)
 
 
 class PlannedShard(NamedTuple):

@@ -43,6 +43,8 @@ _COLUMN_TYPE = text(rf"U|[<>|=]?[biufc]\d{{1,2}}|{re.escape(DATES)}", f"a type i
 _SIZE = whole(0, 1 << 48)
 # In "needs": a reader of before would take a column of dates for damaged.
 DATES_NEED = "dates"
+# Such a reader would add rows that lack their wide ones.
+WIDE_NEED = "wide"
 # Far more than a machine has, and few enough for it to refuse.
 _MOST_ROWS = 1 << 40
 _THREADS, _ROWS = whole(1, 4096), whole(1, _MOST_ROWS)
@@ -147,9 +149,8 @@ _described = {
     "threads": _THREADS,
     "generation": whole(1, 1 << 53),
 }
-_manifest = record(
-    {"needs": list_of(_any_text), **_described, "shards": _entries}, {"merged": list_of(_DIGEST), **_told}
-)
+_may_be = {"merged": list_of(_DIGEST), "wide": whole(2, 1 << 40), **_told}
+_manifest = record({"needs": list_of(_any_text), **_described, "shards": _entries}, _may_be)
 _planned = record(
     {"name": _NAME, "ids": runs},
     {
@@ -162,7 +163,7 @@ _pending = record(
     {
         "needs": list_of(_any_text),
         "job": text("[a-z-]{1,40}", "the name of a command"),
-        "after": record({**_described, "data": anything}, {"merged": list_of(_DIGEST), **_told}),
+        "after": record({**_described, "data": anything}, _may_be),
         "plan": list_of(_planned),
         "keep": list_of(_entry),
     },
@@ -186,9 +187,9 @@ _seal = record(
 )
 
 
-def needs_of(columns: Mapping[str, str]) -> list[str]:
-    """What a reader must know to read a store of these columns, besides version 1."""
-    return [DATES_NEED] if DATES in columns.values() else []
+def needs_of(columns: Mapping[str, str], wide: int | None) -> list[str]:
+    """What a reader must know to read a store of these columns and wide rows, besides version 1."""
+    return ([DATES_NEED] if DATES in columns.values() else []) + ([] if wide is None else [WIDE_NEED])
 
 
 def check_manifest(value: Any) -> None:
@@ -285,15 +286,17 @@ def _item_bytes(kind: str) -> int:
 
 
 def _check_needs(needs: Sequence[str], described: Mapping[str, Any]) -> None:
-    for feature in needs_of(described["columns"]):
+    for feature in needs_of(described["columns"], described.get("wide")):
         if feature not in needs:
-            raise ValueError(f"needs lacks {json.dumps(feature)}, but columns have some")
+            raise ValueError(f"needs lacks {json.dumps(feature)}, but the store has some")
 
 
 def _check_described(value: Mapping[str, Any], before: str = "") -> None:
     checkpoints = len(value["map"]["checkpoints"])
     if value["dim"] % checkpoints:
         raise ValueError(f"{before}dim is {value['dim']}, but must be a multiple of the {checkpoints} checkpoints")
+    if value.get("wide", 0) % 2:
+        raise ValueError(f"{before}wide is {value['wide']}, but must be even")
     if value["removed"] and value["removed"][-1][1] > value["next_id"]:
         raise ValueError(f"{before}removed has ids that are not below next_id")
 

@@ -23,6 +23,7 @@ from .manifest import Manifest, ShardEntry
 _HEADER_BYTES, _BLOCK_DIGEST_BYTES = 1 << 14, 32
 
 FACTOR_SIDES = ("activations", "output_gradients")
+WIDE = "wide"
 
 
 def factor_name(checkpoint: int, layer: int, side: str) -> str:
@@ -36,6 +37,9 @@ def row_specs(manifest: Manifest, count: int) -> dict[str, Spec]:
     specs: dict[str, Spec] = {"ids": ((count,), "<i8"), "rows": ((count, manifest.dim), STORED[manifest.row_type])}
     if manifest.row_type == "int8":
         specs["scales"] = ((count, checkpoints), "<f4")
+    if manifest.wide is not None:
+        specs[WIDE] = ((count, checkpoints * manifest.wide // 2), "|u1")
+        specs |= dict.fromkeys((f"{WIDE}_scales", f"{WIDE}_norms"), ((count, checkpoints), "<f4"))
     specs |= dict.fromkeys(("self_influence", "losses"), ((count, checkpoints), "<f8"))
     if manifest.factors is not None:
         for checkpoint in range(checkpoints):
@@ -114,6 +118,11 @@ def factor_bytes(after: Manifest, count: int) -> int:
     return sum(_bytes(spec) for name, spec in row_specs(after, count).items() if name.startswith("factors/"))
 
 
+def wide_bytes(after: Manifest, count: int) -> int:
+    """How much of that are wide rows, of ``count`` rows."""
+    return sum(_bytes(spec) for name, spec in row_specs(after, count).items() if name.startswith(WIDE))
+
+
 def _bytes(spec: Spec) -> int:
     shape, kind = spec
     return math.prod(shape) * np.dtype(kind).itemsize
@@ -134,8 +143,8 @@ def free_bytes(folder: Path) -> int:
         raise StoreError(f"{there} cannot be used: {error.strerror}. Choose another folder.") from None
 
 
-def check_room(folder: Path, wanted: int) -> None:
-    """Refuse to begin what the disk has no room for.
+def check_room(folder: Path, wanted: int, way_out: str = "") -> None:
+    """Refuse to begin what the disk has no room for; ``way_out`` is what would fit.
 
     Raises:
         StoreError: says how much is wanted, and how much is free.
@@ -144,5 +153,6 @@ def check_room(folder: Path, wanted: int) -> None:
     if wanted > free:
         raise StoreError(
             f"{folder} still needs about {wanted / 1e9:,.3g} GB, but its disk has {free / 1e9:,.3g} GB free. "
-            "Free some space, choose another disk, or store less: fewer dimensions, a smaller row_type, no factors."
+            "Free some space, choose another disk, or store less: "
+            f"{way_out or 'fewer dimensions, a smaller row_type, no factors'}."
         )

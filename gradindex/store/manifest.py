@@ -284,6 +284,7 @@ class Manifest:
         sources: what wrote each checkpoint, and what of it is the model's, for people; empty in older stores.
         merged: checksums of the manifests that were merged.
         shards: in the order of their ids.
+        wide: numbers of a checkpoint in a wide row; ``None`` where there are none.
         unknown: keys of a later version.
         sha256: checksum of the manifest that was read; ``None`` before it is written.
     """
@@ -305,6 +306,7 @@ class Manifest:
     sources: tuple[Mapping[str, Any], ...] = ()
     merged: tuple[str, ...] = ()
     shards: tuple[ShardEntry, ...] = ()
+    wide: int | None = None
     unknown: Mapping[str, Any] = field(default_factory=dict)
     sha256: str | None = None
 
@@ -320,6 +322,7 @@ class Manifest:
             sources=tuple(value.get("sources", ())),
             merged=tuple(value.get("merged", ())),
             shards=tuple(map(ShardEntry.from_json, value.get("shards", ()))),
+            wide=value.get("wide"),
             unknown=_besides(value, _KNOWN_KEYS),
             sha256=value.get("sha256"),
         )
@@ -333,6 +336,7 @@ class Manifest:
         written |= {"columns": dict(self.columns), "removed": [list(run) for run in self.removed]}
         written |= {"fingerprint": self.fingerprint}
         written |= {"merged": list(self.merged)} if self.merged else {}
+        written |= {} if self.wide is None else {"wide": self.wide}
         return written | dict(self.unknown) | {"generation": self.generation}
 
     @property
@@ -343,7 +347,7 @@ class Manifest:
     @property
     def needs(self) -> list[str]:
         """What a reader must know to read such a store, besides version 1 of the format."""
-        return needs_of(self.columns)
+        return needs_of(self.columns, self.wide)
 
     @property
     def n_checkpoints(self) -> int:
@@ -362,7 +366,8 @@ class Manifest:
 
     def differences(self, other: Manifest, *, bases: bool = False) -> list[str]:
         """What differs in the maps and in what is stored beside rows, in words; ``bases`` as for the map."""
-        names = {"columns": "columns", "self_influence": "self_influence", "row_type": "row type", "factors": "factors"}
+        names = {"columns": "columns", "self_influence": "self_influence", "row_type": "row type"}
+        names |= {"factors": "factors", "wide": "wide rows"}
         differing = self.map.differences(other.map, bases=bases)
         return differing + [words for name, words in names.items() if getattr(self, name) != getattr(other, name)]
 
@@ -383,7 +388,7 @@ _PLAIN_KEYS = (
 )  # fmt: skip
 # Of a manifest and of its header, and what a plan keeps beside the manifest that it leads to.
 _KNOWN_KEYS = {*_PLAIN_KEYS, "map", "generation", "tracked", "sources", "merged", "shards", "fingerprint", "sha256"}
-_KNOWN_KEYS |= {"format", "version", "needs", "data"}
+_KNOWN_KEYS |= {"format", "version", "needs", "data", "wide"}
 
 
 def _besides(value: Mapping[str, Any], known: Any) -> dict[str, Any]:

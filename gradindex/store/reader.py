@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..dates import DATES
 from ..errors import ArgumentError, StoreError, check_k
+from ..examples import Coded
 from ..files import is_there, signature
 from ..gaps import with_gaps
 from ..output import as_html, data_frame
@@ -21,7 +22,7 @@ from .bases import Bases, read_bases
 from .documents import MANIFEST, PENDING, read_manifest
 from .gathering import Gatherer
 from .job import progress_of
-from .layout import FACTOR_SIDES, factor_name
+from .layout import FACTOR_SIDES, WIDE, factor_name, row_specs
 from .manifest import ShardEntry
 from .shards import OpenShards, Shard, check_unchanged
 from .summary import described, flat
@@ -266,6 +267,23 @@ class GradientStore:
         for places, shard, positions in self._gatherer.by_shard(ids):
             sides = iter(shard.arrays.at(names, positions))
             yield places, positions, {key: (next(sides), next(sides)) for key in keys}
+
+    def wide(self, ids: NDArray[np.int64]) -> Coded:
+        """Wide rows as they are stored, in the order of ``ids``.
+
+        Raises:
+            ArgumentError: the store has none, or an id has no row.
+            StoreError: a block that an id touches is damaged.
+        """
+        if self.manifest.wide is None:
+            raise ArgumentError(
+                f"{self.folder} has no wide rows. Build a store with wide=16384, or another even number."
+            )
+        names, ids = (WIDE, f"{WIDE}_scales", f"{WIDE}_norms"), self._checked(ids)
+        if not len(ids):
+            specs = row_specs(self.manifest, 0)
+            return Coded(*(np.empty(*specs[name]) for name in names))
+        return Coded(*self._gatherer.gather(names, ids))
 
     def _factor_keys(self) -> list[tuple[int, int]]:
         if not self.has_factors:

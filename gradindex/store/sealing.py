@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import StoreError
-from ..examples import RowBatch
+from ..examples import Coded, RowBatch
 from ..files import digest_of
 from . import runs
 from .container import Spec, Writer, writing
 from .documents import FORMAT, SHARDS, PlannedShard
 from .encoding import encode
-from .layout import FACTOR_SIDES, as_stored, factor_name, row_specs
+from .layout import FACTOR_SIDES, WIDE, as_stored, factor_name, row_specs
 from .manifest import VERSION, Manifest, ShardEntry
+from .wide import wide_encoded
 
 
 class ShardWriter:
@@ -53,6 +54,9 @@ class ShardWriter:
             for side, values in zip(FACTOR_SIDES, sides, strict=True):
                 (stored,) = encode(values, kind or "float32", 1, name, "factors").values()
                 arrays[factor_name(checkpoint, layer, side)] = stored
+        if batch.wide is not None:
+            coded = batch.wide if isinstance(batch.wide, Coded) else wide_encoded(batch.wide, arrays["losses"].shape[1])
+            arrays |= {WIDE: coded.codes, f"{WIDE}_scales": coded.scales, f"{WIDE}_norms": coded.norms}
         for array, values in arrays.items():
             self.raw.put(array, place, values)
         self._place += len(batch)

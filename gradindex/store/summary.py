@@ -17,6 +17,7 @@ def described(store: GradientStore) -> dict[str, str]:
     """What a person wants to know at a glance, by name; nothing is read but the manifest."""
     stored, n_checkpoints = store.manifest.map, store.n_checkpoints
     factors = f", exact factors in {store.manifest.factors}" if store.has_factors else ""
+    factors += "" if store.manifest.wide is None else f", wide rows of {store.manifest.wide:,} a checkpoint"
     found = {
         "task": store.manifest.task,
         "rows": f"{len(store):,} rows of {store.dim:,} numbers in {store.manifest.row_type}{factors}",

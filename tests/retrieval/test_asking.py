@@ -280,7 +280,7 @@ REFUSED = {
     "fewer candidates than k": ({"k": 20, "candidates": 15}, "candidates is 15, but must be at least k, 20"),
     "candidates for rows": (
         {"rerank": "rows", "candidates": 30},
-        "candidates needs rerank='exact', but rerank is 'rows'",
+        "candidates needs rerank='exact' or 'wide', but rerank is 'rows'",
     ),
     "both as a kind": ({"kind": "both"}, r"For both, call both\(\)"),
     "no such column": ({"where": {"colour": "red"}}, r"no column 'colour'. It has: label, number, rate, flipped"),
@@ -295,7 +295,7 @@ REFUSED = {
     "differs in no column": ({"differs": "colour"}, "no column 'colour'"),
     "differs in the store's alone": ({"differs": "number"}, "queries have no column 'number' to differ from"),
     "kind": ({"kind": "best"}, "kind is 'best', but must be one of: proponents, opponents, absolute"),
-    "rerank": ({"rerank": "all"}, "rerank is 'all', but must be one of: exact, rows, none"),
+    "rerank": ({"rerank": "all"}, "rerank is 'all', but must be one of: exact, wide, rows, none"),
     "threshold": ({"at_least": float("nan")}, "at_least is NaN"),
     "aggregate": ({"aggregate": "max"}, "aggregate is 'max', but must be 'sum', 'mean' or None"),
     "k with a threshold": ({"k": N + 1, "at_least": 1.0}, f"k is {N + 1}"),

@@ -80,7 +80,7 @@ def test_the_command_line_has_every_field_of_a_question():
     names = {parameter.name for parameter in main.commands["query"].params}
     assert {"k", "at_least", "rerank", "candidates", "where", "ids_file", "differs", "aggregate", "kind"} <= names
     rerank = next(p for p in main.commands["query"].params if p.name == "rerank")
-    assert isinstance(rerank.type, click.Choice) and list(rerank.type.choices) == ["exact", "rows", "none"]
+    assert isinstance(rerank.type, click.Choice) and list(rerank.type.choices) == ["exact", "wide", "rows", "none"]
 
 
 def test_hits_as_a_dictionary_are_plain_json(retriever):

@@ -64,7 +64,7 @@ def test_equal_scores_at_the_edge_of_a_merged_answer_go_by_their_ids():
 class Elsewhere:
     """A searcher that got its queries as bytes and knows neither store nor model: rows and scores in an array."""
 
-    exact_from, exhaustive = "elsewhere", False
+    exact_from, exhaustive, wide = "elsewhere", False, False
 
     def __init__(self, rows):
         self.rows, self.n_train = rows, len(rows)
@@ -79,6 +79,9 @@ class Elsewhere:
 
     def score(self, vectors, lists):
         return [2 * self.rows[ids] @ row for ids, row in zip(lists, vectors.rows, strict=True)]
+
+    def estimate(self, vectors, lists):
+        raise NotImplementedError
 
     def score_all(self, vectors):
         raise NotImplementedError
