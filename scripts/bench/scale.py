@@ -31,12 +31,15 @@ from gradindex.evaluation.truth import Truth, lower_bound, truth_from
 from gradindex.index.shapes import fitted_directions
 from gradindex.projection import Projection
 from gradindex.retrieval.candidates import Candidates
+from gradindex.store import wide_bytes
 
 K, TUNED, QUICK_TUNED, JUDGED, BATCH = 100, 1000, 40, 500, 100
 PARTS = ("augmented", "pseudo_classes", "cifar10", "float16", "mnist", "growth", "all_layers", "first_query")
 QUICK_PARTS = ("augmented", "growth", "all_layers", "first_query")  # the others take the same way
 # Rows of ImageNet's shape for the first query, and how many are asked.
 FIRST_ROWS, FIRST_QUERIES = 131_072, 100
+# Numbers a checkpoint of the wide rows beside those of all layers.
+WIDE, QUICK_WIDE = 16_384, 4096
 # What a row of the store may take, in KiB.
 ROOM = {"augmented": 3.5, "float16": 1.8}
 
@@ -323,8 +326,8 @@ def growth(bench: Bench) -> None:
 
 
 def all_layers(bench: Bench) -> None:
-    """No exact factors: the index against a full scan, both against exact products, and what re-scoring takes."""
-    task, store = task_of("all_layers"), store_of("all_layers")
+    """No exact factors: index and wide rows against exact products, and what answers from them and the model take."""
+    task, store = task_of("all_layers"), store_of("all_layers", wide=QUICK_WIDE if bench.quick else WIDE)
     name = f"all layers of ResNet-9, {store.n_train:,} rows"
     evaluation.index(store.folder, recall=0.99, k=K, n_query=QUICK_TUNED if bench.quick else JUDGED)
     retriever = gradindex.load(task, store.folder)
@@ -348,10 +351,36 @@ def all_layers(bench: Bench) -> None:
             share = evaluation.recall_at_k(sign * exact, best[:, :found], 20).mean()
             what = f"true top-20 of {len(sample):,} rows among the best {found} by rows"
             bench.figure(f"{name}: {what}, {kind}", float(share), "share")
+    by_wide_rows(bench, name, retriever, sample, exact)
     single = retriever.prepare([0])
-    for candidates in (K, 3 * K):
-        taken = timed(partial(retriever.search, single, K, candidates=candidates), 2) / 1000
-        bench.figure(f"{name}: a query with {candidates} candidates re-scored through the model", taken, "s")
+    for k, candidates in ((K, K), (K, 3 * K), (10, K)):
+        search = partial(retriever.search, single, k, candidates=min(candidates, store.n_train))
+        scored = search().stages[-1].rows
+        what = f"the exact top-{k} of {candidates} candidates, {scored} of them through the model"
+        bench.figure(f"{name}: {what}", timed(search, 1) / 1000, "s")
+
+
+def by_wide_rows(
+    bench: Bench, name: str, retriever: gradindex.Retriever, sample: NDArray[np.int64], exact: NDArray[Any]
+) -> None:
+    """Answers from wide rows alone: recall within a sample whose exact scores are known, and time among all rows."""
+    n_query, store = len(exact), retriever.store
+    asked = retriever.prepare(range(n_query))
+    bench.figure(f"{name}: wide rows", wide_bytes(store.manifest, 1) / 1024, "KiB a row")
+    for sign, kind in ((1, "proponents"), (-1, "opponents")):
+        # Of a fifth of the rows: as the top-100 and the top-500 of all.
+        for k in sorted({min(k, len(sample) // 2) for k in (K // 5, K)}):
+            hits = retriever.search(asked, k, kind=kind, rerank="wide", ids=sample)
+            share = evaluation.recall_at_k(sign * exact, np.searchsorted(sample, hits.ids), k).mean()
+            what = f"recall@{k} of {kind} by wide rows, {n_query} queries, {len(sample):,} rows"
+            bench.bar(f"{name}: {what}", float(share), "share", 0.98)
+    singles = [retriever.prepare([position]) for position in range(n_query)]
+    search = partial(retriever.search, k=K, rerank="wide")
+    first, again = (np.median([timed(partial(search, single), 1) for single in singles]) / 1000 for _ in range(2))
+    bench.figure(f"{name}: a query by wide rows, blocks met for the first time verified, median", float(first), "s")
+    bench.bar(f"{name}: a query by wide rows, median", float(again), "s", 1.5, at_most=True)
+    each = timed(partial(search, asked), 3) / n_query
+    bench.bar(f"{name}: each of {n_query} at once by wide rows", each, "ms", 300, at_most=True)
 
 
 OTHERS = {"growth": growth, "all_layers": all_layers, "first_query": first_query}
