@@ -44,8 +44,8 @@ class Stage:
         name: ``"index"``: by the index's estimates, of which these are the best; ``"rows"``: by their full rows;
             ``"wide"``: by wide rows; ``"stored factors"`` or ``"model"``: by exact scores from there.
         rows: how many.
-        share: of the candidates' top-k, what is expected here at least, where candidates were left out because their
-            wide rows give them next to no chance of a place in it.
+        share: of the candidates' top-k, what is expected in the answer, by the errors of wide rows, where these decide:
+            at least, where exact scores went to those alone that have a chance of a place in it.
     """
 
     name: str
@@ -53,8 +53,16 @@ class Stage:
     share: float | None = None
 
     def __str__(self) -> str:
-        share = "" if self.share is None else f" (at least {self.share:.0%} of their top-k expected)"
+        least = "" if self.name == "wide" else "at least "
+        share = "" if self.share is None else f" ({least}{self.share:.1%} of the candidates' top-k expected)"
         return f"{self.name} {self.rows:,}{share}"
+
+    def with_more(self, other: Stage | None) -> Stage:
+        """The same stage of two searches, each of its own rows."""
+        if other is None:
+            return self
+        shares = [stage.share for stage in (self, other) if stage.share is not None]
+        return Stage(self.name, self.rows + other.rows, min(shares, default=None))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it, without what is not said."""

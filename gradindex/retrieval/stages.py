@@ -49,7 +49,8 @@ def merged(kind: AnswerKind, answers: Sequence[Answer], k: int | None = None, at
         at_least: strengths below are left out.
 
     Returns:
-        The best of each query, by strength descending, then id ascending; stages with the rows of all added up.
+        The best of each query, by strength descending, then id ascending; stages with the rows of all added up, and
+        the lowest of their shares.
 
     Raises:
         ArgumentError: scores of one come from another stage than those of the others.
@@ -57,13 +58,13 @@ def merged(kind: AnswerKind, answers: Sequence[Answer], k: int | None = None, at
     lasts = sorted({answer.last for answer in answers})
     if len(lasts) > 1:
         raise ArgumentError(f"Answers by {' and '.join(lasts)} cannot be merged: their scores do not compare.")
-    rows: dict[str, int] = {}
+    stages: dict[str, Stage] = {}
     for answer in answers:
         for stage in answer.stages:
-            rows[stage.name] = rows.get(stage.name, 0) + stage.rows
+            stages[stage.name] = stage.with_more(stages.get(stage.name))
     queries = zip(*(answer.found for answer in answers), strict=True)
     found = [ranked(kind, *united(parts), k, at_least) for parts in queries]
-    return Answer(found, tuple(Stage(name, count) for name, count in rows.items()), answers[0].last)
+    return Answer(found, tuple(stages.values()), answers[0].last)
 
 
 class Search:
@@ -123,17 +124,21 @@ class Search:
         """The candidates re-ranked by exact score, or by wide rows; those decide which of them get exact scores."""
         proposed = self._candidates(kinds, self._question.candidates)
         by_kind: ByKind = {kind: _candidate_ids(kind, proposed) for kind in kinds}
-        stages, share = proposed.stages, None
+        stages, shares = proposed.stages, dict[AnswerKind, float | None]()
         narrowing = self._searcher.wide and self._question.rerank == "exact" and not self._exhaustive
         if narrowing:
-            stages, share = (*stages, Stage("wide", _longest(*by_kind.values()))), _SHARE
+            stages, shares = (*stages, Stage("wide", _longest(*by_kind.values()))), dict.fromkeys(by_kind, _SHARE)
             by_kind, scores = self._narrowed(by_kind)
+        elif self._last == "wide":
+            estimates = self._of_each(by_kind, self._searcher.estimate)
+            scores = {kind: [each[0] for each in lists] for kind, lists in estimates.items()}
+            shares = {kind: self._expected(kind, lists) for kind, lists in estimates.items()}
         else:
             scores = self._scored(by_kind)
         answers = []
         for kind in kinds:
             pairs = zip(by_kind[kind], scores[kind], strict=True)
-            stage = self._stage(_longest(by_kind[kind]), share)
+            stage = self._stage(_longest(by_kind[kind]), shares.get(kind))
             found = [ranked(kind, ids, of_query, self._k) for ids, of_query in pairs]
             answers.append(Answer(found, (*stages, stage), self._last))
         return answers
@@ -167,6 +172,17 @@ class Search:
             {kind: [np.concatenate(both) for both in zip(first[kind], rest[kind], strict=True)] for kind in by_kind},
             {kind: [np.concatenate(both) for both in zip(exact[kind], more[kind], strict=True)] for kind in by_kind},
         )
+
+    def _expected(self, kind: AnswerKind, estimates: Sequence[NDArray[np.float64]]) -> float:
+        """Of the candidates' top-k, the share that is expected among the best k by estimates (2, m); of all queries."""
+        shares = []
+        for found, errors in estimates:
+            strengths = strength(kind, found)
+            order, k = np.argsort(-strengths), min(self._k or 1, len(strengths))
+            left_out = order[k:]
+            chances = _chances(strengths[left_out], errors[left_out], strengths[order[k - 1]] if k else 0.0)
+            shares.append(max(0.0, 1 - chances.sum() / max(1, k)))
+        return float(np.mean(shares))
 
     @property
     def _last(self) -> Literal["wide", "exact"]:
@@ -270,6 +286,13 @@ def _short_of(estimates: Sequence[NDArray[np.float64]], exact: Sequence[NDArray[
     return max(1.0, float(np.sqrt(np.square(off).mean())))
 
 
+def _chances(strengths: NDArray[np.float64], errors: NDArray[np.float64], least: float) -> NDArray[np.float64]:
+    """(m,) of each, how likely it is above ``least``, by its estimate and its standard error."""
+    below = least - strengths
+    below = np.divide(below, errors, out=np.copysign(np.inf, below), where=errors > 0)
+    return np.array([math.erfc(each / math.sqrt(2)) / 2 for each in below.tolist()])
+
+
 def _may_enter(
     strengths: NDArray[np.float64],
     errors: NDArray[np.float64],
@@ -288,10 +311,7 @@ def _may_enter(
     """
     if len(exact) < k:
         return ~np.isin(np.arange(len(strengths)), known)
-    above = np.divide(
-        exact.min() - strengths, errors, out=np.copysign(np.inf, exact.min() - strengths), where=errors > 0
-    )
-    chances = np.array([math.erfc(each / math.sqrt(2)) / 2 for each in above.tolist()])
+    chances = _chances(strengths, errors, float(exact.min()))
     chances[known] = 0
     order = np.argsort(chances, kind="stable")
     wanted = np.zeros(len(chances), dtype=bool)

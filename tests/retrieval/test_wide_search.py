@@ -42,7 +42,7 @@ def test_exact_answers_are_those_of_all_candidates_and_the_model_scores_few(wide
     *_, by_wide, by_model = hits.stages
     assert by_wide == Stage("wide", N) and by_model.name == "model" and by_model.share == 0.99
     assert 10 <= by_model.rows < 60
-    assert f"wide 300, model {by_model.rows} (at least 99% of their top-k expected)" in hits.note
+    assert f"wide 300, model {by_model.rows} (at least 99.0% of the candidates' top-k expected)" in hits.note
     assert hits.to_dict()["stages"][kind][-2:] == [{"name": "wide", "rows": N}, by_model.to_dict()]
 
 
@@ -50,19 +50,24 @@ def test_exact_answers_are_those_of_all_candidates_and_the_model_scores_few(wide
 def test_wide_rows_alone_answer_without_the_model(wide, exact, queries, kind, monkeypatch):
     monkeypatch.setattr("gradindex.retrieval.searcher.through_model", None)
     hits = wide.search(queries, 10, kind=kind, rerank="wide", **ALL)
-    assert hits.scored == "wide-estimated" and hits.stages == (Stage("rows", N), Stage("wide", N))
+    rows, by_wide = hits.stages
+    assert hits.scored == "wide-estimated" and rows == Stage("rows", N) and (by_wide.name, by_wide.rows) == ("wide", N)
+    assert f"wide 300 ({by_wide.share:.1%} of the candidates' top-k expected)" in hits.note
     true = [ordered(kind, scores, k=10) for scores in exact]
-    assert toys.share(hits.ids, np.array(true)) > 0.85
+    measured = toys.share(hits.ids, np.array(true))
+    assert measured > 0.85 and abs(measured - by_wide.share) < 0.1
     np.testing.assert_allclose(hits.scores, np.take_along_axis(exact, hits.ids, 1), atol=0.05 * np.abs(exact).max())
     strengths = {"proponents": hits.scores, "opponents": -hits.scores, "absolute": np.abs(hits.scores)}[kind]
     assert (np.diff(strengths, axis=1) <= 0).all()
     rows = wide.search(queries, 10, kind=kind, rerank="rows")
-    assert toys.share(rows.ids, np.array(true)) < toys.share(hits.ids, np.array(true))
+    assert toys.share(rows.ids, np.array(true)) < measured
 
 
 def test_both_a_group_a_filter_and_a_threshold_work_with_wide_rows(wide, exact, queries):
     up, down = wide.both(queries, 5, rerank="wide", candidates=40)
-    assert up.stages == down.stages == (Stage("rows", N), Stage("wide", 40))
+    assert [[(stage.name, stage.rows) for stage in hits.stages] for hits in (up, down)] == [
+        [("rows", N), ("wide", 40)]
+    ] * 2
     group = wide.proponents(range(M), 10, aggregate="mean", rerank="wide", **ALL)
     assert toys.share(group.ids, [ordered("proponents", exact.mean(0), k=10)]) >= 0.8
     np.testing.assert_allclose(group.scores[0], exact.mean(0)[group.ids[0]], atol=0.05 * np.abs(exact).max())
@@ -86,6 +91,7 @@ def test_merged_answers_of_parts_are_the_answer_of_the_whole(wide, queries):
     answer = merged("proponents", answers, 7)
     np.testing.assert_array_equal([ids for ids, _ in answer.found], whole.ids)
     np.testing.assert_array_equal([scores for _, scores in answer.found], whole.scores)
+    assert answer.stages[-1].rows == N and answer.stages[-1].share == min(each.stages[-1].share for each in answers)
 
 
 def test_a_store_without_wide_rows_says_how_to_get_them(plain):
