@@ -9,18 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
+import numpy as np
 import torch
 
 from .errors import ArgumentError, MismatchError
 from .estimating import Estimate, timed
+from .examples import RowBatch
 from .filling import fill, planned, running
 from .gradients import Engine, with_unit_norm
 from .matching import check_task, hint_at_frozen
 from .memory import available_bytes, largest_batch
 from .options import BuildKeywords, BuildOptions, chosen
+from .progress import note
 from .projection import Projection
 from .rows import FITTED_TO, RowMaker, describe, fit_bases, memory_of_pass, pick_batch_size
 from .store import (
+    MANY_OUTPUTS,
+    PACKING_SAMPLE,
     GradientStore,
     Job,
     Manifest,
@@ -32,9 +37,12 @@ from .store import (
     factor_bytes,
     free_bytes,
     number_bytes,
+    packing_of,
     shard_bytes,
     share,
+    stored_width,
     take_ended_plan,
+    why_whole,
     wide_bytes,
     write_bases,
 )
@@ -45,6 +53,8 @@ if TYPE_CHECKING:
 
 # Rows of a shard at least, and shards at most, unasked: what is lost when a build is cut off, and what a query touches.
 _SHARD_ROWS, _SHARDS = 8192, 64
+# Examples of a pass of those by which it is chosen how factors are packed.
+_SAMPLED_AT_ONCE = 64
 
 
 @overload
@@ -145,6 +155,7 @@ def estimate(
     options, folder = chosen(options, keywords, BuildOptions), Path(out)
     with running(task, options.precision, options, options.batch_size) as engine:
         projection, described = _described(task, engine, options)
+        described = _with_packing(engine, options, described)
         columns, norms = partial(task.column_arrays, "train"), options.self_influence
         fixed, each = memory_of_pass(engine, projection, norms, options.wide)
         budget = available_bytes(engine.device) if options.memory is None else options.memory
@@ -192,9 +203,10 @@ def _build(task: Task, folder: Path, part: Part | None, options: BuildOptions) -
             _check_built(GradientStore(folder), described, engine)
             take_ended_plan(folder)
             return
-        if options.factors is not None or options.wide is not None:  # before hours of other work
-            beside = options.factors is not None
-            RowMaker(engine, Projection("none"), factors=beside, wide=options.wide).rows(task.first_and_last())
+        if Job.pending(folder) is None:  # what cannot be stored beside rows is refused before hours of other work
+            if options.wide is not None:
+                RowMaker(engine, Projection("none"), wide=options.wide).rows(task.first_and_last())
+            described = _with_packing(engine, options, described)
         with claimed(folder, part, new=True):
             if GradientStore.complete(folder):  # in the meantime, by another process
                 _check_built(GradientStore(folder), described, engine)
@@ -211,12 +223,14 @@ def _described(task: Task, engine: Engine, options: BuildOptions) -> tuple[Proje
     projection = projection.resolved(engine.n_checkpoints, *number_bytes(options.row_type))
     if options.wide is not None:
         _check_wide(options.wide, projection, projection.block_dim(engine.layers))
+    dim = projection.block_dim(engine.layers) * engine.n_checkpoints
+    stored_width(options.row_type, dim)  # refuses what would not fit
     return projection, Manifest(
         task=task.name,
         map=describe(engine, projection, options.unit_norm),
         tracked=engine.tracked.described,
         sources=tuple(loaded.source() for loaded in engine.loaded),
-        dim=projection.block_dim(engine.layers) * engine.n_checkpoints,
+        dim=dim,
         row_type=options.row_type,
         factors=options.factors,
         self_influence=options.self_influence,
@@ -246,6 +260,25 @@ def _that_fit(described: Manifest, bytes_of: Callable[[Manifest], int], free: in
         if bytes_of(replace(described, wide=wide)) <= free:
             return f"wide={wide} fits"
     return "leave wide out" if described.wide else ""
+
+
+def _with_packing(engine: Engine, options: BuildOptions, described: Manifest) -> Manifest:
+    """The same with how factors are packed, by a sample; what has no factors is refused before hours of other work."""
+    if options.factors is None:
+        return described
+    ids = engine.task.train_ids
+    some = ids[np.unique(np.linspace(0, len(ids) - 1, min(PACKING_SAMPLE, len(ids))).astype(np.int64))]
+    maker = RowMaker(engine, Projection(dim=1), norms="projected", factors=True)
+    if options.pack is False or all(layer.d_out < MANY_OUTPUTS for layer in engine.layers):
+        some = some[[0, -1]]
+    pieces = np.array_split(some, -(-len(some) // _SAMPLED_AT_ONCE))
+    factors = RowBatch.joined([maker.rows(engine.task.read(piece)) for piece in pieces])
+    packing = {} if options.pack is False else packing_of(factors.factors, options.factors)
+    if options.pack:
+        for number, layer in enumerate(engine.layers):
+            if number not in packing:
+                note(f"factors of {layer.name or 'the model'} are kept whole: {why_whole(layer.d_out)}")
+    return replace(described, packing=packing)
 
 
 def _rows_a_shard(options: BuildOptions, task: Task, batch_size: int) -> int:

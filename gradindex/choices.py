@@ -20,7 +20,7 @@ Precision = Literal["float32", "bfloat16", "float16", "float64"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 # Of rows, in the store.
-RowType = Literal["float32", "float16", "bfloat16", "int8"]
+RowType = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 ROW_TYPES: tuple[RowType, ...] = get_args(RowType)
 
 # Of exact factors, in the store.

@@ -78,6 +78,7 @@ class BuildKeywords(ComputeKeywords, total=False):
     precision: Precision
     row_type: RowType
     factors: FactorType | None
+    pack: bool | None
     wide: int | None
     self_influence: Norms
     unit_norm: bool
@@ -139,10 +140,14 @@ class BuildOptions(ComputeOptions):
         projection: the map from gradients to rows; by default a TensorSketch of 1,024 numbers per checkpoint.
         precision: of the gradients.
         row_type: number format of stored rows: ``"float32"``, ``"float16"`` (overflow is an error), ``"bfloat16"``,
-            or ``"int8"`` with a scale for each row and checkpoint.
+            or ``"int8"`` or ``"int4"`` with a scale for each row and checkpoint; ``"int4"`` is for stores that have
+            factors, where rows only find candidates, and needs an even number of them.
         factors: also store the two factors whose outer product is each layer's gradient, in ``"float32"`` or
             ``"float16"``, so that exact scores need no backward pass over training examples; only for linear layers
             without positions.
+        pack: whether factors of layers with 256 outputs or more are packed, so that they take two thirds of the room
+            and scores change by less than float32's rounding (float16's, where they are of that type); by default
+            where it spares room, with True it is said which layers are not, and with False none is.
         wide: numbers per checkpoint of a second, wider row beside each, such as 16,384, stored in 4 bits each. It
             settles the order among candidates of a store without factors, so that exact scores, which go through the
             model, are computed for few of them, or with ``rerank="wide"`` for none. Even, and more than a row has.
@@ -175,6 +180,11 @@ class BuildOptions(ComputeOptions):
         None,
         "Numbers per checkpoint of a second, wider row, such as 16384: exact scores through the model then go to few.",
         type=int,
+    )
+    pack: bool | None = option(
+        None,
+        "Pack factors of layers with many outputs, in less room at the same precision; by default where it helps.",
+        flags="--pack/--whole",
     )
     self_influence: Norms = option(
         "exact", "Exact, or projected: the squared norm of the row, a faster estimate.", choices=NORMS
@@ -216,6 +226,8 @@ class BuildOptions(ComputeOptions):
         check_choice("row_type", self.row_type, ROW_TYPES)
         if self.factors is not None and self.factors not in FACTOR_TYPES:
             raise ArgumentError(f"factors is {self.factors!r}, but must be 'float32', 'float16' or None.")
+        if self.pack and self.factors is None:
+            raise ArgumentError("pack is about factors. Give factors='float32' or 'float16' with it, or leave it out.")
 
     @property
     def computing(self) -> ComputeOptions:

@@ -18,7 +18,7 @@ def options_of_a_build(task: Task) -> None:
     """Options that do not exist, and values that they do not take."""
     build(task, "store", precison="float32")  # type: ignore[call-overload]
     build(task, "store", precision="float23")  # type: ignore[call-overload]
-    build(task, "store", row_type="int4")  # type: ignore[call-overload]
+    build(task, "store", row_type="int3")  # type: ignore[call-overload]
     BuildOptions(row_tpye="int8")  # type: ignore[call-arg]
     gradindex.add(task, "store", worker=2)  # type: ignore[call-arg]
     gradindex.load("store", task)  # type: ignore[arg-type]

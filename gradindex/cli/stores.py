@@ -174,7 +174,8 @@ def remove(folder: Path, ids: tuple[int, ...], ids_from: Any) -> None:
 
 @click.command()
 @FOLDER
-def compact(folder: Path) -> None:
+@click.option("--upgrade", is_flag=True, help="Also pack exact factors of layers with many outputs, without gradients.")
+def compact(folder: Path, upgrade: bool) -> None:
     """Free the space of removed rows and merge small shards. Ids do not change.
 
     Safe to rerun: it resumes where it stopped. Until it is done, the store gives its old answers.
@@ -185,7 +186,7 @@ def compact(folder: Path) -> None:
     from ..store import overview
 
     before = overview(folder).bytes
-    store = run(folder)
+    store = run(folder, upgrade=upgrade)
     now = overview(folder).bytes
     say(f"{folder}: {store.n_train:,} rows in {_bytes(now)}, {_bytes(before - now)} less than before")
 

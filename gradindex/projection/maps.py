@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -48,7 +49,7 @@ class Projection:
         if (self.dim != DEFAULT_DIM) + (self.row_dim is not None) + (self.row_bytes is not None) > 1:
             raise ArgumentError("Give one of dim, row_dim and row_bytes: they say the same in other units.")
 
-    def resolved(self, n_checkpoints: int, number_bytes: int = 4, block_bytes: int = 0) -> Projection:
+    def resolved(self, n_checkpoints: int, number_bytes: float = 4, block_bytes: int = 0) -> Projection:
         """The same with its size as ``dim``.
 
         Args:
@@ -65,13 +66,13 @@ class Projection:
             unit, size, number_bytes, block_bytes = "row_dim", self.row_dim, 1, 0
         else:
             unit, size = "row_bytes", self.row_bytes or 0
-        least = n_checkpoints * (number_bytes + block_bytes)
+        least = math.ceil(n_checkpoints * (number_bytes + block_bytes))
         if size < least:
             raise ArgumentError(
                 f"{unit} is {size}, but must be at least {least}, for one number at each of {n_checkpoints} "
                 "checkpoints."
             )
-        return Projection(self.kind, (size // n_checkpoints - block_bytes) // number_bytes, self.seed)
+        return Projection(self.kind, int((size // n_checkpoints - block_bytes) / number_bytes), self.seed)
 
     @property
     def fitted(self) -> bool:

@@ -16,7 +16,7 @@ from ..examples import Examples
 from ..gradients import HALF, Engine, Geometry, Products, check_queries, check_routes
 from ..index import paired_products
 from ..progress import progress
-from ..store import GradientStore, runs, wide_products
+from ..store import GradientStore, comparable, runs, wide_products
 from ..task import Task
 from ..tree import preserved_random_state
 from .asking import Queries, find
@@ -224,7 +224,7 @@ def by_wide_rows(
 def of_candidates(
     store: GradientStore, factors: QueryFactors, lists: Sequence[NDArray[np.int64]]
 ) -> list[NDArray[np.float64]]:
-    """Exact scores of each query's own candidates, from factors where they lie: none are copied but of half precision.
+    """Exact scores of each query's own candidates, from factors where they lie: what is stored as it is, is not copied.
 
     Args:
         store: one that has factors.
@@ -237,17 +237,18 @@ def of_candidates(
     counts = [len(ids) for ids in lists]
     asked = {key: [np.ascontiguousarray(side, dtype=np.float32) for side in sides] for key, sides in factors.items()}
     every, scores = np.repeat(np.arange(len(lists)), counts), np.zeros(sum(counts))
-    half = store.manifest.factors in HALF
-    at_once = min(_PAIRS, _factors_at_once(store, 1)) if half else _PAIRS
+    sums = {key: [side.sum(1, dtype=np.float64) for side in sides] for key, sides in asked.items()}
+    copied = store.manifest.factors in HALF or store.manifest.packing
+    at_once = min(_PAIRS, _factors_at_once(store, 1)) if copied else _PAIRS
     for start, ids in zip(range(0, len(every), at_once), pieces(np.concatenate(lists), at_once), strict=True):
         queries, into = every[start : start + len(ids)], scores[start : start + len(ids)]
-        for places, positions, arrays in store.factors_in_place(ids):
-            both = [pair for key, sides in arrays.items() for pair in zip(asked[key], sides, strict=True)]
-            if half:
-                used, positions = np.unique(positions, return_inverse=True)
-                both = [(of_queries, stored[used].astype(np.float32)) for of_queries, stored in both]
-            products = paired_products(queries[places], positions, both)
-            total = np.zeros(len(places))
+        for places, positions, stored in store.factors_in_place(ids):
+            of_queries, total = queries[places], np.zeros(len(places))
+            products: list[NDArray[Any]] = []
+            for names, rows, at in comparable(stored, positions):
+                pairs = [(asked[key][side], row.numbers) for (key, side), row in zip(names, rows, strict=True)]
+                found = zip(names, rows, paired_products(of_queries, at, pairs), strict=True)
+                products += [row.products(some, at, sums[key][side][of_queries]) for (key, side), row, some in found]
             for x, delta in zip(products[::2], products[1::2], strict=True):  # in one order, however many there are
                 total += np.multiply(x, delta, dtype=np.float64)
             into[places] = total

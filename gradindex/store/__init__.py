@@ -14,6 +14,7 @@ from .claiming import take_ended_plan as take_ended_plan
 from .documents import PlannedShard as PlannedShard
 from .encoding import check_row_type as check_row_type
 from .encoding import number_bytes as number_bytes
+from .encoding import stored_width as stored_width
 from .export import export as export
 from .following import asked_again as asked_again
 from .following import followed as followed
@@ -32,7 +33,13 @@ from .manifest import StoredLayer as StoredLayer
 from .manifest import StoredProjection as StoredProjection
 from .overview import Overview as Overview
 from .overview import overview as overview
+from .packing import MANY_OUTPUTS as MANY_OUTPUTS
+from .packing import PACKING_SAMPLE as PACKING_SAMPLE
+from .packing import Packing as Packing
+from .packing import packing_of as packing_of
+from .packing import why_whole as why_whole
 from .reader import GradientStore as GradientStore
+from .sides import comparable as comparable
 from .summary import described as described
 from .upkeep import changing as changing
 from .upkeep import compact as compact

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError, StoreError
 from ..files import discard, flush, flushing, put_in_place, regular, storing, temporary_for, with_checksum
+from .forms import WHOLE
 
 # 16 KiB: a row read at random costs little more than its own bytes, and checksums add 0.1% to a file.
 BLOCK_BYTES = 1 << 14
@@ -37,6 +38,7 @@ class Writer:
 
     def __init__(self, path: Path, temporary: Path, places: Mapping[str, dict[str, Any]]) -> None:
         self._path, self._places, self._written = path, places, dict.fromkeys(places, 0)
+        self._grown: dict[str, list[NDArray[Any]]] = {}
         self._file = temporary.open("r+b", buffering=0)
 
     def put(self, name: str, start: int, values: NDArray[Any]) -> None:
@@ -56,6 +58,26 @@ class Writer:
         self._written[name] = end
         with storing(self._path):
             write_at(self._file, place["offset"] + start * _item_bytes(place), content.reshape(-1).view(np.uint8).data)
+
+    def grow(self, name: str, values: NDArray[Any]) -> None:
+        """Add ``values`` to an array of what few rows have, laid out in the end; until then it is in memory."""
+        self._grown.setdefault(name, []).append(np.ascontiguousarray(values))
+
+    def grown(self) -> dict[str, NDArray[Any]]:
+        """The arrays that grew, in the order of their names."""
+        return {name: np.concatenate(parts) for name, parts in sorted(self._grown.items())}
+
+    def put_grown(self, places: Mapping[str, dict[str, Any]]) -> None:
+        """Write what grew, once the whole file is laid out again with room for it behind all else."""
+        moved = [name for name, place in self._places.items() if places[name] != place]
+        if moved:
+            raise StoreError(
+                f"{self._path} cannot grow: HDF5 has moved {moved[0]}. Nothing is kept; please report this."
+            )
+        self._places, grown = places, self.grown()
+        self._written |= dict.fromkeys(grown, 0)
+        for name, values in grown.items():
+            self.put(name, 0, values)
 
     def close(self) -> None:
         """End writing."""
@@ -98,6 +120,10 @@ def writing(
             writer = Writer(path, temporary, places)
         try:
             yield writer
+            if grown := {name: (values.shape, values.dtype.str) for name, values in writer.grown().items()}:
+                with storing(path):
+                    places = _lay_out(temporary, {**specs, **grown}, attributes)
+                writer.put_grown(places)
         finally:
             writer.close()
         writer.check_whole()
@@ -113,6 +139,7 @@ def writing(
 
 
 def _lay_out(path: Path, specs: Mapping[str, Spec], attributes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Write HDF5's own part of a file, which may hold some of the arrays already: where each array is to be."""
     import h5py  # reading needs none of it
 
     early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -145,6 +172,7 @@ class _Pages(io.RawIOBase):
 
     def __init__(self) -> None:
         self._pages: dict[int, bytearray] = {}
+        self._pieces: list[tuple[int, int]] = []
         self._place = self._end = 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -165,6 +193,7 @@ class _Pages(io.RawIOBase):
         """See ``io``."""
         left = memoryview(content).cast("B")
         written = len(left)
+        self._pieces.append((self._place, written))
         while left:
             number, start = divmod(self._place, self._SIZE)
             piece = left[: self._SIZE - start]
@@ -186,12 +215,15 @@ class _Pages(io.RawIOBase):
         return count
 
     def save(self, path: Path) -> None:
-        """Write it to a disk, as long as it is."""
-        with path.open("wb", buffering=0) as file:
+        """Write it to a disk, as long as it is; of a file that is there, what was not written here stays."""
+        path.touch()
+        with path.open("r+b", buffering=0) as file:
             file.truncate(self._end)
-            for number, page in sorted(self._pages.items()):
-                start = number * self._SIZE
-                write_at(file, start, memoryview(page)[: self._end - start])
+            for start, count in self._pieces:
+                piece = bytearray(count)
+                self.seek(start)
+                self.readinto(piece)
+                write_at(file, start, memoryview(piece))
 
 
 def write_at(file: io.FileIO, offset: int, content: memoryview) -> None:
@@ -322,16 +354,10 @@ class Container:
                 self._verify(np.unique(np.minimum(begin[:, None] + reach, end[:, None])), name)
         return [values for values, _, _ in arrays]
 
-    def take(self, name: str, positions: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """A copy of the given positions of an array; see :meth:`at`.
-
-        Args:
-            name: of the array.
-            positions: (m,) of its first axis.
-            out: where to copy to, of the copy's shape and type.
-        """
+    def take(self, name: str, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """A copy of the given positions of an array; see :meth:`at`."""
         (values,) = self.at([name], positions)
-        return np.take(values, positions, axis=0, out=out, mode="clip")  # unclipped, NumPy would copy twice
+        return np.take(values, positions, axis=0)
 
     def verify(self, blocks: NDArray[np.int64], then: NDArray[np.int64]) -> None:
         """Verify blocks before anybody asks for them, and keep their pages with this process.
@@ -366,7 +392,10 @@ class Container:
     def positions_in(self, blocks: list[int]) -> tuple[int, int] | None:
         """First and last position, of any array, that one of the blocks holds a part of; ``None`` for none."""
         found: list[tuple[int, int]] = []
-        for place in self._places.values():
+        for name, place in self._places.items():
+            if WHOLE in name:  # not one for each row
+                found += [(0, self._places["ids"]["shape"][0] - 1)] * self._touches(place, blocks)
+                continue
             each, offset, count = _item_bytes(place), place["offset"], place["shape"][0]
             for block in blocks:
                 low = (block * self._block_bytes - offset) // each
@@ -374,6 +403,12 @@ class Container:
                 if high >= 0 and low < count:
                     found.append((max(low, 0), min(high, count - 1)))
         return (min(low for low, _ in found), max(high for _, high in found)) if found else None
+
+    def _touches(self, place: Mapping[str, Any], blocks: list[int]) -> bool:
+        first, size = place["offset"], place["shape"][0] * _item_bytes(place)
+        return any(
+            first < (block + 1) * self._block_bytes and first + size > block * self._block_bytes for block in blocks
+        )
 
     def _array(self, name: str) -> tuple[NDArray[Any], int, int]:
         """An array, unverified; where it begins in the file, and the bytes of a position."""

@@ -115,7 +115,7 @@ class Plan:
 
 
 def _header(manifest: Manifest) -> dict[str, Any]:
-    return {"format": FORMAT, "version": VERSION, "needs": manifest.needs}
+    return {"format": FORMAT, "version": manifest.version, "needs": manifest.needs}
 
 
 def as_json(manifest: Manifest) -> dict[str, Any]:

@@ -41,6 +41,9 @@ _NAME = text(r"\d{4,9}-\d{5,9}", "the name of a shard, such as 0001-00000")
 _TYPE = text(r"[<>|=]?[biufcS]\d{1,9}", "a type in NumPy's notation")
 _COLUMN_TYPE = text(rf"U|[<>|=]?[biufc]\d{{1,2}}|{re.escape(DATES)}", f"a type in NumPy's notation, {DATES} or U")
 _SIZE = whole(0, 1 << 48)
+# Bits of a number of packed factors; and what is in the name of an array of those that some rows have whole.
+PACKED_BITS = (8, 12, 16, 24)
+WHOLE = "/whole/"
 # In "needs": a reader of before would take a column of dates for damaged.
 DATES_NEED = "dates"
 # Such a reader would add rows that lack their wide ones.
@@ -133,6 +136,7 @@ _told = {
         )
     ),
 }
+_packing = map_of(text(r"\d{1,9}", "the number of a layer"), tuple_of(*2 * [tuple_of(whole(0, 1 << 16), whole(8, 24))]))
 _described = {
     "task": _any_text,
     "map": _map,
@@ -149,7 +153,7 @@ _described = {
     "threads": _THREADS,
     "generation": whole(1, 1 << 53),
 }
-_may_be = {"merged": list_of(_DIGEST), "wide": whole(2, 1 << 40), **_told}
+_may_be = {"merged": list_of(_DIGEST), "packing": _packing, "wide": whole(2, 1 << 40), **_told}
 _manifest = record({"needs": list_of(_any_text), **_described, "shards": _entries}, _may_be)
 _planned = record(
     {"name": _NAME, "ids": runs},
@@ -192,6 +196,11 @@ def needs_of(columns: Mapping[str, str], wide: int | None) -> list[str]:
     return ([DATES_NEED] if DATES in columns.values() else []) + ([] if wide is None else [WIDE_NEED])
 
 
+def version_of(row_type: str, packed: bool) -> int:
+    """The lowest version of the format that has what a store has: rows of a type, and whether factors are packed."""
+    return 2 if packed or row_type == "int4" else 1
+
+
 def check_manifest(value: Any) -> None:
     """Refuse what is no manifest.
 
@@ -199,7 +208,7 @@ def check_manifest(value: Any) -> None:
         ValueError: says where it is not what it must be.
     """
     _manifest(value)
-    _check_described(value)
+    _check_described(value, value["version"])
     _check_needs(value["needs"], value)
     last = -1
     for place, entry in enumerate(value["shards"]):
@@ -220,7 +229,7 @@ def check_pending(value: Any) -> None:
         ValueError: says where it is not what it must be.
     """
     _pending(value)
-    _check_described(value["after"], "after.")
+    _check_described(value["after"], value["version"], "after.")
     _check_needs(value["needs"], value["after"])
     names = [planned["name"] for planned in value["plan"]] + [entry["name"] for entry in value["keep"]]
     if len(set(names)) < len(names):
@@ -253,8 +262,9 @@ def check_seal(value: Any) -> None:
     check_container(value, checked=True)
     count = sum(stop - start for start, stop in value["ids"])
     for name, place in value["arrays"].items():
-        if place["shape"][0] != count:
-            raise ValueError(f"{name} has {place['shape'][0]} rows, but there are {count} ids")
+        rows = place["shape"][0]
+        if rows > count if WHOLE in name else rows != count:
+            raise ValueError(f"{name} has {rows} rows, but there are {count} ids")
 
 
 def check_container(value: Any, checked: bool = False) -> None:
@@ -291,7 +301,18 @@ def _check_needs(needs: Sequence[str], described: Mapping[str, Any]) -> None:
             raise ValueError(f"needs lacks {json.dumps(feature)}, but the store has some")
 
 
-def _check_described(value: Mapping[str, Any], before: str = "") -> None:
+def _check_described(value: Mapping[str, Any], version: int, before: str = "") -> None:
+    packing, layers = value.get("packing", {}), value["map"]["layers"]
+    if version < (needed := version_of(value["row_type"], bool(packing))):
+        raise ValueError(f"{before}row_type or packing needs version {needed}, not {version}")
+    if packing and value["factors"] is None:
+        raise ValueError(f"{before}packing is of factors, but there are none")
+    for layer, sides in packing.items():
+        if str(int(layer)) != layer or int(layer) >= len(layers):
+            raise ValueError(f"{before}packing.{layer} is of no layer, there are {len(layers)}")
+        for (kept, bits), size in zip(sides, reversed(layers[int(layer)]["shape"]), strict=True):
+            if bits not in PACKED_BITS or kept > size:
+                raise ValueError(f"{before}packing.{layer} has [{kept}, {bits}] for {size} numbers")
     checkpoints = len(value["map"]["checkpoints"])
     if value["dim"] % checkpoints:
         raise ValueError(f"{before}dim is {value['dim']}, but must be a multiple of the {checkpoints} checkpoints")

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .layout import FACTOR_SIDES
-from .manifest import Manifest, ShardEntry
+from .manifest import ShardEntry
 from .shards import OpenShards, Shard
 
 
@@ -19,11 +18,10 @@ class Gatherer:
     Args:
         shards: open.
         entries: of these shards.
-        manifest: the store's.
     """
 
-    def __init__(self, shards: OpenShards, entries: Sequence[ShardEntry], manifest: Manifest) -> None:
-        self._shards, self._manifest = shards, manifest
+    def __init__(self, shards: OpenShards, entries: Sequence[ShardEntry]) -> None:
+        self._shards = shards
         self._firsts = np.array([entry.first for entry in entries], dtype=np.int64)
 
     def by_shard(self, ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Shard, NDArray[np.int64]]]:
@@ -36,27 +34,14 @@ class Gatherer:
 
     def gather(self, names: Sequence[str], ids: NDArray[np.int64]) -> list[NDArray[Any]]:
         """Values of some arrays by id, in the order of ``ids``, of which there is at least one."""
+        places: list[NDArray[np.int64]] = []
         parts: list[list[NDArray[Any]]] = [[] for _ in names]
-        rooms = [self._room(name, len(ids)) for name in names]
-        places, start = [], 0
         for of_shard, shard, positions in self.by_shard(ids):
             places.append(of_shard)
-            stop = start + len(of_shard)
-            for name, part, room in zip(names, parts, rooms, strict=True):
-                part.append(shard.take(name, positions, None if room is None else room[start:stop]))
-            start = stop
-        gathered = [np.concatenate(part) if room is None else room for part, room in zip(parts, rooms, strict=True)]
-        order = np.concatenate(places)
+            for name, part in zip(names, parts, strict=True):
+                part.append(shard.take(name, positions))
+        order, gathered = np.concatenate(places), [np.concatenate(part) for part in parts]
         return gathered if (order[1:] > order[:-1]).all() else [_at_places(values, order) for values in gathered]
-
-    def _room(self, name: str, count: int) -> NDArray[Any] | None:
-        """For values that all shards keep in one type, and as they are handed out."""
-        if not name.startswith("factors/"):
-            return None
-        _, _, layer, side = name.split("/")
-        stored = self._manifest.map.layers[int(layer)]
-        size = (stored.d_in, stored.d_out)[FACTOR_SIDES.index(side)]
-        return np.empty((count, size), dtype=self._manifest.factors)
 
 
 def _at_places(values: NDArray[Any], places: NDArray[np.int64]) -> NDArray[Any]:

@@ -16,7 +16,8 @@ from ..errors import StoreError
 from . import runs
 from .container import BLOCK_BYTES, Spec
 from .documents import PlannedShard
-from .encoding import STORED
+from .encoding import LARGEST_CODE, STORED, stored_width
+from .forms import WHOLE
 from .manifest import Manifest, ShardEntry
 
 # HDF5's own part of a file without columns, and what a seal says of a block.
@@ -31,11 +32,19 @@ def factor_name(checkpoint: int, layer: int, side: str) -> str:
     return f"factors/{checkpoint}/{layer}/{side}"
 
 
+def whole_name(checkpoint: int, layer: int, what: str) -> str:
+    """Where it keeps what is whole of packed factors: ``"of"``, positions of rows, or a side of these rows."""
+    return f"factors/{checkpoint}/{layer}{WHOLE}{what}"
+
+
 def row_specs(manifest: Manifest, count: int) -> dict[str, Spec]:
     """Shapes and types of the arrays that a manifest asks for in a shard of ``count`` rows, but for columns."""
-    checkpoints = manifest.n_checkpoints
-    specs: dict[str, Spec] = {"ids": ((count,), "<i8"), "rows": ((count, manifest.dim), STORED[manifest.row_type])}
-    if manifest.row_type == "int8":
+    checkpoints, kind = manifest.n_checkpoints, STORED[manifest.row_type]
+    specs: dict[str, Spec] = {
+        "ids": ((count,), "<i8"),
+        "rows": ((count, stored_width(manifest.row_type, manifest.dim)), kind),
+    }
+    if manifest.row_type in LARGEST_CODE:
         specs["scales"] = ((count, checkpoints), "<f4")
     if manifest.wide is not None:
         specs[WIDE] = ((count, checkpoints * manifest.wide // 2), "|u1")
@@ -44,8 +53,26 @@ def row_specs(manifest: Manifest, count: int) -> dict[str, Spec]:
     if manifest.factors is not None:
         for checkpoint in range(checkpoints):
             for number, layer in enumerate(manifest.map.layers):
-                for side, size in zip(FACTOR_SIDES, (layer.d_in, layer.d_out), strict=True):
-                    specs[factor_name(checkpoint, number, side)] = ((count, size), STORED[manifest.factors])
+                packing = manifest.packing.get(number)
+                for which, size in enumerate((layer.d_in, layer.d_out)):
+                    name = factor_name(checkpoint, number, FACTOR_SIDES[which])
+                    if packing is None:
+                        specs[name] = ((count, size), STORED[manifest.factors])
+                        continue
+                    parts = packing[which].specs(size).items()
+                    specs |= {f"{name}/{part}": ((count, *shape), kind) for part, (shape, kind) in parts}
+    return specs
+
+
+def _whole_specs(manifest: Manifest) -> dict[str, Spec]:
+    """Of arrays that a shard has where some rows of packed factors are whole: the shape of one row, and the type."""
+    specs: dict[str, Spec] = {}
+    for number in manifest.packing:
+        layer = manifest.map.layers[number]
+        for checkpoint in range(manifest.n_checkpoints):
+            specs[whole_name(checkpoint, number, "of")] = (), "<i8"
+            for side, size in zip(FACTOR_SIDES, (layer.d_in, layer.d_out), strict=True):
+                specs[whole_name(checkpoint, number, side)] = (size,), STORED[manifest.factors or "float32"]
     return specs
 
 
@@ -55,6 +82,7 @@ class Expected:
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._arrays = {name: (list(shape[1:]), kind) for name, (shape, kind) in row_specs(manifest, 0).items()}
+        self._whole = {name: (list(shape), kind) for name, (shape, kind) in _whole_specs(manifest).items()}
 
     def check(self, entry: ShardEntry, seal: Mapping[str, Any]) -> None:
         """Refuse a seal that does not fit the manifest and its entry there.
@@ -73,6 +101,9 @@ class Expected:
             place = places.get(name)
             if place is None or place["shape"][1:] != shape or place["dtype"] != kind:
                 raise ValueError(f"{name} is missing, or not of the shape and type that the manifest asks for")
+        for name, (shape, kind) in self._whole.items():
+            if (place := places.get(name)) is not None and (place["shape"][1:] != shape or place["dtype"] != kind):
+                raise ValueError(f"{name} is not of the shape and type that the manifest asks for")
         for column, kind in manifest.columns.items():
             place = places.get(f"columns/{column}")
             # "S" is text, dates are numbers; the type of numbers is the manifest's.

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 from ..choices import FactorType, Norms, Precision, ProjectionKind, RowType
 from ..files import digest_of
-from .forms import needs_of
+from .forms import needs_of, version_of
+from .packing import Packing, Pair
 
-VERSION = 1
+# The highest version of the format that is read, and the one that rows are told apart by, which stays.
+VERSION, _MAP_VERSION = 2, 1
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -247,8 +249,8 @@ class RowMap:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over what a row depends on besides its example: the format's version and the map."""
-        return digest_of({"version": VERSION, "map": self.to_json()})
+        """SHA-256 over what a row depends on besides its example: the version of its meaning and the map."""
+        return digest_of({"version": _MAP_VERSION, "map": self.to_json()})
 
     def differences(self, other: RowMap, *, bases: bool) -> list[str]:
         """Names of what differs; ``bases`` says whether those of a fitted projection count."""
@@ -272,6 +274,7 @@ class Manifest:
         dim: numbers in a row.
         row_type: how rows are stored.
         factors: type of the exact factors, ``None`` where there are none.
+        packing: by the number of a layer whose factors are packed, how its activations and output gradients are.
         self_influence: ``"exact"`` or ``"projected"``.
         columns: types by name, in NumPy's notation.
         next_id: the lowest id that was never used.
@@ -305,6 +308,7 @@ class Manifest:
     tracked: Mapping[str, Any] | None = None
     sources: tuple[Mapping[str, Any], ...] = ()
     merged: tuple[str, ...] = ()
+    packing: Mapping[int, Pair] = field(default_factory=dict)
     shards: tuple[ShardEntry, ...] = ()
     wide: int | None = None
     unknown: Mapping[str, Any] = field(default_factory=dict)
@@ -321,6 +325,7 @@ class Manifest:
             tracked=value.get("tracked"),
             sources=tuple(value.get("sources", ())),
             merged=tuple(value.get("merged", ())),
+            packing={int(n): (Packing(*x), Packing(*delta)) for n, (x, delta) in value.get("packing", {}).items()},
             shards=tuple(map(ShardEntry.from_json, value.get("shards", ()))),
             wide=value.get("wide"),
             unknown=_besides(value, _KNOWN_KEYS),
@@ -337,6 +342,8 @@ class Manifest:
         written |= {"fingerprint": self.fingerprint}
         written |= {"merged": list(self.merged)} if self.merged else {}
         written |= {} if self.wide is None else {"wide": self.wide}
+        packing = {str(number): [list(side) for side in pair] for number, pair in sorted(self.packing.items())}
+        written |= {"packing": packing} if packing else {}
         return written | dict(self.unknown) | {"generation": self.generation}
 
     @property
@@ -345,8 +352,13 @@ class Manifest:
         return self.map.fingerprint
 
     @property
+    def version(self) -> int:
+        """The lowest version of the format that has all that the store has."""
+        return version_of(self.row_type, bool(self.packing))
+
+    @property
     def needs(self) -> list[str]:
-        """What a reader must know to read such a store, besides version 1 of the format."""
+        """What a reader must know to read such a store, besides its version of the format."""
         return needs_of(self.columns, self.wide)
 
     @property
@@ -387,8 +399,8 @@ _PLAIN_KEYS = (
     "threads",
 )  # fmt: skip
 # Of a manifest and of its header, and what a plan keeps beside the manifest that it leads to.
-_KNOWN_KEYS = {*_PLAIN_KEYS, "map", "generation", "tracked", "sources", "merged", "shards", "fingerprint", "sha256"}
-_KNOWN_KEYS |= {"format", "version", "needs", "data", "wide"}
+_KNOWN_KEYS = {*_PLAIN_KEYS, "map", "generation", "tracked", "sources", "merged", "packing", "shards", "fingerprint"}
+_KNOWN_KEYS |= {"sha256", "format", "version", "needs", "data", "wide"}
 
 
 def _besides(value: Mapping[str, Any], known: Any) -> dict[str, Any]:

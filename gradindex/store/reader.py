@@ -22,15 +22,16 @@ from .bases import Bases, read_bases
 from .documents import MANIFEST, PENDING, read_manifest
 from .gathering import Gatherer
 from .job import progress_of
-from .layout import FACTOR_SIDES, WIDE, factor_name, row_specs
+from .layout import WIDE, row_specs
 from .manifest import ShardEntry
 from .shards import OpenShards, Shard, check_unchanged
+from .sides import FactorSides, StoredSides
 from .summary import described, flat
 from .touching import bytes_of, verified
 from .verifying import damaged, problems_of
 
-# Places in a list of ids, their positions in the arrays, and by (checkpoint, layer) activations and output gradients.
-FactorsInPlace = tuple[NDArray[np.int64], NDArray[np.int64], dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]]
+# Places in a list of ids, their positions in a shard, and by (checkpoint, layer) activations and output gradients.
+FactorsInPlace = tuple[NDArray[np.int64], NDArray[np.int64], StoredSides]
 
 # What `blocks` hands out at once.
 _PIECE_BYTES = 16 << 20
@@ -68,7 +69,7 @@ class GradientStore:
     def _serve(self, entries: Sequence[ShardEntry]) -> None:
         self._entries = entries
         self._shards = OpenShards(self.folder, entries, self.manifest)
-        self._gatherer = Gatherer(self._shards, entries, self.manifest)
+        self._gatherer = Gatherer(self._shards, entries)
         self._live_runs: NDArray[np.int64] | None = None
 
     @staticmethod
@@ -239,21 +240,22 @@ class GradientStore:
         Raises:
             ArgumentError: the store has none, or an id has no row.
         """
-        keys, ids = self._factor_keys(), self._checked(ids)
-        if len(ids):
-            arrays = iter(
-                self._gatherer.gather([factor_name(*key, side) for key in keys for side in FACTOR_SIDES], ids)
-            )
-        else:
-            kind, layers = self.manifest.factors, self.manifest.map.layers
-            sizes = (size for _, number in keys for size in (layers[number].d_in, layers[number].d_out))
-            arrays = (np.empty((0, size), dtype=kind) for size in sizes)
-        return {key: (next(arrays), next(arrays)) for key in keys}
+        ids, manifest, layers = self._checked(ids), self.manifest, self.manifest.map.layers
+        found = {}
+        for key in self._factor_sides.keys:
+            kind = np.float32 if key[1] in manifest.packing else manifest.factors
+            sizes = layers[key[1]].d_in, layers[key[1]].d_out
+            found[key] = np.empty((len(ids), sizes[0]), dtype=kind), np.empty((len(ids), sizes[1]), dtype=kind)
+        for places, shard, positions in self._gatherer.by_shard(ids):
+            for key, sides in self._factor_sides.at(shard, positions).items():
+                for room, side in zip(found[key], sides, strict=True):
+                    room[places] = side.take(positions)
+        return found
 
     def factors_in_place(self, ids: NDArray[np.int64]) -> Iterator[FactorsInPlace]:
-        """The same, nothing copied: shard by shard, where the ids are in ``ids``, their positions, and the arrays.
+        """The same where they lie: shard by shard, where the ids are in ``ids``, their positions, and the sides.
 
-        Read the arrays, views of the shard's file, at those positions alone: only they are verified.
+        Read the sides at those positions alone: only they are verified.
 
         Args:
             ids: (m,) int64, in any order, each as often as wanted.
@@ -262,11 +264,9 @@ class GradientStore:
             ArgumentError: the store has none, or an id has no row.
             StoreError: a block that an id touches is damaged.
         """
-        keys, ids = self._factor_keys(), self._checked(ids)
-        names = [factor_name(*key, side) for key in keys for side in FACTOR_SIDES]
-        for places, shard, positions in self._gatherer.by_shard(ids):
-            sides = iter(shard.arrays.at(names, positions))
-            yield places, positions, {key: (next(sides), next(sides)) for key in keys}
+        sides = self._factor_sides
+        for places, shard, positions in self._gatherer.by_shard(self._checked(ids)):
+            yield places, positions, sides.at(shard, positions)
 
     def wide(self, ids: NDArray[np.int64]) -> Coded:
         """Wide rows as they are stored, in the order of ``ids``.
@@ -285,10 +285,11 @@ class GradientStore:
             return Coded(*(np.empty(*specs[name]) for name in names))
         return Coded(*self._gatherer.gather(names, ids))
 
-    def _factor_keys(self) -> list[tuple[int, int]]:
+    @property
+    def _factor_sides(self) -> FactorSides:
         if not self.has_factors:
             raise ArgumentError(f"{self.folder} has no factors. Build a store with factors='float32'.")
-        return [(c, layer) for c in range(self.n_checkpoints) for layer in range(len(self.manifest.map.layers))]
+        return FactorSides(self.manifest)
 
     def top_self_influence(
         self, k: int, only: NDArray[np.int64] | None = None

@@ -97,9 +97,9 @@ class Shard:
         scales = self.arrays.view("scales", start, stop) if "scales" in self.arrays else None
         return decode(self.arrays.view("rows", start, stop), scales, self.row_type)
 
-    def take(self, name: str, positions: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """A copy of an array's values at ``positions``: rows decoded, text as strings; ``out`` is for other arrays."""
-        values = self.arrays.take(name, positions, out)
+    def take(self, name: str, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """A copy of an array's values at ``positions``: rows decoded, text as strings."""
+        values = self.arrays.take(name, positions)
         if name == "rows":
             scales = self.arrays.take("scales", positions) if "scales" in self.arrays else None
             return decode(values, scales, self.row_type)

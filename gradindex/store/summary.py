@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def described(store: GradientStore) -> dict[str, str]:
     """What a person wants to know at a glance, by name; nothing is read but the manifest."""
     stored, n_checkpoints = store.manifest.map, store.n_checkpoints
-    factors = f", exact factors in {store.manifest.factors}" if store.has_factors else ""
+    packed = ", packed" if store.manifest.packing else ""
+    factors = f", exact factors in {store.manifest.factors}{packed}" if store.has_factors else ""
     factors += "" if store.manifest.wide is None else f", wide rows of {store.manifest.wide:,} a checkpoint"
     found = {
         "task": store.manifest.task,

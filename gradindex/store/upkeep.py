@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,21 +16,18 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError, MismatchError, StoreError
 from ..files import is_there, read_checked, storing
-from ..progress import progress
 from . import runs
 from .claiming import begin_unfinished, claimed, clean, end_unfinished, supersede, unused_number
-from .container import Spec, Writer
+from .copying import copy_rows
 from .documents import PENDING, SHARDS, PlannedShard, Superseded, write_manifest
 from .job import Job
+from .layout import check_room, shard_bytes
 from .manifest import Manifest, ShardEntry
+from .packing import PACKING_SAMPLE, packing_of, why_whole
 from .reader import GradientStore
 from .sealing import ShardWriter, entry_of, shard_writer
-from .shards import Shard, read_seal
+from .shards import read_seal
 
-# What is copied at once.
-_PIECE_BYTES = 16 << 20
-# As many samples of examples as a shard has that was computed.
-_SAMPLES = 8
 _LARGEST_ID = (1 << 63) - 2
 
 
@@ -60,23 +56,28 @@ def remove(folder: str | os.PathLike[str], ids: NDArray[np.int64] | Sequence[int
         return GradientStore(store.folder)
 
 
-def compact(folder: str | os.PathLike[str]) -> GradientStore:
+def compact(folder: str | os.PathLike[str], *, upgrade: bool = False) -> GradientStore:
     """Give back the room of removed rows and join small shards; ids stay. Answers stay the same meanwhile.
 
     Call it again to resume after an interruption.
 
     Args:
         folder: of the store.
+        upgrade: also pack exact factors where that spares room, which version 2 of the format has; scores change by
+            less than float32's rounding.
 
     Raises:
+        ArgumentError: ``upgrade`` would change nothing; says why.
         StoreError: a shard is damaged, another process changes the store, or it cannot be written.
     """
     with changing(folder, "compact") as store:
+        if upgrade:
+            return _upgraded(store)
         plan, keep = _repacking(store)
         if Job.pending(store.folder) is None and keep == list(store.manifest.shards):
             return store
         job = Job.begin(store.folder, "compact", replace(kept(store), removed=()), None, plan, keep)
-        _copy(job, {".": store})
+        copy_rows(job, {".": store})
         return GradientStore(store.folder)
 
 
@@ -132,7 +133,7 @@ def merge(
             _check_apart(store, plan)
         after = replace(kept(store), next_id=end, merged=(*store.manifest.merged, *merged))
         job = Job.begin(store.folder, "merge", after, [merged, offset], plan, store.manifest.shards)
-        _copy(job, sources)
+        copy_rows(job, sources)
         return GradientStore(store.folder)
 
 
@@ -252,6 +253,32 @@ def rewritten(
     supersede(store.folder, GradientStore(store.folder).manifest, Superseded([entry.name]))
 
 
+def _upgraded(store: GradientStore) -> GradientStore:
+    """The store with every shard copied, its factors packed."""
+    job = Job.pending(store.folder)
+    if job is None:
+        if not store.has_factors:
+            raise ArgumentError(f"{store.folder} has no factors, so there is nothing to upgrade.")
+        if store.manifest.packing:
+            return store  # the command was given again after its end
+        sample = store.factors(store.spread_ids(PACKING_SAMPLE))
+        packing = packing_of(sample, store.manifest.factors or "float32")
+        if not packing:
+            why = "; ".join(f"{layer.title}: {why_whole(layer.d_out)}" for layer in store.manifest.map.layers)
+            raise ArgumentError(f"{store.folder} has no layer whose factors take less room packed ({why}). It stays.")
+        plan = [
+            PlannedShard(runs.to_runs(ids).tolist(), [[".", entry.name, 0]], _origins_within([entry], ids[0], ids[-1]))
+            for number, entry in enumerate(store.manifest.shards)
+            if len(ids := runs.to_ids(runs.without(store.shard_runs(number), store.manifest.removed)))
+        ]
+        after = replace(kept(store), removed=(), packing=packing)
+        columns = lambda ids: {name: store.column_as_stored(name, ids) for name in after.columns}  # noqa: E731
+        check_room(store.folder, shard_bytes(after, plan, columns))
+        job = Job.begin(store.folder, "compact", after, None, plan)
+    copy_rows(job, {".": store})
+    return GradientStore(store.folder)
+
+
 def _repacking(store: GradientStore) -> tuple[list[PlannedShard], list[ShardEntry]]:
     """The shards that a compaction makes, and the entries of those that stay as they are."""
     keep: list[ShardEntry] = []
@@ -316,74 +343,3 @@ def _check_apart(store: GradientStore, plan: Sequence[PlannedShard]) -> None:
                 f"Ids of {one} and {other} collide: {other} has {start}, and {one} has or had ids up to {stop - 1}. "
                 f"Give an offset, such as {store.manifest.next_id}."
             )
-
-
-def _copy(job: Job, sources: Mapping[str, GradientStore]) -> None:
-    """Make a job's shards from rows that other shards hold."""
-    done, total = job.rows_done()
-    job.tidy()
-    try:
-        with progress(job.kind, total, "rows", done) as advance:
-            for planned in job.missing():
-                parts = [(_source(job, sources, name, shard), shift) for name, shard, shift in planned.sources]
-                advance(_copy_shard(job, planned, parts))
-    except StoreError:
-        if any(source.verify() for source in sources.values()):
-            job.give_up()  # a repair comes first, and the copies are soon made again
-        raise
-    job.finish()
-
-
-def _source(job: Job, sources: Mapping[str, GradientStore], name: str, shard: str) -> Shard:
-    """A shard that a plan names."""
-    found = None if name not in sources else sources[name].shard(shard)
-    if found is None:
-        raise StoreError(
-            f"{job.folder} has an unfinished `{job.kind}` of shard {shard} of {name}, which is missing. Restore it, "
-            f"or delete {job.folder / PENDING} to abandon the change."
-        )
-    return found
-
-
-def _copy_shard(job: Job, planned: PlannedShard, parts: Sequence[tuple[Shard, int]]) -> int:
-    """Make one shard of the rows of some others, whose ids are shifted; returns how many."""
-    count, there = planned.rows, sum(len(shard.ids) for shard, _ in parts)
-    wanted = runs.to_ids(planned.ids) if count <= there else np.empty(0, dtype=np.int64)
-    chosen = [(shard, np.intersect1d(wanted, shard.ids + shift), shift) for shard, shift in parts]
-    if not sum(len(ids) for _, ids, _ in chosen) == count == len(wanted):
-        raise StoreError(
-            f"{job.folder} has an unfinished `{job.kind}` of rows that its sources lack. "
-            f"Delete {job.folder / PENDING} to abandon it."
-        )
-    places = [(shard, shard.positions(ids - shift)) for shard, ids, shift in chosen]
-    samples = [
-        (i + shift, text)
-        for shard, ids, shift in chosen
-        for i, text in shard.seal["samples"]
-        if np.isin(i + shift, ids)
-    ]
-    samples = samples[:: max(1, -(-len(samples) // _SAMPLES))]
-    columns = {
-        name: np.concatenate([shard.arrays.take(f"columns/{name}", where) for shard, where in places])
-        for name in job.after.columns
-    }
-    first = parts[0][0].arrays
-    copied = [name for name in first.names() if name != "ids" and not name.startswith("columns/")]
-    specs: dict[str, Spec] = {}
-    for name in copied:  # also arrays that a later version may have added
-        shape, kind = first.spec(name)
-        specs[name] = (len(wanted), *shape[1:]), kind
-    with job.shard(planned, columns, samples, specs) as writer:
-        start = 0
-        for shard, where in places:
-            for name in copied:
-                _copy_array(shard, name, where, writer.raw, start)
-            start += len(where)
-    return len(wanted)
-
-
-def _copy_array(shard: Shard, name: str, places: NDArray[np.int64], raw: Writer, start: int) -> None:
-    shape, kind = shard.arrays.spec(name)
-    step = max(1, _PIECE_BYTES // (np.dtype(kind).itemsize * math.prod(shape[1:])))
-    for first in range(0, len(places), step):
-        raw.put(name, start + first, shard.arrays.take(name, places[first : first + step]))

@@ -69,27 +69,35 @@ def test_a_build_whose_rows_do_not_fit_their_type_names_the_example(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("row_type", ROW_TYPES)
 def test_every_type_answers_nearly_as_float32_does(tmp_path, row_type):
-    task = toys.make_task(tmp_path, n_train=200)
+    layers = "2" if row_type == "int4" else None  # 54 numbers, where all layers have 159
+    task = toys.make_task(tmp_path, n_train=200, layers=layers)
     store = gradindex.build(task, tmp_path / "store", projection=Projection("none"), row_type=row_type)
     truth = gradindex.exact_scores(task, list(task.query))
     retriever = gradindex.load(task, store.folder)
     estimates = retriever.proponents(range(4), k=20, rerank="none")
-    assert recall_at_k(truth, estimates.ids, 20).mean() >= 0.9
+    assert recall_at_k(truth, estimates.ids, 20).mean() >= (0.75 if row_type == "int4" else 0.9)
     exact = retriever.proponents(range(4), k=20, candidates=40)
     assert recall_at_k(truth, exact.ids, 20).mean() == 1
     mapped = store.mapped(0, 5, 9)
-    assert (mapped.shape, mapped.flags.writeable) == ((4, store.dim), False)
-    sizes = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-    assert mapped.dtype.itemsize == sizes[row_type]
+    sizes = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5}
+    assert (mapped.nbytes, mapped.flags.writeable) == (4 * store.dim * sizes[row_type], False)
 
 
 @pytest.mark.slow
 def test_row_bytes_are_those_of_the_type(tmp_path):
     task = toys.make_task(tmp_path)
-    dims = {"float32": 24, "float16": 48, "bfloat16": 48, "int8": 84}  # int8 has three scales of 4 bytes as well
+    # int8 and int4 have three scales of 4 bytes as well.
+    dims = {"float32": 24, "float16": 48, "bfloat16": 48, "int8": 84, "int4": 168}
     for row_type, dim in dims.items():
         store = gradindex.build(task, tmp_path / row_type, projection=Projection(row_bytes=96), row_type=row_type)
         assert store.dim == dim
+
+
+def test_int4_needs_an_even_row(tmp_path):
+    task = toys.make_task(tmp_path)  # three checkpoints
+    with pytest.raises(ArgumentError, match="Rows have 21 numbers, but int4 keeps two in a byte. Choose an even dim."):
+        gradindex.build(task, tmp_path / "store", projection=Projection(dim=7), row_type="int4")
+    assert not (tmp_path / "store").exists()
 
 
 def test_unknown_types_are_refused(tmp_path):

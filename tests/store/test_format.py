@@ -4,6 +4,7 @@ import hashlib
 import json
 import runpy
 import shutil
+from functools import partial
 
 import h5py
 import numpy as np
@@ -113,9 +114,10 @@ def golden_gradients():
 
 
 @pytest.mark.parametrize(
-    ("row_type", "tolerance"), [("float32", 1e-6), ("float16", 2**-11), ("bfloat16", 2**-8), ("int8", 1 / 127)]
+    ("row_type", "tolerance"),
+    [("float32", 1e-6), ("float16", 2**-11), ("bfloat16", 2**-8), ("int8", 1 / 127), ("int4", 1 / 13.9)],
 )
-def test_stores_of_version_1_are_read(row_type, tolerance):
+def test_stores_of_every_version_are_read(row_type, tolerance):
     store, expected = gradindex.GradientStore(GOLDEN / row_type), golden_gradients()
     assert store.verify() == []
     assert store.ids.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
@@ -130,15 +132,74 @@ def test_stores_of_version_1_are_read(row_type, tolerance):
         np.testing.assert_allclose(formed, expected[store.ids, checkpoint], rtol=2e-3, atol=1e-6)
 
 
+def many_factors():
+    """Both sides, (10, 2, 17) and (10, 2, 256), of the golden store's classifier: x and delta."""
+    x = (np.arange(160).reshape(10, 16) * 5 % 11) / 4
+    x[4] /= 4
+    x, sides = np.column_stack([x, np.ones(10)]), ([], [])
+    for number, rate in enumerate((0.5, 0.25)):
+        weight = ((np.arange(4096) ** 2).reshape(256, 16) * (7 + number) % 101 - 50) / 16
+        logits = x[:, :-1] @ weight.T
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        sides[0].append(rate**0.5 * x)
+        sides[1].append(p / p.sum(1, keepdims=True) - np.eye(256)[:10])
+    return np.stack(sides[0], 1), np.stack(sides[1], 1)
+
+
+def unpacked(file, place, kept, bits):
+    """A side of packed factors, as the page says."""
+    codes = file[f"{place}/codes"][:].astype(int) + (128 if bits < 16 else 32768)
+    if bits == 24:
+        codes = codes * 256 + file[f"{place}/low"][:]
+    elif bits == 12:
+        low = file[f"{place}/low"][:].astype(int)
+        codes = codes * 16 + np.stack([low & 15, low >> 4], 2).reshape(len(low), -1)[:, : codes.shape[1]]
+    lowest, step = file[f"{place}/scales"][:].astype(float).T[:, :, None]
+    numbers = lowest + step * codes
+    if kept:
+        np.put_along_axis(numbers, file[f"{place}/places"][:].astype(int), file[f"{place}/values"][:].astype(float), 1)
+    return numbers
+
+
+def test_packed_factors_are_what_the_page_says():
+    manifest, expected = checked(GOLDEN / "packed" / "manifest.json"), many_factors()
+    assert manifest["version"] == 2
+    packing, whole = manifest["packing"]["0"], 0
+    for shard in ("0001-00000", "0001-00001"):
+        with h5py.File(GOLDEN / "packed" / "shards" / f"{shard}.h5") as file:
+            ids = file["ids"][:]
+            for c in range(2):
+                errors = []
+                for side, how, mine in zip(("activations", "output_gradients"), packing, expected, strict=True):
+                    numbers = unpacked(file, f"factors/{c}/0/{side}", *how)
+                    if f"factors/{c}/0/whole/of" in file:
+                        of = file[f"factors/{c}/0/whole/of"][:]
+                        numbers[of] = file[f"factors/{c}/0/whole/{side}"][:]
+                        whole += len(of)
+                    right = mine[ids, c]
+                    errors.append(np.linalg.norm(numbers - right, axis=1) / np.linalg.norm(right, axis=1))
+                assert (sum(errors) < 1.5e-6).all()  # and the model's own rounding
+    assert whole
+
+
+def test_a_store_of_packed_factors_is_read():
+    store, expected = gradindex.GradientStore(GOLDEN / "packed"), many_factors()
+    assert store.verify() == [] and store.ids.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    for (checkpoint, _), sides in store.factors(store.ids).items():
+        for mine, right in zip(sides, expected, strict=True):
+            np.testing.assert_allclose(mine, right[store.ids, checkpoint], atol=2e-6 * np.abs(right).max())
+
+
 @pytest.mark.slow
 def test_the_golden_stores_are_what_would_be_written_now(tmp_path):
     """But for what depends on versions of torch and HDF5: checksums of checkpoint files and places in a file."""
     code = runpy.run_path(str(GOLDEN.parents[1] / "scripts" / "golden_store.py"))
     code["main"](tmp_path)
-    for row_type in ("float32", "float16", "bfloat16", "int8"):
+    for row_type in ("float32", "float16", "bfloat16", "int8", "int4", "packed"):
         now, then = (json.loads((folder / row_type / "manifest.json").read_text()) for folder in (tmp_path, GOLDEN))
-        assert now.pop("tracked")["left_out"] == []  # information, which stores of then do not have
-        assert [source["kind"] for source in now.pop("sources")] == ["weights"] * 2
+        for side in [now] if now["version"] == 1 else [now, then]:  # information, which old stores do not have
+            assert side.pop("tracked")["left_out"] == []
+            assert [source["kind"] for source in side.pop("sources")] == ["weights"] * 2
         for side in (now, then):
             for checkpoint in side["map"]["checkpoints"]:
                 del checkpoint["sha256"]
@@ -149,9 +210,10 @@ def test_the_golden_stores_are_what_would_be_written_now(tmp_path):
         assert now == then
         for shard in ("0001-00000", "0001-00001"):
             files = [h5py.File(folder / row_type / "shards" / f"{shard}.h5") for folder in (tmp_path, GOLDEN)]
-            for name in ("ids", "rows", "self_influence", "columns/word"):
+            names = ["ids", "rows", "self_influence", *(["columns/word"] if "columns" in files[0] else [])]
+            for name in names:
                 now, then = (file[name][:] for file in files)
-                same = np.array_equal if name == "columns/word" else np.allclose
+                same = np.array_equal if name == "columns/word" else partial(np.allclose, rtol=1e-5, atol=1e-6)
                 assert same(now, then)
             for file in files:
                 file.close()

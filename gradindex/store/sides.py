@@ -1,0 +1,185 @@
+"""Exact factors where they lie in a shard, whole or packed: numbers to compare, or copies of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .layout import FACTOR_SIDES, factor_name, whole_name
+from .manifest import Manifest
+from .packing import Packing
+from .shards import Shard
+
+# Codes become numbers so much at a time, to stay in a processor's cache.
+_CACHED_BYTES = 256 << 10
+
+
+class Comparable(NamedTuple):
+    """Rows of a side, for inner products with a query's side q: ``steps <numbers, q> + lowest sum(q)``.
+
+    Args:
+        numbers: (m, d) float32.
+        steps: (m,) float32, ``None`` for 1.
+        lowest: (m,) float32, ``None`` for 0.
+    """
+
+    numbers: NDArray[np.float32]
+    steps: NDArray[np.float32] | None = None
+    lowest: NDArray[np.float32] | None = None
+
+    def products(self, found: NDArray[np.float32], at: NDArray[np.int64], sums: NDArray[np.float64]) -> NDArray[Any]:
+        """(n,) inner products, from those ``found`` of the numbers ``at`` rows and ``sums`` of the queries' sides."""
+        if self.steps is None or self.lowest is None:
+            return found
+        return found * self.steps[at].astype(np.float64) + self.lowest[at] * sums
+
+
+@dataclass(frozen=True)
+class WholeSide:
+    """A side that is stored as it is.
+
+    Args:
+        values: (rows of the shard, d), to be read at verified positions alone.
+    """
+
+    values: NDArray[Any]
+
+    def take(self, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """(m, d) as stored."""
+        return np.take(self.values, positions, axis=0, mode="clip")
+
+    def comparable(self, positions: NDArray[np.int64]) -> Comparable:
+        """The rows at ``positions``, copied."""
+        return Comparable(self.take(positions).astype(np.float32, copy=False))
+
+
+@dataclass(frozen=True)
+class PackedSide:
+    """A side that is packed.
+
+    Args:
+        packing: how.
+        parts: its arrays, to be read at verified positions alone.
+        of: ascending positions of the rows that are whole besides.
+        whole: (len(of), d) these.
+    """
+
+    packing: Packing
+    parts: Mapping[str, NDArray[Any]]
+    of: NDArray[np.int64]
+    whole: NDArray[Any]
+
+    def take(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(m, d)."""
+        values = self.packing.unpacked(self._gathered(positions))
+        if len(self.of):
+            where, which = self._whole_among(positions)
+            values[where] = self.whole[which]
+        return values
+
+    def comparable(self, positions: NDArray[np.int64]) -> Comparable:
+        """The rows at ``positions``: codes as numbers, which are multiplied by their step once they are summed."""
+        numbers = np.empty((len(positions), self.parts["codes"].shape[1]), dtype=np.float32)
+        scales = np.take(self.parts["scales"], positions, axis=0, mode="clip")
+        lowest, steps = scales.T
+        steps[steps == 0] = 1
+        at_once = max(1, _CACHED_BYTES // (4 * max(1, numbers.shape[1])))
+        for start in range(0, len(positions), at_once):
+            some = slice(start, start + at_once)
+            parts = self._gathered(positions[some])
+            self.packing.write_steps(parts, numbers[some])
+            if self.packing.kept:
+                kept = (parts["values"] - lowest[some, None]) / steps[some, None]
+                np.put_along_axis(numbers[some], parts["places"].astype(np.int64), kept, 1)
+        if len(self.of):
+            where, which = self._whole_among(positions)
+            numbers[where], steps[where], lowest[where] = self.whole[which], 1, 0
+        return Comparable(numbers, steps, lowest)
+
+    def _gathered(self, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        return {name: np.take(part, positions, axis=0, mode="clip") for name, part in self.parts.items()}
+
+    def _whole_among(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where in ``positions`` are rows that are whole, and where these are in ``of``."""
+        which = np.minimum(np.searchsorted(self.of, positions), len(self.of) - 1)
+        where = np.flatnonzero(self.of[which] == positions)
+        return where, which[where]
+
+
+Side = WholeSide | PackedSide
+StoredSides = dict[tuple[int, int], tuple[Side, Side]]
+
+
+def comparable(
+    stored: StoredSides, positions: NDArray[np.int64]
+) -> Iterator[tuple[list[tuple[tuple[int, int], int]], list[Comparable], NDArray[np.int64]]]:
+    """Sides of rows at ``positions`` (m,), for inner products: which they are, their rows, and where in these each is.
+
+    Where all are stored as they are, in float32, nothing is copied, and all come at once. Else each side comes alone,
+    so that no more is in memory, and each row is copied once.
+    """
+    names = [(key, number) for key in stored for number in (0, 1)]
+    sides = [stored[key][number] for key, number in names]
+    whole = [side for side in sides if isinstance(side, WholeSide) and side.values.dtype == np.float32]
+    if len(whole) == len(sides):
+        yield names, [Comparable(side.values) for side in whole], positions
+        return
+    used, at = np.unique(positions, return_inverse=True)
+    for name, side in zip(names, sides, strict=True):
+        yield [name], [side.comparable(used)], at
+
+
+class FactorSides:
+    """The factors of a store's shards.
+
+    Args:
+        manifest: the store's, which has factors.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._packing = manifest.packing
+        layers = manifest.map.layers
+        self.keys = [(c, number) for c in range(manifest.n_checkpoints) for number in range(len(layers))]
+        self._parts: dict[tuple[int, int], list[list[str]]] = {}
+        for key in self.keys:
+            sizes, packing = (layers[key[1]].d_in, layers[key[1]].d_out), self._packing.get(key[1])
+            names = [factor_name(*key, side) for side in FACTOR_SIDES]
+            self._parts[key] = [
+                [name] if packing is None else [f"{name}/{part}" for part in packing[which].specs(sizes[which])]
+                for which, name in enumerate(names)
+            ]
+
+    def names(self, *keys: tuple[int, int]) -> list[str]:
+        """Of the arrays, one position for each row, of all layers at all checkpoints or of some."""
+        return [name for key in keys or self.keys for side in self._parts[key] for name in side]
+
+    def at(self, shard: Shard, positions: NDArray[np.int64], *keys: tuple[int, int]) -> StoredSides:
+        """By (checkpoint, layer), all or some, both sides, whose arrays are verified at ``positions``.
+
+        Raises:
+            StoreError: a block is damaged.
+        """
+        names = self.names(*keys)
+        arrays = dict(zip(names, shard.arrays.at(names, positions), strict=True))
+        return {key: self._sides(shard, key, arrays) for key in keys or self.keys}
+
+    def _sides(self, shard: Shard, key: tuple[int, int], arrays: Mapping[str, NDArray[Any]]) -> tuple[Side, Side]:
+        packing, parts = self._packing.get(key[1]), self._parts[key]
+        if packing is None:
+            x, delta = (WholeSide(arrays[name]) for (name,) in parts)
+            return x, delta
+        of = _view(shard, whole_name(*key, "of"))
+        found = []
+        for side, way, names in zip(FACTOR_SIDES, packing, parts, strict=True):
+            mine = {name.rpartition("/")[2]: arrays[name] for name in names}
+            whole = np.empty((0, 0)) if of is None else shard.arrays.view(whole_name(*key, side))
+            found.append(PackedSide(way, mine, np.empty(0, np.int64) if of is None else of, whole))
+        return found[0], found[1]
+
+
+def _view(shard: Shard, name: str) -> NDArray[Any] | None:
+    return shard.arrays.view(name) if name in shard.arrays else None
