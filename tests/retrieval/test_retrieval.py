@@ -134,7 +134,7 @@ REFUSED = {
     "fewer candidates than k": ({"candidates": 2}, "candidates is 2, but must be at least k, 3"),
     "candidates without re-scoring": (
         {"candidates": 5, "rerank": "none"},
-        "needs rerank='exact', but rerank is 'none'",
+        "needs rerank='exact' or 'wide', but rerank is 'none'",
     ),
 }
 
