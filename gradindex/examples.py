@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import GradIndexError, OutOfMemoryError, is_out_of_memory, training_names, user_code
+from .tree import shapes
 
 # Which loss an example goes through.
 Role = Literal["train", "query"]
@@ -40,6 +42,20 @@ class Examples:
     def training(cls, ids: Sequence[int] | NDArray[np.int64], items: list[Any]) -> Examples:
         """Training examples by their ids."""
         return cls(np.asarray(ids, dtype=np.int64), items, training_names(ids))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Examples]) -> Examples:
+        """Those of several, one after another; all of one role."""
+        if len(parts) == 1:
+            return parts[0]
+        items = [item for part in parts for item in part.items]
+        names = [name for part in parts for name in part.names]
+        return cls(np.concatenate([part.ids for part in parts]), items, names, parts[0].role)
+
+    @cached_property
+    def shapes(self) -> list[tuple[Any, ...]]:
+        """See :func:`~.tree.shapes`, of each item."""
+        return [shapes(item) for item in self.items]
 
     def __len__(self) -> int:
         return len(self.items)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -15,6 +15,7 @@ from .examples import Coded, Examples, RowBatch
 from .forking import check_threads, one_thread_in_children
 from .gradients import Engine, Geometry, Tracked, check_routes, with_unit_norm
 from .index import require
+from .lengths import Window, window_rows, windows
 from .matching import check_losses
 from .options import ComputeOptions
 from .progress import note, progress
@@ -112,9 +113,8 @@ def fill(
             ids = runs.to_ids(missing.ids)
             samples: list[tuple[int, str]] = []
             with job.shard(missing, task.column_arrays("train", ids), samples) as writer:
-                for examples, rows in batches(maker, task, ids, job.after, workers, samples):
+                for examples, rows in batches(maker, task, ids, job.after, workers, samples, advance):
                     writer.append(rows if beside is None else _beside(beside, engine, examples, rows))
-                    advance(len(rows))
 
 
 def _beside(store: GradientStore, engine: Engine, examples: Examples, later: RowBatch) -> RowBatch:
@@ -149,20 +149,47 @@ def batches(
     manifest: Manifest,
     workers: int,
     samples: list[tuple[int, str]],
+    advance: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Examples, RowBatch]]:
-    """Examples and their rows, batch by batch; each is read once, and the digests of some are added to ``samples``."""
-    wanted = set(sampled(ids).tolist())
-    spot_check = SpotCheck(maker, task, ids)
+    """Examples and their rows in the order of ids; each is read once, and the digests of some are added to ``samples``.
+
+    Those of very different lengths are computed in the order of their lengths, some batches at a time: which ones
+    depends on the examples alone, so a shard that is computed again has the same bytes.
+
+    Args:
+        maker: makes the rows.
+        task: whose examples they are.
+        ids: of a shard.
+        manifest: says how many examples a batch has.
+        workers: processes that read.
+        samples: gets ids and digests.
+        advance: is told of how many examples were through, batch by batch.
+    """
+    size, wanted = manifest.batch_size, set(sampled(ids).tolist())
+    most, spot_check = window_rows(size, maker.row_bytes), SpotCheck(maker, task, ids)
+
+    def computed(window: Window, first: int, turn: Sequence[int]) -> Iterator[Blocks]:
+        for number, examples in enumerate(window.batches(), first):
+            blocks = maker.blocks(examples, turn)
+            spot_check.check(number, examples, blocks, turn)
+            yield blocks
+
     *before, last = maker.turns
     earlier: list[list[Blocks]] = []
     for turn in before:  # all of these ids at one checkpoint, then all at the next, each read for rows and checks once
         earlier.append([])
-        for number, examples in enumerate(read(task, ids, manifest.batch_size, workers)):
-            earlier[-1].append(maker.blocks(examples, turn))
-            spot_check.check(number, examples, earlier[-1][-1], turn)
-    for number, examples in enumerate(read(task, ids, manifest.batch_size, workers)):
-        read_now = zip(examples.ids.tolist(), examples.items, strict=True)
+        for window in windows(read(task, ids, size, workers), size, most):
+            earlier[-1] += computed(window, len(earlier[-1]), turn)
+    number = 0
+    for window in windows(read(task, ids, size, workers), size, most):
+        read_now = zip(window.examples.ids.tolist(), window.examples.items, strict=True)
         samples += [(i, task.example_digest(item)) for i, item in read_now if i in wanted]
-        blocks = maker.blocks(examples, last)
-        spot_check.check(number, examples, blocks, last)
-        yield examples, maker.finished([*(turn[number] for turn in earlier), blocks], examples.role)
+        parts = []
+        for blocks in computed(window, number, last):
+            parts.append(Blocks.beside([*(turn[number] for turn in earlier), blocks]))
+            number += 1
+            if advance is not None:
+                advance(len(blocks.rows))
+        whole, places = Blocks.below(parts), window.places
+        whole = whole if places is None else whole.at(places)
+        yield window.examples, maker.finished([whole], window.examples.role)

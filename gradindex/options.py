@@ -101,8 +101,8 @@ class ComputeOptions:
             each; by default if the weights of all do not fit into memory. What is the same at several checkpoints, as
             a frozen backbone, is held once either way.
         batch_tokens: the most tokens of a pass, padding counted: examples times the longest of them. A batch that has
-            more is split, so that texts of very different lengths need little padding. By default there is no such
-            limit.
+            more is split. By default there is no such limit; texts of different lengths are sorted by length either
+            way, so that a pass has little padding.
 
     Raises:
         ArgumentError: ``workers`` or ``batch_tokens`` is out of range.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .choices import Norms
@@ -57,6 +58,13 @@ class Blocks:
             {name: (np.concatenate(x), np.concatenate(d)) for name, (x, d) in sides.items()},
             _joined([part.wide for part in parts], 0),
         )
+
+    def at(self, places: NDArray[np.int64]) -> Blocks:
+        """Of the examples at some places, in that order."""
+        which = torch.from_numpy(places)
+        sides = {name: (x[places], d[places]) for name, (x, d) in self.factors.items()}
+        wide = None if self.wide is None else self.wide[which]
+        return Blocks(self.rows[which], self.squares[which], self.losses[which], sides, wide)
 
     @classmethod
     def beside(cls, parts: Sequence[Blocks]) -> Blocks:
@@ -135,6 +143,12 @@ class RowMaker:
     def wide_dim(self) -> int:
         """Numbers in a wide row, 0 where none are made."""
         return sum(wide_map.dim for wide_map in self._wide)
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes with its factors and wide row, as they are computed."""
+        sides = sum(layer.d_in + layer.d_out for layer in self.engine.layers) if self._factors else 0
+        return self.engine.dtype.itemsize * (self.dim + self.wide_dim) + 4 * sides * len(self._maps)
 
     @property
     def turns(self) -> list[list[int]]:

@@ -84,7 +84,7 @@ class SpotCheck:
 
     def _smallest(self, examples: Examples) -> int | None:
         """The place of the smallest example, if they are of several shapes, or collate makes several of some."""
-        smallest = smallest_of_uneven(examples.items)
+        smallest = _smallest_of(examples.shapes)
         if smallest is None and self._collated:  # positions and texts: their size is that of what they stand for
             self._collated -= 1
             with suppress(UserCodeError), preserved_random_state():
@@ -94,10 +94,13 @@ class SpotCheck:
 
 def smallest_of_uneven(items: Sequence[Any]) -> int | None:
     """The place of the smallest item, if they are of several shapes."""
-    item_shapes = [shapes(item) for item in items]
+    return _smallest_of([shapes(item) for item in items])
+
+
+def _smallest_of(item_shapes: Sequence[tuple[Any, ...]]) -> int | None:
     if all(shape == item_shapes[0] for shape in item_shapes):
         return None
-    return min(range(len(items)), key=lambda place: extent(item_shapes[place]))
+    return min(range(len(item_shapes)), key=lambda place: extent(item_shapes[place]))
 
 
 def check_alone(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UserCodeError, failed, joined_names
 from ..examples import Examples, Role
+from ..lengths import length_of
 from ..tree import shapes
 from .engine import Engine
 from .functional import BACKWARD, COLLATE, loop_gradients
@@ -48,20 +49,12 @@ def by_tokens(items: Sequence[Any], most: int) -> list[slice]:
     """
     groups, start, longest = [], 0, 0
     for place, item in enumerate(items):
-        length = max(1, _length(shapes(item)))
+        length = max(1, length_of(shapes(item)))
         if place > start and (place + 1 - start) * max(longest, length) > most:
             groups.append(slice(start, place))
             start, longest = place, 0
         longest = max(longest, length)
     return [*groups, slice(start, len(items))]
-
-
-def _length(shape: tuple[Any, ...]) -> int:
-    if shape and not isinstance(shape[0], tuple):  # axes
-        return int(shape[0])
-    if not any(shape):  # a short list of numbers
-        return len(shape)
-    return max(map(_length, shape))
 
 
 def alone_gradients(

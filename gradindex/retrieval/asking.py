@@ -16,8 +16,9 @@ from ..columns import is_whole, positions_of, values_of
 from ..errors import ArgumentError, GradIndexError
 from ..examples import Coded, Examples, RowBatch, read_example
 from ..gradients import Engine, Products
+from ..lengths import window_rows, windows
 from ..progress import progress
-from ..rows import RowMaker
+from ..rows import Blocks, RowMaker
 from ..spotcheck import check_alone, smallest_of_uneven
 from ..store import GradientStore
 from ..task import Task
@@ -348,14 +349,18 @@ def prepare(
 
 
 def _batches(examples: QueryExamples, maker: RowMaker, store: GradientStore) -> Iterator[RowBatch]:
-    step = store.manifest.batch_size
-    with progress("gradients of queries", len(examples.names), "queries") as advance:
-        for start in range(0, len(examples.names), step):
-            queries = examples.read(start, start + step)
-            blocks = []
-            for turn in maker.turns:
-                blocks.append(maker.blocks(queries, turn))
-                check_alone(maker, queries, blocks[-1], [smallest_of_uneven(queries.items) or 0], turn)
-            rows = maker.finished(blocks, queries.role)
-            yield rows
-            advance(len(rows))
+    """Rows of queries, some after others; those of very different lengths are computed in the order of lengths."""
+    step, count = store.manifest.batch_size, len(examples.names)
+    read = (examples.read(start, start + step) for start in range(0, count, step))
+    with progress("gradients of queries", count, "queries") as advance:
+        for window in windows(read, step, window_rows(step, maker.row_bytes)):
+            parts = []
+            for queries in window.batches():
+                blocks = []
+                for turn in maker.turns:
+                    blocks.append(maker.blocks(queries, turn))
+                    check_alone(maker, queries, blocks[-1], [smallest_of_uneven(queries.items) or 0], turn)
+                parts.append(Blocks.beside(blocks))
+                advance(len(queries))
+            whole, places = Blocks.below(parts), window.places
+            yield maker.finished([whole if places is None else whole.at(places)], window.examples.role)

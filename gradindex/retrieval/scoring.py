@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from ..errors import ArgumentError, NonFiniteGradientError, joined_names, left_o
 from ..examples import Examples
 from ..gradients import HALF, Engine, Geometry, Products, check_queries, check_routes
 from ..index import paired_products
+from ..lengths import Window, window_rows, windows
 from ..progress import progress
 from ..store import GradientStore, comparable, runs, wide_products
 from ..task import Task
@@ -33,6 +36,7 @@ _WIDE_BYTES = 256 << 20
 _PAIRS = 1 << 20
 # Scores that are kept while weights are held one checkpoint at a time.
 _HELD_SCORES = 1 << 26
+_SCORE_BYTES = 8
 
 # Which queries, ids (m,), and scores (of these queries, m).
 Scores = Iterator[tuple[slice, NDArray[np.int64], NDArray[Any]]]
@@ -140,20 +144,30 @@ def _compared(
 def _scored(
     engine: Engine, products: Products, ids: NDArray[np.int64], size: int, n_query: int
 ) -> Iterator[tuple[Examples, Tensor]]:
-    """Batches of training examples and their scores (n_query, n)."""
+    """Training examples in the order of ids, and their scores (n_query, n)."""
     if not engine.states.one_at_a_time:
-        for examples in _read(engine.task, ids, size):
-            yield examples, products.of(examples)
+        for window in _windows(engine.task, ids, size, n_query):
+            yield window.examples, _of_window(products.of, window)
         return
     # Many examples at one checkpoint, then the same at the next.
     for some in pieces(ids, max(size, _HELD_SCORES // n_query)):
         *before, last = range(engine.n_checkpoints)
-        sums = [torch.zeros(()) for _ in range(0, len(some), size)]
+        sums: dict[int, Tensor] = defaultdict(lambda: torch.zeros(()))
         for checkpoint in before:
-            for number, examples in enumerate(_read(engine.task, some, size)):
-                sums[number] = sums[number] + products.at(checkpoint, examples).cpu()
-        for share, examples in zip(sums, _read(engine.task, some, size), strict=True):
-            yield examples, share + products.at(last, examples).cpu()
+            for number, window in enumerate(_windows(engine.task, some, size, n_query)):
+                sums[number] = sums[number] + _of_window(partial(products.at, checkpoint), window).cpu()
+        for number, window in enumerate(_windows(engine.task, some, size, n_query)):
+            yield window.examples, sums[number] + _of_window(partial(products.at, last), window).cpu()
+
+
+def _windows(task: Task, ids: NDArray[np.int64], size: int, n_query: int) -> Iterator[Window]:
+    return windows(_read(task, ids, size), size, window_rows(size, _SCORE_BYTES * n_query))
+
+
+def _of_window(scored: Callable[[Examples], Tensor], window: Window) -> Tensor:
+    """Scores (n_query, n) of its examples, as they were read."""
+    scores, places = torch.cat([scored(examples) for examples in window.batches()], 1), window.places
+    return scores if places is None else scores[:, torch.from_numpy(places).to(scores.device)]
 
 
 def _read(task: Task, ids: NDArray[np.int64], size: int) -> Iterator[Examples]:

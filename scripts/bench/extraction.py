@@ -3,7 +3,8 @@
 Every round times each contestant once, in turn; a figure is the median over rounds of the ratio within a round.
 Weights are random: nothing here depends on their values. Ours runs as it does by default, which for this network is
 with the channels last in memory; bars compare with the layout that torch has by default, figures also with our own.
-The quick form has a sixteenth of the width, batches of 4 and one round.
+Texts are those of AG News through a small transformer (texts.py). The quick form has a sixteenth of the width, batches
+of 4 (of texts 8) and one round.
 
     python scripts/bench/extraction.py [--parts float32 memory] [--quick] [--json] [--save FILE]
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import texts
 import torch
 from harness import Bench
 
@@ -38,6 +40,7 @@ PARTS = (
     "bfloat16",
     "memory",
     "allocator",
+    "texts",
 )  # bfloat16 takes an hour on processors without instructions for it
 
 
@@ -216,6 +219,8 @@ def main() -> None:
         memory(bench, batch)
     if "allocator" in bench.options.parts:
         allocator(bench, rounds, batch)
+    if "texts" in bench.options.parts:
+        texts.measure(bench, timed, ratio)
     for precision in [part for part in bench.options.parts if part in ("float32", "bfloat16")]:
         seconds = measure(precision, rounds, batch)
         over = partial(ratio, seconds)
