@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..choices import AnswerKind, Rerank
-from ..gradients import Engine, Geometry
+from ..gradients import HALF, Engine, Geometry
 from ..rows import projection_of
 from ..store import GradientStore
 from .asking import Queries
@@ -62,12 +62,15 @@ class Searcher(Protocol):
         exact_from: where exact scores come from, ``"stored factors"`` or ``"model"``.
         exhaustive: whether exact scores of all rows cost little enough to be asked for (:meth:`score_all`).
         wide: whether it has wide rows, which :meth:`estimate` exact scores.
+        calibrated: whether the errors of these estimates are all that they are off by: gradients of half precision are
+            off by an unknown amount more.
     """
 
     n_train: int
     exact_from: str
     exhaustive: bool
     wide: bool
+    calibrated: bool
 
     def propose(
         self,
@@ -130,6 +133,7 @@ class LocalSearcher:
         self.n_train, self.exhaustive = store.n_train, store.has_factors
         self.exact_from = "stored factors" if store.has_factors else "model"
         self.wide = store.manifest.wide is not None
+        self.calibrated = store.manifest.map.precision not in HALF
 
     def propose(
         self,

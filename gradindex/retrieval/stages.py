@@ -132,7 +132,8 @@ class Search:
         elif self._last == "wide":
             estimates = self._of_each(by_kind, self._searcher.estimate)
             scores = {kind: [each[0] for each in lists] for kind, lists in estimates.items()}
-            shares = {kind: self._expected(kind, lists) for kind, lists in estimates.items()}
+            if self._searcher.calibrated:
+                shares = {kind: self._expected(kind, lists) for kind, lists in estimates.items()}
         else:
             scores = self._scored(by_kind)
         answers = []

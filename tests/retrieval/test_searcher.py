@@ -64,7 +64,7 @@ def test_equal_scores_at_the_edge_of_a_merged_answer_go_by_their_ids():
 class Elsewhere:
     """A searcher that got its queries as bytes and knows neither store nor model: rows and scores in an array."""
 
-    exact_from, exhaustive, wide = "elsewhere", False, False
+    exact_from, exhaustive, wide, calibrated = "elsewhere", False, False, True
 
     def __init__(self, rows):
         self.rows, self.n_train = rows, len(rows)

@@ -106,6 +106,12 @@ def test_queries_that_were_prepared_without_wide_rows_are_prepared_again(wide, p
         wide.proponents(plain.prepare([0]), 3)
 
 
+def test_nothing_is_expected_of_wide_rows_in_half_precision_whose_error_is_not_known(tmp_path):
+    retriever = make(tmp_path, wide=64, precision="bfloat16")
+    hits = retriever.proponents([0, 1], 5, rerank="wide", candidates=20)
+    assert hits.stages[-1] == Stage("wide", 20) and hits.note.endswith("wide 20")
+
+
 def test_the_search_is_told_in_words(wide, plain):
     told = "; wide rows of 2,048 numbers a checkpoint settle the order of candidates"
     assert wide.search_note.endswith(told) and told not in plain.search_note
