@@ -45,8 +45,8 @@ class Stage:
             ``"wide"``: by wide rows; ``"stored factors"`` or ``"model"``: by exact scores from there.
         rows: how many.
         share: of the candidates' top-k, what is expected in the answer, by the errors of wide rows, where these decide:
-            at least, where exact scores went to those alone that have a chance of a place in it. Not said of rows that
-            were made in half precision, whose errors are not known.
+            at least, where exact scores went to those alone that have a chance of a place in it. Not said of estimates
+            from gradients of half precision or rows in int4, whose errors are not known.
     """
 
     name: str

@@ -62,8 +62,8 @@ class Searcher(Protocol):
         exact_from: where exact scores come from, ``"stored factors"`` or ``"model"``.
         exhaustive: whether exact scores of all rows cost little enough to be asked for (:meth:`score_all`).
         wide: whether it has wide rows, which :meth:`estimate` exact scores.
-        calibrated: whether the errors of these estimates are all that they are off by: gradients of half precision are
-            off by an unknown amount more.
+        calibrated: whether the errors of these estimates are all that they are off by: gradients of half precision and
+            rows of four bits are off by an unknown amount more.
     """
 
     n_train: int
@@ -133,7 +133,7 @@ class LocalSearcher:
         self.n_train, self.exhaustive = store.n_train, store.has_factors
         self.exact_from = "stored factors" if store.has_factors else "model"
         self.wide = store.manifest.wide is not None
-        self.calibrated = store.manifest.map.precision not in HALF
+        self.calibrated = store.manifest.map.precision not in HALF and store.manifest.row_type != "int4"
 
     def propose(
         self,
