@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import GradIndexError, OutOfMemoryError, is_out_of_memory, training_names, user_code
-from .tree import shapes
 
 # Which loss an example goes through.
 Role = Literal["train", "query"]
@@ -55,6 +54,8 @@ class Examples:
     @cached_property
     def shapes(self) -> list[tuple[Any, ...]]:
         """See :func:`~.tree.shapes`, of each item."""
+        from .tree import shapes  # which needs torch: a store is looked at without it
+
         return [shapes(item) for item in self.items]
 
     def __len__(self) -> int:
