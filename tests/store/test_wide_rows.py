@@ -118,7 +118,7 @@ def test_stores_with_wide_rows_are_merged_and_one_without_them_is_refused(task, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"unit_norm": True}])
+@pytest.mark.parametrize("options", [{}, {"unit_norm": True}, {"projection": Projection("fitted", 8)}])
 def test_a_checkpoint_is_added_to_wide_rows(task, tmp_path, options):
     options = OPTIONS | options
     whole = gradindex.build(task, tmp_path / "whole", **options)
