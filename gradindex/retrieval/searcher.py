@@ -221,8 +221,10 @@ class LocalSearcher:
         efforts = self._efforts(kinds, k)
         if efforts is None:
             return self._by_rows(vectors, kinds, min(self.n_train, candidates or candidates_for(k)))
+        # Wide rows cost little, and how far an index goes for full rows' top-k says nothing of theirs.
+        least = candidates_for(k) if self.wide else 0
         wanted = {
-            sign: min(self.n_train, candidates or self._candidates.handed_on(k, effort))
+            sign: min(self.n_train, candidates or max(least, self._candidates.handed_on(k, effort)))
             for sign, effort in efforts.items()
         }
         most = max(wanted.values())

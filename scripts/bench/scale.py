@@ -378,6 +378,13 @@ def by_wide_rows(
             share = evaluation.recall_at_k(sign * exact, np.searchsorted(sample, hits.ids), k).mean()
             what = f"recall@{k} of {kind} by wide rows, {n_query} queries, {len(sample):,} rows"
             bench.bar(f"{name}: {what}", float(share), "share", 0.98)
+    scanning = gradindex.load(retriever.task, store.folder, use_index=False)
+    for kind in ("proponents", "opponents"):
+        found, all_rows = (each.search(asked, K, kind=kind, rerank="wide").ids for each in (retriever, scanning))
+        share = np.mean([np.isin(a, b).mean() for a, b in zip(found, all_rows, strict=True)])
+        bench.bar(
+            f"{name}: {kind} by index and wide rows, of those by a scan and wide rows", float(share), "share", 0.99
+        )
     singles = [retriever.prepare([position]) for position in range(n_query)]
     search = partial(retriever.search, k=K, rerank="wide")
     first, again = (np.median([timed(partial(search, single), 1) for single in singles]) / 1000 for _ in range(2))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import toys
-from questions import COLUMNS, M, N, agree, make, ordered
+from questions import COLUMNS, M, N, agree, make, ordered, save_index
 
 import gradindex
 from gradindex.errors import ArgumentError
@@ -77,6 +77,18 @@ def test_both_a_group_a_filter_and_a_threshold_work_with_wide_rows(wide, exact, 
     strong = wide.proponents(queries, at_least=least, rerank="wide", candidates=20)
     assert (strong.of(0)[1] >= least).all() and len(strong.of(0)[0]) > 5
     assert wide.proponents(queries, N, rerank="wide").ids.shape == (M, N)
+
+
+def test_an_index_proposes_as_many_as_wide_rows_can_settle(tmp_path, exact):
+    indexed = make(tmp_path, wide=2048)
+    save_index(indexed.store, proposals=12)
+    indexed = gradindex.load(indexed.task, indexed.store.folder)
+    hits = indexed.proponents(range(M), 5, rerank="wide")
+    assert [(stage.name, stage.rows) for stage in hits.stages] == [("index", 50), ("wide", 50)]
+    true = [ordered("proponents", scores, k=5) for scores in exact]
+    few, enough = (indexed.proponents(range(M), 5, **options) for options in ({"candidates": 12}, {}))
+    assert toys.share(few.ids, true) < toys.share(enough.ids, true)
+    assert indexed.proponents(range(M), 5, candidates=8).stages[-2] == Stage("wide", 8)
 
 
 @pytest.mark.slow
