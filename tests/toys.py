@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 import gradindex
 from gradindex.cli import main
+from gradindex.projection import Projection
 
 RATES = (0.3, 0.1, 0.02)
 # The environment of a process in which texts have other hashes than here.
@@ -208,3 +209,27 @@ def python(code, *arguments, cwd=None, **environment):
 def digest_of(value):
     """The checksum of a JSON value by docs/format.md."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sharp_task(folder, n_train=60):
+    """A classifier of 300 classes, most of whose probability is on a few."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 300))
+    checkpoints = []
+    for number in range(2):
+        with torch.no_grad():
+            model[0].weight.copy_(2 * torch.randn(300, 24))
+        torch.save(model.state_dict(), folder / f"sharp_{number}.pt")
+        checkpoints.append(gradindex.Checkpoint(folder / f"sharp_{number}.pt", learning_rate=0.5 - 0.2 * number))
+    x, y = torch.rand(n_train + 8, 24), torch.randint(300, (n_train + 8,))
+    train, query = TensorDataset(x[:n_train], y[:n_train]), TensorDataset(x[n_train:], y[n_train:])
+    columns = {"label": y[:n_train].numpy()}
+    return gradindex.Task(
+        model=model, loss=cross_entropy, train=train, query=query, checkpoints=checkpoints, columns=columns
+    )
+
+
+def with_factors(folder, task, name, **options):
+    """A store of it."""
+    options = {"factors": "float32", "batch_size": 8, "shard_rows": 24, **options}
+    return gradindex.build(task, folder / name, projection=Projection("fitted", 32), **options)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from ..choices import AnswerKind
 from ..index import Shape
 from ..retrieval.candidates import Candidates, Effort, candidates_for
+from ..retrieval.leading import leads, narrowed
 from ..retrieval.scoring import of_candidates
 from ..store import GradientStore
 from .truth import Truth, lower_bound
@@ -21,7 +23,9 @@ Efforts: TypeAlias = Mapping[AnswerKind, Effort]
 
 # Opponents are searched with the negated query.
 SIGNS: Mapping[AnswerKind, int] = {"proponents": 1, "opponents": -1}
-_PROPOSALS = (1, 2, 3, 4, 5, 6, 8, 12, 20, 40)  # times k
+_PROPOSALS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 28, 40)  # times k
+# Of these, how many get exact scores where they can be narrowed; times k.
+_EXACT = (1, 1.1, 1.2, 1.35, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8)
 _TIMED = 40
 # Steps that go further than what is fastest.
 _FURTHER = 2
@@ -86,8 +90,10 @@ def _steps(
             continue
         if fastest is not None and proposals >= fastest.effort.proposals:
             break  # more lists only take longer
-        effort = Effort(probes, proposals)
-        step = _Step(effort, milliseconds(store, search, truth, effort, truth.k, sign), reached)
+        efforts = [Effort(probes, proposals), *_narrower(store, search, truth, recall, probes, proposals, sign)]
+        timed = [(milliseconds(store, search, truth, effort, truth.k, sign), effort) for effort in efforts]
+        taken, effort = min(timed, key=lambda each: each[0])
+        step = _Step(effort, taken, reached)
         if fastest is not None and step.milliseconds > fastest.milliseconds:
             break
         fastest = step
@@ -97,11 +103,44 @@ def _steps(
     for _ in range(_FURTHER):
         lists = [probes for probes in every if probes > effort.probes]
         more = [count for count in counts(search.n_train, truth.k) if count > effort.proposals]
-        effort = Effort((lists or [effort.probes])[0], (more or [effort.proposals])[0])
+        exact = None
+        if effort.exact is not None:
+            exact = next((count for count in _times(_EXACT, truth.k) if count > effort.exact), effort.exact)
+        effort = Effort((lists or [effort.probes])[0], (more or [effort.proposals])[0], exact)
         taken = milliseconds(store, search, truth, effort, truth.k, sign)
-        proposed = _proposed(search, truth, effort.proposals + 1, effort.probes, sign)
-        found.append(_Step(effort, taken, lower_bound(truth.recalls(sign, proposed, effort.proposals), truth.k)))
+        reached = lower_bound(truth.recalls(sign, *handed(store, search, truth, effort, sign)), truth.k)
+        found.append(_Step(effort, taken, reached))
     return found, best
+
+
+def _narrower(
+    store: GradientStore, search: Candidates, truth: Truth, recall: float, probes: int, proposals: int, sign: int
+) -> list[Effort]:
+    """Efforts that score fewer exactly: the fewest of these proposals, and of more, that reach the recall."""
+    if truth.factors is None or not leads(store):
+        return []
+    tried = [count for count in counts(search.n_train, truth.k) if count >= proposals][: 1 + _FURTHER]
+    ordered = _proposed(search, truth, tried[-1] + 1, probes, sign)
+    found = []
+    for count in tried:
+        best = narrowed(store, truth.factors, sign, ordered[:, : count + 1], _times(_EXACT, truth.k)[-1] + 1)
+        for exact in _times(_EXACT, truth.k):
+            if exact >= count:
+                break
+            if lower_bound(truth.recalls(sign, best, exact), truth.k) >= recall:
+                found.append(Effort(probes, count, exact))
+                break
+    return found
+
+
+def handed(
+    store: GradientStore, search: Candidates, truth: Truth, effort: Effort, sign: int
+) -> tuple[NDArray[np.int64], int]:
+    """What is handed on to exact scores, the best first, and how many that are; one more, for the query itself."""
+    proposed = _proposed(search, truth, effort.proposals + 1, effort.probes, sign)
+    if effort.exact is None or truth.factors is None:
+        return proposed, effort.proposals
+    return narrowed(store, truth.factors, sign, proposed, effort.exact + 1), effort.exact
 
 
 def _first(search: Candidates, truth: Truth, recall: float, every: list[int], sign: int) -> tuple[int, float]:
@@ -119,7 +158,11 @@ def _first(search: Candidates, truth: Truth, recall: float, every: list[int], si
 
 def counts(n_train: int, k: int) -> list[int]:
     """How many proposals are tried."""
-    return sorted({min(times * k, n_train) for times in _PROPOSALS})
+    return sorted({min(count, n_train) for count in _times(_PROPOSALS, k)})
+
+
+def _times(shares: Sequence[float], k: int) -> list[int]:
+    return sorted({math.ceil(times * k) for times in shares})
 
 
 def _proposed(search: Candidates, truth: Truth, most: int, probes: int, sign: int) -> NDArray[np.int64]:
@@ -158,7 +201,10 @@ def milliseconds(
             if effort is None:
                 ids = search.search(row[None], min(candidates_for(k), store.n_train))[1][0]
             else:
-                ids = search.propose(sign * row[None], effort.proposals, effort, k)[1][0]
+                ids = search.propose(sign * row[None], effort.proposals, effort, k)[1]
+                if effort.exact is not None and asked is not None:
+                    ids = narrowed(store, asked, sign, ids, effort.exact)
+                ids = ids[0]
             ids = np.sort(ids[ids >= 0])
             if asked is None:
                 store.rows(ids)

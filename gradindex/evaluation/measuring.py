@@ -15,7 +15,7 @@ from ..errors import check_k
 from ..retrieval.candidates import Candidates
 from ..retrieval.retriever import Retriever
 from ..store import GradientStore
-from .efforts import SIGNS, Efforts
+from .efforts import SIGNS, Efforts, handed
 from .truth import Truth, held_out, lower_bound, real
 
 
@@ -46,6 +46,8 @@ def measure(search: Candidates, truth: Truth, efforts: Efforts | None = None, tr
 
     def recalls(kind: AnswerKind, sign: int) -> NDArray[np.float64]:
         effort = search.effort(truth.k, kind) if efforts is None else efforts[kind]
+        if effort.exact is not None:
+            return truth.recalls(sign, *handed(search.store, search, truth, effort, sign))
         count = search.handed_on(truth.k, effort)
         n = min(count + 1, search.n_train)  # one of them may be the query itself
         # The index's proposals as they are, where no more are handed on, else the best of them by their full rows.

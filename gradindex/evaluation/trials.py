@@ -13,6 +13,7 @@ from ..choices import IndexKind
 from ..index import Blocks, CompactIndex, Shape, devices
 from ..progress import note, progress
 from ..retrieval.candidates import Candidates
+from ..retrieval.leading import leads
 from ..store import GradientStore
 from .efforts import SIGNS, Choice, choices, counts
 from .floors import Floors, ScoringTime
@@ -82,7 +83,8 @@ class Trials:
                     self.best, self.widest = reached, shape.dim
                 self._say(shape, f"left out, for all rows compared by so few numbers reach about {reached:.3f}")
                 continue
-            least = float(np.mean([scoring.of(count) for count in needed.values()]))
+            few = [self._truth.k if leads(self._store) else count for count in needed.values()]
+            least = float(np.mean([scoring.of(count) for count in few]))
             if self.fastest is not None and least >= self.fastest.milliseconds:
                 self._say(shape, f"left out, for exact scores of its proposals take {least:.2g} ms alone")
                 continue
@@ -104,7 +106,7 @@ class Trials:
         if self.fastest is None:
             return
         shape = self.fastest.shape
-        alone = np.mean([scoring.of(effort.proposals) for effort in self.fastest.efforts.values()])
+        alone = np.mean([scoring.of(effort.exact or effort.proposals) for effort in self.fastest.efforts.values()])
         for copies in shape.method.copies_tried:
             worth = self.fastest.milliseconds > _WORTH_COPIES * alone
             if copies != shape.copies and worth and time.monotonic() < self._until:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError
+from ..examples import Sides
 from ..gradients import HALF
 from ..retrieval.candidates import scan
 from ..retrieval.retriever import Retriever
 from ..retrieval.scoring import Scores, by_factors, shown
+from ..retrieval.vectors import QueryFactors
 from ..store import GradientStore
 
 # Fewer queries say too little.
@@ -29,6 +33,7 @@ class Truth:
         own: (n_query,) the query's own id, which does not count; -1 where it has none.
         k: how many are the top.
         against: what the scores are, for people.
+        factors: of the queries, where the store has some.
     """
 
     rows: NDArray[np.float32]
@@ -36,12 +41,13 @@ class Truth:
     own: NDArray[np.int64]
     k: int
     against: str
+    factors: Mapping[tuple[int, int], Sides] | None = None
 
     def part(self, which: int, of: int = 2) -> Truth:
         """Every ``of``-th query, from ``which`` on."""
         mine = slice(which, None, of)
         best = {sign: ids[mine] for sign, ids in self.best.items()}
-        return Truth(self.rows[mine], best, self.own[mine], self.k, self.against)
+        return Truth(self.rows[mine], best, self.own[mine], self.k, self.against, _taken(self.factors, mine))
 
     def recalls(self, sign: int, proposed: NDArray[np.int64], count: int) -> NDArray[np.float64]:
         """(n_query,) shares of the true top-k among the first ``count`` of (n_query, m) ids but the query's own.
@@ -62,6 +68,7 @@ def truth_from(
     k: int,
     against: str,
     seed: int,
+    factors: QueryFactors | None = None,
 ) -> Truth:
     """From true scores, piece by piece.
 
@@ -89,7 +96,15 @@ def truth_from(
             f"Only {len(order)} of {len(rows)} queries have a top-{k} without ties, but at least {_LEAST_QUERIES} are "
             "needed. Give more queries, or another k if many scores are equal."
         )
-    return Truth(rows[order], {sign: ids[order] for sign, ids in top.items()}, own[order], k, against)
+    ordered = {sign: ids[order] for sign, ids in top.items()}
+    return Truth(rows[order], ordered, own[order], k, against, _taken(factors, order))
+
+
+def _taken(factors: QueryFactors | None, which: Any) -> dict[tuple[int, int], Sides] | None:
+    """Of some queries, each a question of its own."""
+    if factors is None:
+        return None
+    return {key: (sides[0][which], sides[1][which]) for key, sides in factors.items()}
 
 
 def against_rows(store: GradientStore, rows: NDArray[np.float32]) -> Scores:
@@ -119,11 +134,11 @@ def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0) -> Truth
     chosen = np.sort(np.random.default_rng(seed).choice(ids, min(n_query, len(ids)), replace=False))
     described = store.manifest.map
     exact = store.manifest.factors == "float32" and not (described.unit_norm or described.precision in HALF)
-    rows = store.rows(chosen)
-    scored = by_factors(store, store.factors(chosen), len(chosen), ids) if exact else against_rows(store, rows)
+    rows, factors = store.rows(chosen), store.factors(chosen) if store.has_factors else None
+    scored = by_factors(store, factors, len(chosen), ids) if exact and factors else against_rows(store, rows)
     kind = "exact scores" if exact else "scores of all rows"
     scored = shown("true scores", scored, len(chosen) * len(ids))
-    return truth_from(rows, scored, chosen, k, f"against {kind}, training examples as queries", seed)
+    return truth_from(rows, scored, chosen, k, f"against {kind}, training examples as queries", seed, factors)
 
 
 def real(retriever: Retriever, n_query: int, k: int, seed: int = 0) -> Truth:
@@ -145,8 +160,9 @@ def real(retriever: Retriever, n_query: int, k: int, seed: int = 0) -> Truth:
     asked = retriever.prepare(queries)
     own = np.full(len(asked), -1)
     return truth_from(
-        asked.rows, retriever.exact_pieces(asked), own, k, "against exact scores, the task's queries", seed
-    )
+        asked.rows, retriever.exact_pieces(asked), own, k, "against exact scores, the task's queries", seed,
+        asked.vectors.factors,
+    )  # fmt: skip
 
 
 def lower_bound(recalls: NDArray[np.float64], k: int, tries: int = 1) -> float:

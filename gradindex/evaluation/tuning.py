@@ -16,7 +16,7 @@ from ..choices import IndexKind
 from ..errors import ArgumentError, OutOfMemoryError, RecallError, check_k
 from ..index import INDEXES, CompactIndex, Shape
 from ..memory import available_bytes
-from ..retrieval.candidates import INDEX_FOLDER, Candidates
+from ..retrieval.candidates import INDEX_FOLDER, Candidates, Effort
 from ..retrieval.retriever import Retriever
 from ..store import GradientStore, changing
 from . import efforts
@@ -163,11 +163,15 @@ def _about(
         "effort": {
             name: max(getattr(effort, name) for effort in chosen.efforts.values()) for name in ("probes", "proposals")
         },
-        "efforts": {kind: asdict(effort) for kind, effort in chosen.efforts.items()},
+        "efforts": {kind: _told(effort) for kind, effort in chosen.efforts.items()},
         "recall": against | asdict(measured),
         "milliseconds": {"index": chosen.milliseconds, "all_rows": all_rows},
         "curve": [asdict(choice) for choice in choices],
     }
+
+
+def _told(effort: Effort) -> dict[str, int]:
+    return {name: value for name, value in asdict(effort).items() if value is not None}
 
 
 def _sample(store: GradientStore, seed: int) -> NDArray[np.float32]:

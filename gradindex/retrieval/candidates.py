@@ -33,10 +33,13 @@ class Effort:
     Args:
         probes: lists that are looked into.
         proposals: rows that the index proposes, to be compared in full.
+        exact: how many of these get exact scores, those that are best by the largest entries of their factors; ``None``
+            where all of them do.
     """
 
     probes: int
     proposals: int
+    exact: int | None = None
 
 
 class Candidates:
@@ -86,6 +89,11 @@ class Candidates:
             self._gone = LeftOut(runs.to_ids(runs.without(covered, live)))
 
     @property
+    def store(self) -> GradientStore:
+        """Whose rows are searched."""
+        return self._store
+
+    @property
     def n_train(self) -> int:
         """The number of rows that are searched."""
         return self._store.n_train
@@ -115,7 +123,9 @@ class Candidates:
         """What the index was tuned to for a kind; more for a larger k than it was tuned for."""
         assert self.index is not None
         tuned = self.index.about.get("efforts", {}).get(sign, self.index.about["effort"])
-        return Effort(tuned["probes"], tuned["proposals"] * max(1, -(-k // self.index.about["recall"]["k"])))
+        times = max(1, -(-k // self.index.about["recall"]["k"]))
+        exact = tuned.get("exact")
+        return Effort(tuned["probes"], tuned["proposals"] * times, None if exact is None else exact * times)
 
     def handed_on(self, k: int, effort: Effort) -> int:
         """How many rows go to exact scores; through the model they are dear, and full rows choose the best."""

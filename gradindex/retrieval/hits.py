@@ -42,7 +42,8 @@ class Stage:
 
     Args:
         name: ``"index"``: by the index's estimates, of which these are the best; ``"rows"``: by their full rows;
-            ``"wide"``: by wide rows; ``"stored factors"`` or ``"model"``: by exact scores from there.
+            ``"largest entries"``: by those of their packed factors; ``"wide"``: by wide rows; ``"stored factors"`` or
+            ``"model"``: by exact scores from there.
         rows: how many.
         share: of the candidates' top-k, what is expected in the answer, by the errors of wide rows, where these decide:
             at least, where exact scores went to those alone that have a chance of a place in it. Not said of estimates

@@ -18,6 +18,7 @@ from .asking import Queries
 from .candidates import Candidates, Effort, candidates_for, pieces, scan
 from .filters import Allowed
 from .hits import Stage
+from .leading import leading
 from .question import DEFAULT_K
 from .ranking import Best, Ranked, ranked, united
 from .scoring import Scores, by_factors, by_wide_rows, measured, of_candidates, through_model
@@ -233,7 +234,25 @@ class LocalSearcher:
         if self._candidates.newer or any(wanted[sign] < effort.proposals for sign, effort in efforts.items()):
             return self._compared(vectors, kinds, most, efforts, k)
         by_kind = {sign: self._proposed(vectors, sign, wanted[sign], k, effort) for sign, effort in efforts.items()}
+        if candidates is None and not vectors.grouped and any(effort.exact for effort in efforts.values()):
+            return self._narrowed(vectors, by_kind, efforts, most)
         return Proposed(by_kind, (Stage("index", most),), "index", most)
+
+    def _narrowed(
+        self, vectors: QueryVectors, by_kind: Mapping[AnswerKind, list[Ranked]], efforts: Efforts, most: int
+    ) -> Proposed:
+        """Of what the index proposes, the best by the largest entries of their factors."""
+        assert vectors.factors is not None
+        kept = {}
+        for kind, found in by_kind.items():
+            exact = efforts[kind].exact
+            if exact is None:
+                kept[kind] = found
+                continue
+            estimates = leading(self._store, vectors.factors, [ids for ids, _ in found])
+            kept[kind] = [ranked(kind, ids, scores, exact) for (ids, _), scores in zip(found, estimates, strict=True)]
+        wanted = max(effort.exact or effort.proposals for effort in efforts.values())
+        return Proposed(kept, (Stage("index", most), Stage("largest entries", most)), "index", wanted)
 
     def products(self, vectors: QueryVectors, query: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """See :class:`Searcher`."""

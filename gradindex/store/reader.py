@@ -25,7 +25,7 @@ from .job import progress_of
 from .layout import WIDE, row_specs
 from .manifest import ShardEntry
 from .shards import OpenShards, Shard, check_unchanged
-from .sides import FactorSides, StoredSides
+from .sides import FactorSides, LeadingEntries, StoredSides, leading_entries
 from .summary import described, flat
 from .touching import bytes_of, verified
 from .verifying import damaged, problems_of
@@ -284,6 +284,21 @@ class GradientStore:
             specs = row_specs(self.manifest, 0)
             return Coded(*(np.empty(*specs[name]) for name in names))
         return Coded(*self._gatherer.gather(names, ids))
+
+    def leading_entries(
+        self, ids: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], LeadingEntries]]:
+        """The largest entries of the first layer's packed output gradients, as :meth:`factors_in_place` does.
+
+        Args:
+            ids: (m,) int64, in any order, each as often as wanted.
+
+        Raises:
+            ArgumentError: an id has no row.
+            StoreError: a block that an id touches is damaged.
+        """
+        for places, shard, positions in self._gatherer.by_shard(self._checked(ids)):
+            yield places, positions, leading_entries(shard, self.n_checkpoints, positions)
 
     @property
     def _factor_sides(self) -> FactorSides:

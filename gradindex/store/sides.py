@@ -183,3 +183,27 @@ class FactorSides:
 
 def _view(shard: Shard, name: str) -> NDArray[Any] | None:
     return shard.arrays.view(name) if name in shard.arrays else None
+
+
+class LeadingEntries(NamedTuple):
+    """What of a shard's rows tells most of their scores, to be read at verified positions alone.
+
+    Args:
+        norms: (rows, C) eta_c times the squared norm of the gradient.
+        entries: for each checkpoint places and values of the largest entries of delta: (rows, kept) each.
+    """
+
+    norms: NDArray[np.float64]
+    entries: list[tuple[NDArray[Any], NDArray[np.float32]]]
+
+
+def leading_entries(shard: Shard, n_checkpoints: int, positions: NDArray[np.int64]) -> LeadingEntries:
+    """The largest entries of the first layer's output gradients, which are packed.
+
+    Raises:
+        StoreError: a block is damaged.
+    """
+    sides = [factor_name(checkpoint, 0, FACTOR_SIDES[1]) for checkpoint in range(n_checkpoints)]
+    names = ["self_influence", *(f"{side}/{part}" for side in sides for part in ("places", "values"))]
+    norms, *parts = shard.arrays.at(names, positions)
+    return LeadingEntries(norms, list(zip(parts[::2], parts[1::2], strict=True)))

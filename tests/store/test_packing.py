@@ -5,11 +5,8 @@ import json
 import h5py
 import numpy as np
 import pytest
-import torch
 import toys
 from click.testing import CliRunner
-from torch import nn
-from torch.utils.data import TensorDataset
 
 import gradindex
 from gradindex.cli import main
@@ -67,32 +64,9 @@ def test_what_is_chosen_keeps_the_bound_in_the_least_room():
     assert packing.packing_of({(0, 0): (features, SHARP[:, :100].copy())}, "float32") == {}  # few outputs
 
 
-def sharp_task(folder, n_train=60, **options):
-    """A classifier of 300 classes, most of whose probability is on a few."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(FEATURES, CLASSES))
-    checkpoints = []
-    for number in range(2):
-        with torch.no_grad():
-            model[0].weight.copy_(2 * torch.randn(CLASSES, FEATURES))
-        torch.save(model.state_dict(), folder / f"sharp_{number}.pt")
-        checkpoints.append(gradindex.Checkpoint(folder / f"sharp_{number}.pt", learning_rate=0.5 - 0.2 * number))
-    x, y = torch.rand(n_train + 8, FEATURES), torch.randint(CLASSES, (n_train + 8,))
-    train, query = TensorDataset(x[:n_train], y[:n_train]), TensorDataset(x[n_train:], y[n_train:])
-    columns = {"label": y[:n_train].numpy()}
-    return gradindex.Task(
-        model=model, loss=toys.cross_entropy, train=train, query=query, checkpoints=checkpoints, columns=columns
-    )
-
-
-def built(folder, task, name, **options):
-    options = {"factors": "float32", "batch_size": 8, "shard_rows": 24, **options}
-    return gradindex.build(task, folder / name, projection=Projection("fitted", 32), **options)
-
-
 @pytest.fixture
 def task(tmp_path):
-    return sharp_task(tmp_path)
+    return toys.sharp_task(tmp_path)
 
 
 @pytest.fixture
@@ -122,7 +96,7 @@ def check_same_scores(store, whole, task, bound=2e-6):
 
 
 def test_a_build_packs_unasked_and_answers_as_whole_factors_do(tmp_path, task):
-    store, whole = built(tmp_path, task, "packed"), built(tmp_path, task, "whole", pack=False)
+    store, whole = toys.with_factors(tmp_path, task, "packed"), toys.with_factors(tmp_path, task, "whole", pack=False)
     assert list(store.manifest.packing) == [0] and not whole.manifest.packing
     assert (store.manifest.version, whole.manifest.version) == (2, 1)
     assert "packed" in repr(store) and "packed" not in repr(whole)
@@ -132,7 +106,7 @@ def test_a_build_packs_unasked_and_answers_as_whole_factors_do(tmp_path, task):
 
 
 def test_rows_that_would_break_the_bound_are_whole(tmp_path, task, few_bits):
-    store, whole = built(tmp_path, task, "packed"), built(tmp_path, task, "whole", pack=False)
+    store, whole = toys.with_factors(tmp_path, task, "packed"), toys.with_factors(tmp_path, task, "whole", pack=False)
     with h5py.File(next((tmp_path / "packed" / "shards").glob("*.h5"))) as file:
         of = file["factors/0/0/whole/of"][:]
         assert 0 < len(of) <= 24 and file["factors/0/0/whole/activations"].shape == (len(of), FEATURES + 1)
@@ -144,7 +118,7 @@ def test_rows_that_would_break_the_bound_are_whole(tmp_path, task, few_bits):
 
 
 def test_what_changes_a_store_keeps_what_is_packed_and_what_is_whole(tmp_path, task, few_bits):
-    store = built(tmp_path, task, "store")
+    store = toys.with_factors(tmp_path, task, "store")
     before = {i: [side.copy() for pair in store.factors(np.array([i])).values() for side in pair] for i in store.ids}
     gradindex.store.remove(store.folder, [1, 2, 3, 30, *range(48, 58)])
     store = gradindex.store.compact(store.folder)
@@ -152,7 +126,7 @@ def test_what_changes_a_store_keeps_what_is_packed_and_what_is_whole(tmp_path, t
     for i in store.ids:
         now = [side for pair in store.factors(np.array([i])).values() for side in pair]
         assert all(np.array_equal(a, b) for a, b in zip(now, before[i], strict=True))
-    other = built(tmp_path, task, "other", bases_from=store.folder, pack=False)
+    other = toys.with_factors(tmp_path, task, "other", bases_from=store.folder, pack=False)
     merged = gradindex.store.merge(store.folder, other.folder, offset=100)
     assert merged.verify() == [] and len(merged) == len(store) + 60
     whole = other.factors(np.array([7]))[1, 0]
@@ -161,7 +135,7 @@ def test_what_changes_a_store_keeps_what_is_packed_and_what_is_whole(tmp_path, t
 
 
 def test_a_damaged_block_of_what_is_whole_is_found(tmp_path, task, few_bits):
-    store = built(tmp_path, task, "store")
+    store = toys.with_factors(tmp_path, task, "store")
     path = next((tmp_path / "store" / "shards").glob("*.h5"))
     place = json.loads(path.with_suffix(".json").read_text())["arrays"]["factors/1/0/whole/activations"]
     with path.open("r+b") as file:
@@ -174,7 +148,7 @@ def test_a_damaged_block_of_what_is_whole_is_found(tmp_path, task, few_bits):
 
 
 def test_an_interrupted_build_goes_on_with_its_own_packing(tmp_path, task, monkeypatch):
-    whole = built(tmp_path, task, "once")
+    whole = toys.with_factors(tmp_path, task, "once")
     calls = []
     shard = gradindex.store.Job.shard
 
@@ -186,10 +160,10 @@ def test_an_interrupted_build_goes_on_with_its_own_packing(tmp_path, task, monke
 
     monkeypatch.setattr(gradindex.store.Job, "shard", failing)
     with pytest.raises(KeyboardInterrupt):
-        built(tmp_path, task, "twice")
+        toys.with_factors(tmp_path, task, "twice")
     monkeypatch.undo()
     monkeypatch.setattr(packing, "_KEPT", (0,))  # another choice now
-    resumed = built(tmp_path, task, "twice")
+    resumed = toys.with_factors(tmp_path, task, "twice")
     assert resumed.manifest.packing == whole.manifest.packing
     for name in ("0001-00000", "0001-00002"):
         one, other = (tmp_path / store / "shards" / f"{name}.h5" for store in ("once", "twice"))
@@ -197,7 +171,7 @@ def test_an_interrupted_build_goes_on_with_its_own_packing(tmp_path, task, monke
 
 
 def test_upgrading_packs_a_store_of_version_1_without_gradients(tmp_path, task):
-    store, packed = built(tmp_path, task, "store", pack=False), built(tmp_path, task, "packed")
+    store, packed = toys.with_factors(tmp_path, task, "store", pack=False), toys.with_factors(tmp_path, task, "packed")
     gradindex.store.remove(store.folder, [5])
     result = CliRunner().invoke(main, ["compact", str(store.folder), "--upgrade"])
     assert result.exit_code == 0 and "less than before" in result.output
@@ -232,7 +206,8 @@ def test_a_layer_without_sparse_outputs_is_kept_whole_and_said_so(tmp_path, caps
 
 
 def test_half_precision_is_packed_within_its_own_rounding(tmp_path, task):
-    store, whole = built(tmp_path, task, "half", factors="float16"), built(tmp_path, task, "whole", pack=False)
+    store = toys.with_factors(tmp_path, task, "half", factors="float16")
+    whole = toys.with_factors(tmp_path, task, "whole", pack=False)
     assert store.manifest.packing[0][0].bits < 24
     assert errors(store, whole).max() <= 1.01e-3
     hits = gradindex.load(task, store.folder).proponents(0, k=3)
@@ -240,7 +215,7 @@ def test_half_precision_is_packed_within_its_own_rounding(tmp_path, task):
 
 
 def test_a_forged_packing_is_refused(tmp_path, task):
-    store = built(tmp_path, task, "store")
+    store = toys.with_factors(tmp_path, task, "store")
     path = store.folder / "manifest.json"
     from gradindex.files import with_checksum
 

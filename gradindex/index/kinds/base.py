@@ -145,7 +145,10 @@ class IndexMethod(ABC):
     def probes(self) -> list[int]:
         """How many lists the tuner looks into, ascending; the last is all of them."""
         lists = max(self.lists, 1)
-        return sorted({*(2**i for i in range(lists.bit_length())), lists})
+        powers = [2**i for i in range(lists.bit_length())]
+        # Of many lists each step costs much; in between, a half more.
+        between = [3 * power // 2 for power in powers[1:] if 3 * power // 2 < lists] if lists >= _MANY_LISTS else []
+        return sorted({*powers, *between, lists})
 
     @classmethod
     def tried_unasked(cls, n_rows: int, dim: int | None) -> bool:
@@ -162,6 +165,9 @@ class IndexMethod(ABC):
         """How many lists the tuner makes; 0 for kinds without."""
         return 0
 
+
+# From so many lists on, the tuner takes smaller steps.
+_MANY_LISTS = 512
 
 INDEXES: Registry[type[IndexMethod]] = Registry("kind", INDEX_KINDS)
 
