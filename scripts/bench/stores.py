@@ -22,8 +22,8 @@ def task_of(name: str, n_train: int | None = None) -> gradindex.Task:
 
     Args:
         name: see above.
-        n_train: how many rows of ``"augmented"`` or ``"imagenet_shape"``, by default all; 50,000 of ``"augmented"`` are
-            CIFAR-10 itself.
+        n_train: how many rows of ``"augmented"``, ``"pseudo_classes"`` or ``"imagenet_shape"``, by default all (250,000
+            of ``"pseudo_classes"``); 50,000 of ``"augmented"`` are CIFAR-10 itself.
     """
     import augmented
     import cifar10
@@ -37,7 +37,7 @@ def task_of(name: str, n_train: int | None = None) -> gradindex.Task:
         task = imagenet_shape.task()
         return task if n_train is None else part_of(task, range(n_train))
     if name == "pseudo_classes":
-        return augmented.pseudo_classes()
+        return augmented.pseudo_classes(n_train)
     if name == "all_layers":
         task = cifar10.all_layers()
         task = replace(task, checkpoints=[task.checkpoints[epoch - 1] for epoch in augmented.AFTER_EPOCHS])
@@ -56,7 +56,7 @@ def store_of(name: str, n_train: int | None = None, **changed: Any) -> gradindex
 
     Args:
         name: see :func:`task_of`.
-        n_train: how many rows of ``"augmented"`` or ``"imagenet_shape"``.
+        n_train: how many rows, see :func:`task_of`.
         **changed: options of ``build`` that differ, which get a store of their own.
     """
     task = task_of(name, n_train)
@@ -68,7 +68,9 @@ def store_of(name: str, n_train: int | None = None, **changed: Any) -> gradindex
     elif name == "pseudo_classes":
         options |= {"projection": Projection("fitted", 100 if quick() else 1000)}
     elif name == "imagenet_shape":
-        options |= {"projection": Projection("fitted", 100 if quick() else 1000), "shard_rows": 32_768}
+        # A build of an hour loses no more than this when it is cut off; a query takes time for each file.
+        options |= {"projection": Projection("fitted", 100 if quick() else 1000), "row_type": "int4"}
+        options |= {"shard_rows": 131_072}
     elif name == "all_layers":
         options |= {
             "projection": Projection(dim=256) if quick() else Projection("fitted", 1024),
