@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,15 +34,24 @@ from gradindex.retrieval.candidates import Candidates
 from gradindex.store import wide_bytes
 
 K, TUNED, QUICK_TUNED, JUDGED, BATCH = 100, 1000, 40, 500, 100
-PARTS = ("augmented", "pseudo_classes", "cifar10", "float16", "mnist", "growth", "all_layers", "first_query")
-QUICK_PARTS = ("augmented", "growth", "all_layers", "first_query")  # the others take the same way
+PARTS = (
+    "augmented", "pseudo_classes", "cifar10", "float16", "mnist", "growth", "all_layers", "first_query", "imagenet",
+    "imagenet_growth", "pseudo_classes_full",
+)  # fmt: skip
+QUICK_PARTS = ("augmented", "growth", "all_layers", "first_query", "imagenet")  # the others take the same way
+# Rows of ImageNet's shape by which growth is measured; the last is all of it.
+SHAPE_ROWS = (10_000, 100_000, None)
+# Seconds after which no further index of ImageNet's shape is begun.
+BUDGET = 600
 # Rows of ImageNet's shape for the first query, and how many are asked.
 FIRST_ROWS, FIRST_QUERIES = 131_072, 100
 # Numbers a checkpoint of the wide rows beside those of all layers, which want gradients in float32: those in bfloat16
 # are off by more than wide rows.
 WIDE, QUICK_WIDE = 16_384, 4096
 # What a row of the store may take, in KiB.
-ROOM = {"augmented": 3.5, "float16": 1.8}
+ROOM = {"augmented": 3.5, "float16": 1.8, "imagenet": 27}
+# What the index may take, in bytes a row; minutes and gigabytes of anonymous memory that it is made in.
+INDEX_BYTES, MAKING = {"augmented": 200, "imagenet": 500}, {"augmented": (5, 1), "imagenet": (25, 2.5)}
 
 
 def main() -> None:
@@ -72,7 +81,9 @@ class Case:
     # Recall, milliseconds (median, 99th percentile, each of a batch).
     BARS: dict[str, tuple[float, float | None, float | None, float | None]] = {
         "augmented": (0.99, 3, 10, 1.5),
-        "pseudo_classes": (0.99, 6, 20, 3),
+        "pseudo_classes": (0.99, 2.5, 20, 3),
+        "pseudo_classes_full": (0.99, 4, 20, 3),
+        "imagenet": (0.99, 4, 12, 2),
         "cifar10": (0.995, 1.5, None, None),
         "float16": (0.99, None, None, None),
         "mnist": (0.995, 1.5, None, None),
@@ -84,7 +95,9 @@ class Case:
         sizes = augmented.sizes()
         self.name, self.quick = name, quick
         n = {"augmented": sizes.train, "cifar10": sizes.pictures, "float16": sizes.pictures}.get(name)
-        source = "augmented" if n else name
+        source = "augmented" if n else {"imagenet": "imagenet_shape"}.get(name, name)
+        if name == "pseudo_classes_full":
+            source, n = "pseudo_classes", sizes.train
         task = task_of(source, n)
         # 9 x 5 numbers a checkpoint leave the room for factors in float16.
         small = {"projection": Projection("fitted", 45), "factors": "float16"} if name == "float16" else {}
@@ -110,9 +123,10 @@ def judge(bench: Bench, case: Case) -> None:
     """Make the index, then measure answers, times and sizes."""
     name, store, n = f"{case.name}, {case.store.n_train:,} rows", case.store, case.store.n_train
     taken, anonymous = made(bench, case)
-    if case.name == "augmented":
-        bench.bar(f"{name}: index built, tuned and measured in", taken / 60, "minutes", 5, at_most=True)
-        bench.bar(f"{name}: anonymous memory meanwhile", anonymous, "GB", 1, at_most=True)
+    if case.name in MAKING:
+        minutes, gigabytes = MAKING[case.name]
+        bench.bar(f"{name}: index built, tuned and measured in", taken / 60, "minutes", minutes, at_most=True)
+        bench.bar(f"{name}: anonymous memory meanwhile", anonymous, "GB", gigabytes, at_most=True)
     else:
         bench.figure(f"{name}: index built, tuned and measured in", taken, "s")
     cold(bench, name, case)
@@ -155,6 +169,18 @@ def judge(bench: Bench, case: Case) -> None:
     milliseconds(bench, f"{name}: each of a batch of {len(batch)}", each, case.limits[2])
     if searched.index is not None:
         index_alone(bench, name, store, searched, asked.rows[:50], n >= 1_000_000)
+    if case.name == "imagenet":
+        against_all_rows(bench, name, retriever, singles)
+
+
+def against_all_rows(bench: Bench, name: str, retriever: gradindex.Retriever, singles: list[Any]) -> None:
+    """A query with re-scoring against one for which all rows are compared, side by side."""
+    plain = gradindex.load(retriever.task, retriever.store.folder, use_index=False)
+    ratios = []
+    for single in singles[:5]:
+        compared = timed(partial(plain.search, single, K), 1)
+        ratios.append(compared / timed(partial(retriever.search, single, K), 3))
+    bench.bar(f"{name}: all rows compared, against a query", float(np.median(ratios)), "x", 60)
 
 
 def milliseconds(bench: Bench, name: str, value: float, limit: float | None) -> None:
@@ -262,7 +288,8 @@ def index_of(case: Case) -> float:
     started = time.perf_counter()
     retriever = gradindex.load(case.tuning, case.store.folder, use_index=False)
     n_query = tuned(case.quick)
-    evaluation.index(case.store.folder, recall=case.recall, k=K, n_query=n_query, retriever=retriever)
+    budget = BUDGET if case.name == "imagenet" else None
+    evaluation.index(case.store.folder, recall=case.recall, k=K, n_query=n_query, retriever=retriever, budget=budget)
     return time.perf_counter() - started
 
 
@@ -278,8 +305,8 @@ def sizes(bench: Bench, name: str, store: gradindex.GradientStore) -> None:
         bench.bar(what, each / 1024, "KiB a row", ROOM[part], at_most=True)
     else:
         bench.figure(what, each / 1024, "KiB a row")
-    if part == "augmented":
-        bench.bar(f"{name}: index", of_index / store.n_train, "bytes a row", 200, at_most=True)
+    if part in INDEX_BYTES:
+        bench.bar(f"{name}: index", of_index / store.n_train, "bytes a row", INDEX_BYTES[part], at_most=True)
     else:
         bench.figure(f"{name}: index", of_index / store.n_train, "bytes a row")
 
@@ -309,21 +336,29 @@ def index_alone(
     bench.figure(f"{name}: all {store.dim} numbers of the store's rows compared, against it", of_rows / alone, "x")
 
 
-def growth(bench: Bench) -> None:
+def growth(bench: Bench, name: str = "augmented") -> None:
     """Time of a query against the number of rows, each store with its own index, and the exponent."""
-    counts = [1000, 4000] if bench.quick else [10_000, 100_000, 1_000_000]
-    medians = []
+    counts: Sequence[int | None] = [1000, 4000] if bench.quick else [10_000, 100_000, 1_000_000]
+    if name == "imagenet_shape" and not bench.quick:
+        counts = SHAPE_ROWS
+    medians, rows = [], []
     for n in counts:
-        store, task = store_of("augmented", n), task_of("augmented", n)
+        store, task = store_of(name, n), task_of(name, n)
+        rows.append(store.n_train)
         half = task.n_query // 2
         tuning = gradindex.load(_with_queries(task, range(half)), store.folder, use_index=False)
         evaluation.index(store.folder, recall=0.99, k=K, n_query=tuned(bench.quick), retriever=tuning)
         retriever = gradindex.load(_with_queries(task, range(half, 2 * half)), store.folder)
         singles = [retriever.prepare([position]) for position in range(20 if bench.quick else 100)]
         medians.append(np.median([timed(partial(retriever.search, asked, K), 1) for asked in singles]))
-        bench.figure(f"{n:,} rows: a query, median ({retriever.search_note})", float(medians[-1]), "ms")
-    exponent = np.polyfit(np.log(counts), np.log(medians), 1)[0]
-    bench.figure("time of a query against the number of rows, fitted exponent", float(exponent), "")
+        bench.figure(f"{rows[-1]:,} rows: a query, median ({retriever.search_note})", float(medians[-1]), "ms")
+    exponent = float(np.polyfit(np.log(rows), np.log(medians), 1)[0])
+    if name == "imagenet_shape":
+        bench.bar(
+            "ImageNet's shape: time of a query against the rows, fitted exponent", exponent, "", 0.4, at_most=True
+        )
+    else:
+        bench.figure("time of a query against the number of rows, fitted exponent", exponent, "")
 
 
 def all_layers(bench: Bench) -> None:
@@ -394,7 +429,12 @@ def by_wide_rows(
     bench.bar(f"{name}: each of {n_query} at once by wide rows", each, "ms", 300, at_most=True)
 
 
-OTHERS = {"growth": growth, "all_layers": all_layers, "first_query": first_query}
+OTHERS: dict[str, Callable[[Bench], None]] = {
+    "imagenet_growth": partial(growth, name="imagenet_shape"),
+    "growth": growth,
+    "all_layers": all_layers,
+    "first_query": first_query,
+}
 
 
 def timed_each(action: Callable[[NDArray[np.float32]], Any], rows: NDArray[np.float32]) -> float:

@@ -249,9 +249,13 @@ def _clusters(features: NDArray[Any], each: int) -> tuple[NDArray[np.int64], NDA
     return means.index.search(features, 1)[1][:, 0], means.centroids
 
 
-def pseudo_classes() -> Task:
-    """1,000 classes on the features of the last of the three checkpoints."""
-    n_train, classes = sizes().pseudo, sizes().classes
+def pseudo_classes(n_train: int | None = None) -> Task:
+    """1,000 classes on the features of the last of the three checkpoints.
+
+    Args:
+        n_train: how many rows; by default 250,000.
+    """
+    n_train, classes = n_train or sizes().pseudo, sizes().classes
     train, queries = _arrays(n_train)
     arrays = cifar10.data()
     coarse = np.tile(arrays["labels"], rounds(n_train))[:n_train]
@@ -272,7 +276,7 @@ def pseudo_classes() -> Task:
         np.save(folder / "query_labels.npy", query_labels)
         _train_head(features, labels, classes, folder)
 
-    folder = once(cache_folder() / "checkpoints" / f"{VERSION}-pseudo", fill)
+    folder = once(cache_folder() / "checkpoints" / f"{VERSION}-pseudo{_other(n_train)}", fill)
     labels, query_labels = np.load(folder / "labels.npy"), np.load(folder / "query_labels.npy")
     return Task(
         name="augmented CIFAR-10 in 1,000 clusters",
@@ -285,6 +289,11 @@ def pseudo_classes() -> Task:
         columns={"label": labels, "flipped": np.tile(arrays["flipped"], rounds(n_train))[:n_train]},
         query_columns={"label": query_labels},
     )
+
+
+def _other(n_train: int) -> str:
+    """What tells the heads of other numbers of rows apart."""
+    return "" if n_train == sizes().pseudo else f"-{n_train}"
 
 
 def _train_head(features: NDArray[Any], labels: NDArray[np.int64], classes: int, folder: Path) -> None:

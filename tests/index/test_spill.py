@@ -129,3 +129,19 @@ def test_impossible_shapes_are_refused(shape, message):
 def test_memory_is_counted_with_the_copies():
     one, three = (Shape("spill", 64, 128, copies).bytes_for(1000) for copies in (1, 3))
     assert three - one == 2 * (2 * 1000 * (64 // 8 + 8) + 16 * 1000)
+
+
+def test_many_directions_are_found_by_codes_first_and_nearly_as_well(monkeypatch):
+    plain = built(3)
+    monkeypatch.setattr(spill, "_CODED_FROM", 1)
+    coded = built(3)
+    queries = of_many_classes(50, seed=9)
+    found = [index.search(queries, 20, probes=4)[1] for index in (plain, coded)]
+    assert np.mean([np.isin(a, b).mean() for a, b in zip(*found, strict=True)]) > 0.97
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "directions"), [(100, 40), (10_000, 400), (390_625, 2500), (1_281_167, 2500), (25_000_000, 10_000)]
+)
+def test_the_number_of_directions_grows_with_the_rows(n_rows, directions):
+    assert spill.Spill.lists_for(n_rows) == 2 * directions
