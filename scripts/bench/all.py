@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 TOP = Path(__file__).resolve().parents[2]
-HELPERS = {"all", "forks", "harness", "numbers_task", "stores", "texts", "common", "laboratory", "last_layer"}
+HELPERS = {"all", "forks", "harness", "heads", "numbers_task", "stores", "texts"}
+HELPERS |= {"common", "laboratory", "last_layer"}  # of scripts/paper
 HELPERS |= {"imagenet_task", "made", "pictures", "resnet"}  # of scripts/imagenet; scripts/paper has pictures.py as well
 HELPERS |= {"gpu"}  # a job of its own, for a machine with a CUDA device
 NEED_PEERS = {"bench/peers", "bench/search_peers", "paper/mislabelled"}

@@ -5,7 +5,7 @@ takes room on the disk. They are positive and heavy-tailed, as means over the pl
 classes stand in a tree, and an example lies between its own class and a near one, so that most of the probability is
 shared by a few classes. The three checkpoints see different features, whose classes come apart as training goes on;
 the layer is trained on a part of the rows, with momentum SGD, and gets about 78% of the queries right at the last. 5%
-of the labels are wrong.
+of the labels are wrong. How it differs from real layers, and where that flatters: docs/results/shape.md.
 
     gradindex build scripts/tasks/imagenet_shape.py:task --out /tmp/shape --projection fitted --dim 1000 \
         --row-type int8 --factors float32
