@@ -50,23 +50,19 @@ def leading(
         x, delta = (np.asarray(side, dtype=np.float32) for side in factors[checkpoint, 0])
         asked.append(delta * np.linalg.norm(x, axis=1, keepdims=True))
     width = asked[0].shape[1]
-    for places, positions, shard in store.leading_entries(np.concatenate(lists)):
-        for start in range(0, len(places), _AT_ONCE):
-            some = slice(start, start + _AT_ONCE)
-            queries, at = every[places[some]], positions[some]
-            total = np.zeros(len(at), dtype=np.float32)
-            lengths = np.sqrt(np.take(shard.norms, at, axis=0))
-            for checkpoint, (entries, values) in enumerate(shard.entries):
-                kept = np.take(values, at, axis=0)
-                wanted = np.take(entries, at, axis=0).astype(np.int32)
-                if len(lists) > 1:
-                    wanted += (queries * width)[:, None].astype(np.int32)
-                theirs = np.take(asked[checkpoint].ravel(), wanted)
-                products = np.einsum("mk,mk->m", kept, theirs)
-                sizes = np.sqrt(np.einsum("mk,mk->m", kept, kept))
-                products *= lengths[:, checkpoint]
-                total += np.divide(products, sizes, out=np.zeros_like(products), where=sizes > 0)
-            found[places[some]] = total
+    if not len(found):
+        return [found] * len(lists)
+    at, rows = store.leading_entries(np.concatenate(lists))
+    for start in range(0, len(at), _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        mine = at[some]
+        lengths, firsts = np.sqrt(rows.norms[mine]), (every[some] * width).astype(np.int32)[:, None]
+        for checkpoint, (places, values) in enumerate(rows.entries):
+            kept = values[mine]
+            theirs = np.take(asked[checkpoint].ravel(), places[mine] + firsts)
+            products = np.einsum("mk,mk->m", kept, theirs) * lengths[:, checkpoint]
+            sizes = np.sqrt(np.einsum("mk,mk->m", kept, kept))
+            found[some] += np.divide(products, sizes, out=np.zeros_like(products), where=sizes > 0)
     return np.split(found, np.cumsum(counts)[:-1])
 
 

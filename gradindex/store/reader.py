@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,8 @@ class GradientStore:
     def factors_in_place(self, ids: NDArray[np.int64]) -> Iterator[FactorsInPlace]:
         """The same where they lie: shard by shard, where the ids are in ``ids``, their positions, and the sides.
 
-        Read the sides at those positions alone: only they are verified.
+        Read the sides at those positions alone: only they are verified. Packed sides are copied, as they are stored, of
+        all ids at once, and are good until this thread reads some again.
 
         Args:
             ids: (m,) int64, in any order, each as often as wanted.
@@ -264,9 +266,26 @@ class GradientStore:
             ArgumentError: the store has none, or an id has no row.
             StoreError: a block that an id touches is damaged.
         """
-        sides = self._factor_sides
-        for places, shard, positions in self._gatherer.by_shard(self._checked(ids)):
+        sides, ids = self._factor_sides, self._checked(ids)
+        if self.manifest.packing and len(ids):  # all in one: to unpack a few rows of each shard would take longer
+            used, at = np.unique(ids, return_inverse=True)
+            yield np.arange(len(ids)), at, sides.gathered(self._gatherer.by_shard(used), len(used))
+            return
+        for places, shard, positions in self._gatherer.by_shard(ids):
             yield places, positions, sides.at(shard, positions)
+
+    def leading_entries(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], LeadingEntries]:
+        """The largest entries of the first layer's packed output gradients: where each id's are, and all of them.
+
+        Args:
+            ids: (m,) int64, at least one, in any order, each as often as wanted.
+
+        Raises:
+            ArgumentError: an id has no row.
+            StoreError: a block that an id touches is damaged.
+        """
+        used, at = np.unique(self._checked(ids), return_inverse=True)
+        return at, leading_entries(self._gatherer.by_shard(used), self.n_checkpoints, len(used))
 
     def wide(self, ids: NDArray[np.int64]) -> Coded:
         """Wide rows as they are stored, in the order of ``ids``.
@@ -285,22 +304,7 @@ class GradientStore:
             return Coded(*(np.empty(*specs[name]) for name in names))
         return Coded(*self._gatherer.gather(names, ids))
 
-    def leading_entries(
-        self, ids: NDArray[np.int64]
-    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], LeadingEntries]]:
-        """The largest entries of the first layer's packed output gradients, as :meth:`factors_in_place` does.
-
-        Args:
-            ids: (m,) int64, in any order, each as often as wanted.
-
-        Raises:
-            ArgumentError: an id has no row.
-            StoreError: a block that an id touches is damaged.
-        """
-        for places, shard, positions in self._gatherer.by_shard(self._checked(ids)):
-            yield places, positions, leading_entries(shard, self.n_checkpoints, positions)
-
-    @property
+    @cached_property
     def _factor_sides(self) -> FactorSides:
         if not self.has_factors:
             raise ArgumentError(f"{self.folder} has no factors. Build a store with factors='float32'.")

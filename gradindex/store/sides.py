@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .layout import FACTOR_SIDES, factor_name, whole_name
 from .manifest import Manifest
 from .packing import Packing
+from .scratch import rooms
 from .shards import Shard
 
 # Codes become numbers so much at a time, to stay in a processor's cache.
@@ -82,19 +83,26 @@ class PackedSide:
         return values
 
     def comparable(self, positions: NDArray[np.int64]) -> Comparable:
-        """The rows at ``positions``: codes as numbers, which are multiplied by their step once they are summed."""
-        numbers = np.empty((len(positions), self.parts["codes"].shape[1]), dtype=np.float32)
+        """The rows at ascending ``positions``: codes as numbers, whose products are multiplied by their step.
+
+        They are good until this thread compares the next side.
+        """
+        (numbers,) = rooms("numbers", [((len(positions), self.parts["codes"].shape[1]), np.float32)])
         scales = np.take(self.parts["scales"], positions, axis=0, mode="clip")
         lowest, steps = scales.T
         steps[steps == 0] = 1
         at_once = max(1, _CACHED_BYTES // (4 * max(1, numbers.shape[1])))
         for start in range(0, len(positions), at_once):
             some = slice(start, start + at_once)
-            parts = self._gathered(positions[some])
+            at = positions[some]
+            if at[-1] - at[0] + 1 == len(at):  # neighbours
+                parts = {name: part[at[0] : at[-1] + 1] for name, part in self.parts.items()}
+            else:
+                parts = self._gathered(at)
             self.packing.write_steps(parts, numbers[some])
             if self.packing.kept:
                 kept = (parts["values"] - lowest[some, None]) / steps[some, None]
-                np.put_along_axis(numbers[some], parts["places"].astype(np.int64), kept, 1)
+                numbers[some][np.arange(len(kept))[:, None], parts["places"]] = kept
         if len(self.of):
             where, which = self._whole_among(positions)
             numbers[where], steps[where], lowest[where] = self.whole[which], 1, 0
@@ -111,6 +119,8 @@ class PackedSide:
 
 
 Side = WholeSide | PackedSide
+# Places among what is gathered, the shard, and positions in it.
+InShard = tuple[NDArray[np.int64], Shard, NDArray[np.int64]]
 StoredSides = dict[tuple[int, int], tuple[Side, Side]]
 
 
@@ -120,7 +130,7 @@ def comparable(
     """Sides of rows at ``positions`` (m,), for inner products: which they are, their rows, and where in these each is.
 
     Where all are stored as they are, in float32, nothing is copied, and all come at once. Else each side comes alone,
-    so that no more is in memory, and each row is copied once.
+    to be done with before the next one takes its room, and each row is copied once.
     """
     names = [(key, number) for key in stored for number in (0, 1)]
     sides = [stored[key][number] for key, number in names]
@@ -131,6 +141,10 @@ def comparable(
     used, at = np.unique(positions, return_inverse=True)
     for name, side in zip(names, sides, strict=True):
         yield [name], [side.comparable(used)], at
+
+
+# Places of some rows, and both sides of them.
+WholeRows = tuple[NDArray[np.int64], list[NDArray[Any]]]
 
 
 class FactorSides:
@@ -167,18 +181,79 @@ class FactorSides:
         arrays = dict(zip(names, shard.arrays.at(names, positions), strict=True))
         return {key: self._sides(shard, key, arrays) for key in keys or self.keys}
 
+    def gathered(self, found: Iterable[InShard], count: int) -> StoredSides:
+        """Both sides of rows of several shards, copied as they are stored; row j is that of place j.
+
+        Args:
+            found: places, the shard and positions in it, places from 0 to ``count`` in ascending order.
+            count: how many rows.
+
+        Raises:
+            StoreError: a block is damaged.
+        """
+        whole: dict[tuple[int, int], list[tuple[NDArray[np.int64], list[NDArray[Any]]]]] = {
+            key: [] for key in self.keys
+        }
+
+        def noted() -> Iterator[InShard]:
+            for places, shard, positions in found:
+                yield places, shard, positions
+                for key in self.keys:
+                    of = _view(shard, whole_name(*key, "of"))
+                    if of is not None:
+                        at = np.minimum(np.searchsorted(positions, of), len(positions) - 1)
+                        which = np.flatnonzero(positions[at] == of)
+                        rows = [shard.arrays.take(whole_name(*key, side), which) for side in FACTOR_SIDES]
+                        whole[key].append((places[0] + at[which], rows))
+
+        arrays = gathered(noted(), self.names(), count)
+        made = {}
+        for key in self.keys:
+            of, sides = None, [np.empty((0, 0))] * 2
+            if whole[key]:
+                of = np.concatenate([places for places, _ in whole[key]])
+                sides = [np.concatenate([rows[number] for _, rows in whole[key]]) for number in (0, 1)]
+            made[key] = self._made(key, arrays, of, sides)
+        return made
+
     def _sides(self, shard: Shard, key: tuple[int, int], arrays: Mapping[str, NDArray[Any]]) -> tuple[Side, Side]:
+        of = _view(shard, whole_name(*key, "of"))
+        whole = [np.empty((0, 0)) if of is None else shard.arrays.view(whole_name(*key, side)) for side in FACTOR_SIDES]
+        return self._made(key, arrays, of, whole)
+
+    def _made(
+        self,
+        key: tuple[int, int],
+        arrays: Mapping[str, NDArray[Any]],
+        of: NDArray[np.int64] | None,
+        whole: Sequence[NDArray[Any]],
+    ) -> tuple[Side, Side]:
         packing, parts = self._packing.get(key[1]), self._parts[key]
         if packing is None:
             x, delta = (WholeSide(arrays[name]) for (name,) in parts)
             return x, delta
-        of = _view(shard, whole_name(*key, "of"))
         found = []
-        for side, way, names in zip(FACTOR_SIDES, packing, parts, strict=True):
+        for way, names, rows in zip(packing, parts, whole, strict=True):
             mine = {name.rpartition("/")[2]: arrays[name] for name in names}
-            whole = np.empty((0, 0)) if of is None else shard.arrays.view(whole_name(*key, side))
-            found.append(PackedSide(way, mine, np.empty(0, np.int64) if of is None else of, whole))
+            found.append(PackedSide(way, mine, np.empty(0, np.int64) if of is None else of, rows))
         return found[0], found[1]
+
+
+def gathered(found: Iterable[InShard], names: Sequence[str], count: int) -> dict[str, NDArray[Any]]:
+    """Values of some arrays as they are stored, of rows of several shards, good until this thread gathers again.
+
+    See :meth:`FactorSides.gathered`.
+    """
+    into: dict[str, NDArray[Any]] = {}
+    for places, shard, positions in found:
+        arrays = shard.arrays.at(names, positions)
+        if not into:
+            specs = [((count, *array.shape[1:]), array.dtype) for array in arrays]
+            into = dict(zip(names, rooms("gathered", specs), strict=True))
+        some = slice(int(places[0]), int(places[-1]) + 1)
+        for name, array in zip(names, arrays, strict=True):
+            np.take(array, positions, axis=0, out=into[name][some], mode="clip")  # unclipped, it would copy twice
+    return into
 
 
 def _view(shard: Shard, name: str) -> NDArray[Any] | None:
@@ -186,24 +261,25 @@ def _view(shard: Shard, name: str) -> NDArray[Any] | None:
 
 
 class LeadingEntries(NamedTuple):
-    """What of a shard's rows tells most of their scores, to be read at verified positions alone.
+    """What of some rows tells most of their scores.
 
     Args:
-        norms: (rows, C) eta_c times the squared norm of the gradient.
-        entries: for each checkpoint places and values of the largest entries of delta: (rows, kept) each.
+        norms: (m, C) eta_c times the squared norm of the gradient.
+        entries: for each checkpoint places and values of the largest entries of delta: (m, kept) each.
     """
 
     norms: NDArray[np.float64]
     entries: list[tuple[NDArray[Any], NDArray[np.float32]]]
 
 
-def leading_entries(shard: Shard, n_checkpoints: int, positions: NDArray[np.int64]) -> LeadingEntries:
-    """The largest entries of the first layer's output gradients, which are packed.
+def leading_entries(found: Iterable[InShard], n_checkpoints: int, count: int) -> LeadingEntries:
+    """The largest entries of the first layer's output gradients, which are packed; see :meth:`FactorSides.gathered`.
 
     Raises:
         StoreError: a block is damaged.
     """
     sides = [factor_name(checkpoint, 0, FACTOR_SIDES[1]) for checkpoint in range(n_checkpoints)]
     names = ["self_influence", *(f"{side}/{part}" for side in sides for part in ("places", "values"))]
-    norms, *parts = shard.arrays.at(names, positions)
+    arrays = gathered(found, names, count)
+    norms, *parts = (arrays[name] for name in names)
     return LeadingEntries(norms, list(zip(parts[::2], parts[1::2], strict=True)))

@@ -14,7 +14,8 @@ from ..library import load_faiss
 from .base import DIMS, ID_BYTES, INDEXES, LISTS_FROM, IndexMethod, Rows, norms_of
 from .lists import every_nth, most
 
-_NUMBERS_A_CODE, _CODE_BITS = 4, 4
+# Numbers that share a code: few, or more where many copies of a row would take much room, and are worth more.
+_NUMBERS_A_CODE, _OF_MANY_COPIES, _MANY_COPIES, _CODE_BITS = 4, 8, 5, 4
 _ITERATIONS, _ROWS_PER_DIRECTION = 8, 24
 # While learning: of a sampled row's number, twice a float32; of each copy, its list and its part.
 _CLUSTERED_BYTES, _ASSIGNED_BYTES = 8, 16
@@ -30,13 +31,14 @@ _PRODUCTS = 1 << 24  # of rows and directions, at once
 
 @INDEXES.register("spill")
 class Spill(IndexMethod):
-    """The rows of the most promising lists are compared, a bit a number; a row stands in ``copies`` lists.
+    """The rows of the most promising lists are compared, a bit a number or less; a row stands in ``copies`` lists.
 
     Directions are learnt (k-means of lines through the origin), and each has two lists, one for each sign. A row goes
     to the direction that explains most of it, then to the one that explains most of what is left, and so on (matching
     pursuit). So a row with a few large parts, as the gradient of a classifier's last layer is, is found by a query that
     shares any of them, whichever sign it has there: an opponent shares one with the query that is not its own largest.
-    Copies of a row have the same code. Rows stream twice, and a part of them before.
+    Copies of a row have the same code: 4 bits for every four numbers, or from five copies on for every eight. Rows
+    stream twice, and a part of them before.
 
     Source: lists that a row's residual chooses are Sun et al. 2023 (arXiv:2404.00774), SOAR, for nearest neighbours;
     matching pursuit is Mallat and Zhang 1993.
@@ -47,7 +49,7 @@ class Spill(IndexMethod):
 
     passes = 3
     turned = True
-    copies_tried = (3, 2, 4)
+    copies_tried = (4, 6, 3)
 
     def __init__(self, dim: int, lists: int = 0, copies: int = 1) -> None:
         if dim % (2 * _NUMBERS_A_CODE):
@@ -66,7 +68,7 @@ class Spill(IndexMethod):
         sizes = most(lists.ravel(), parts.ravel(), 2 * len(lines))[:, None]
         quantizer = _quantizer(np.concatenate([lines, -lines]) * sizes)
         codes = faiss.IndexIVFPQ(
-            quantizer, self.dim, 2 * len(lines), self.dim // _NUMBERS_A_CODE, _CODE_BITS, faiss.METRIC_INNER_PRODUCT
+            quantizer, self.dim, 2 * len(lines), self.dim // self._together, _CODE_BITS, faiss.METRIC_INNER_PRODUCT
         )
         codes.by_residual = False
         codes.pq.cp.seed, codes.pq.cp.min_points_per_centroid = rows.seed + 1, 1
@@ -91,7 +93,12 @@ class Spill(IndexMethod):
     @property
     def code_bytes(self) -> int:
         """See :class:`IndexMethod`."""
-        return self.copies * (self.dim * _CODE_BITS // (8 * _NUMBERS_A_CODE) + ID_BYTES) - ID_BYTES
+        of_code = -(-self.dim * _CODE_BITS // (8 * self._together))
+        return self.copies * (of_code + ID_BYTES) - ID_BYTES
+
+    @property
+    def _together(self) -> int:
+        return _NUMBERS_A_CODE if self.copies < _MANY_COPIES else _OF_MANY_COPIES
 
     def bytes_for(self, n_rows: int) -> int:
         """See :class:`IndexMethod`: codes twice, for FAISS lays them out anew."""
