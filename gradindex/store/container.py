@@ -1,4 +1,4 @@
-"""Files of arrays: plain HDF5 to others, mapped and verified block by block here (owns h5py).
+"""Files of arrays: plain HDF5 to others, mapped and verified block by block here.
 
 HDF5 lays the arrays out, contiguous and at known places. They are then written and read at these places,
 so that no damaged metadata is ever parsed: a *seal* beside the file holds the places and a checksum of every
@@ -23,14 +23,11 @@ from numpy.typing import NDArray
 from ..errors import ArgumentError, StoreError
 from ..files import discard, flush, flushing, put_in_place, regular, storing, temporary_for, with_checksum
 from .forms import WHOLE
+from .hdf5 import Spec, lay_out, write_at
 
 # 16 KiB: a row read at random costs little more than its own bytes, and checksums add 0.1% to a file.
 BLOCK_BYTES = 1 << 14
 _DIGEST_BYTES = 16
-_ALIGNED_TO = 64
-
-# Shape and type of an array.
-Spec = tuple[tuple[int, ...], str]
 
 
 class Writer:
@@ -116,13 +113,13 @@ def writing(
     temporary, seal_temporary = temporary_for(path), temporary_for(seal_path)
     try:
         with storing(path):
-            places = _lay_out(temporary, specs, attributes)
+            places = lay_out(temporary, specs, attributes)
             writer = Writer(path, temporary, places)
         try:
             yield writer
             if grown := {name: (values.shape, values.dtype.str) for name, values in writer.grown().items()}:
                 with storing(path):
-                    places = _lay_out(temporary, {**specs, **grown}, attributes)
+                    places = lay_out(temporary, {**specs, **grown}, attributes)
                 writer.put_grown(places)
         finally:
             writer.close()
@@ -136,101 +133,6 @@ def writing(
             put_in_place((temporary, path), (seal_temporary, seal_path))
     finally:
         discard(temporary, seal_temporary)
-
-
-def _lay_out(path: Path, specs: Mapping[str, Spec], attributes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Write HDF5's own part of a file, which may hold some of the arrays already: where each array is to be."""
-    import h5py  # reading needs none of it
-
-    early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    early.set_layout(h5py.h5d.CONTIGUOUS)
-    early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    places = {}
-    pages = _Pages()
-    aligned = {"alignment_threshold": 1, "alignment_interval": _ALIGNED_TO}
-    with h5py.File(pages, "w", libver=("v110", "v110"), **aligned) as file:
-        for name, (shape, kind) in specs.items():
-            dtype = np.dtype(kind)
-            stored = h5py.string_dtype("utf-8", dtype.itemsize) if dtype.kind == "S" else dtype
-            data = file.create_dataset(name, shape, stored, dcpl=early)
-            places[name] = {"offset": data.id.get_offset(), "dtype": dtype.str, "shape": list(shape)}
-        for name, value in attributes.items():
-            array, _, attribute = name.rpartition("@")
-            (file[array] if array else file).attrs[attribute] = value
-    pages.save(path)
-    return places
-
-
-class _Pages(io.RawIOBase):
-    """A file in memory of which only what was written takes room: HDF5's metadata, not the arrays.
-
-    HDF5 writes here instead of to the disk, so that a full disk is met where Python can tell of it.
-    """
-
-    _SIZE = 4096
-
-    def __init__(self) -> None:
-        self._pages: dict[int, bytearray] = {}
-        self._pieces: list[tuple[int, int]] = []
-        self._place = self._end = 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """See ``io``."""
-        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._end}[whence]
-        return self._place
-
-    def tell(self) -> int:
-        """See ``io``."""
-        return self._place
-
-    def truncate(self, size: int | None = None) -> int:
-        """See ``io``; HDF5 only ever lets its files grow."""
-        self._end = self._place if size is None else size
-        return self._end
-
-    def write(self, content: Any) -> int:
-        """See ``io``."""
-        left = memoryview(content).cast("B")
-        written = len(left)
-        self._pieces.append((self._place, written))
-        while left:
-            number, start = divmod(self._place, self._SIZE)
-            piece = left[: self._SIZE - start]
-            self._pages.setdefault(number, bytearray(self._SIZE))[start : start + len(piece)] = piece
-            self._place, left = self._place + len(piece), left[len(piece) :]
-        self._end = max(self._end, self._place)
-        return written
-
-    def readinto(self, buffer: Any) -> int:
-        """See ``io``."""
-        into = memoryview(buffer).cast("B")
-        count = done = min(len(into), max(0, self._end - self._place))
-        while done:
-            number, start = divmod(self._place, self._SIZE)
-            size = min(done, self._SIZE - start)
-            begin = count - done
-            into[begin : begin + size] = self._pages.get(number, bytearray(self._SIZE))[start : start + size]
-            self._place, done = self._place + size, done - size
-        return count
-
-    def save(self, path: Path) -> None:
-        """Write it to a disk, as long as it is; of a file that is there, what was not written here stays."""
-        path.touch()
-        with path.open("r+b", buffering=0) as file:
-            file.truncate(self._end)
-            for start, count in self._pieces:
-                piece = bytearray(count)
-                self.seek(start)
-                self.readinto(piece)
-                write_at(file, start, memoryview(piece))
-
-
-def write_at(file: io.FileIO, offset: int, content: memoryview) -> None:
-    """Write all of ``content``, whatever the system takes at once."""
-    file.seek(offset)
-    while content:
-        content = content[file.write(content) or 0 :]
 
 
 def _block_digests(path: Path) -> bytearray:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from ..errors import StoreError
 from ..progress import progress
 from . import runs
-from .container import Spec, Writer
+from .container import Writer
 from .documents import PENDING, PlannedShard
+from .hdf5 import Spec
 from .job import Job
 from .layout import FACTOR_SIDES, row_specs, whole_name
 from .manifest import Manifest

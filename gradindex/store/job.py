@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from ..errors import MismatchError, StoreError
 from ..files import discard, is_there, leftovers, locked, own_file, read_checked, read_text, storing
 from .claiming import Part, begin_unfinished, check_part, clean, end_unfinished, unused_number
-from .container import Spec
 from .documents import (
     LOCK,
     LOG,
@@ -44,6 +43,7 @@ from .documents import (
     write_plan,
 )
 from .forms import check_seal
+from .hdf5 import Spec
 from .layout import Expected, shard_bytes
 from .manifest import Manifest, ShardEntry
 from .sealing import ShardWriter, entry_of, shard_writer

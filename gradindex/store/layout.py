@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from ..dates import DATES, STORED_DATES
 from ..errors import StoreError
 from . import runs
-from .container import BLOCK_BYTES, Spec
+from .container import BLOCK_BYTES
 from .documents import PlannedShard
 from .encoding import LARGEST_CODE, STORED, stored_width
 from .forms import WHOLE
+from .hdf5 import Spec
 from .manifest import Manifest, ShardEntry
 
 # HDF5's own part of a file without columns, and what a seal says of a block.

@@ -14,9 +14,10 @@ from ..errors import StoreError
 from ..examples import Coded, RowBatch, Sides
 from ..files import digest_of
 from . import runs
-from .container import Spec, Writer, writing
+from .container import Writer, writing
 from .documents import FORMAT, SHARDS, PlannedShard
 from .encoding import encode
+from .hdf5 import Spec
 from .layout import FACTOR_SIDES, WIDE, as_stored, factor_name, row_specs, whole_name
 from .manifest import Manifest, ShardEntry
 from .packing import fine
