@@ -16,6 +16,7 @@ from ..memory import free_bytes
 from ..progress import progress
 from ..store import GradientStore
 from .candidates import INDEX_FOLDER, Candidates
+from .leading import leads
 
 # The share of the free memory that files are brought into: more would push out what came first.
 _SHARE = 0.8
@@ -186,7 +187,8 @@ def _warm(
 
 def _needed(store: GradientStore, candidates: Candidates) -> list[tuple[str, ...]]:
     """Beginnings of the names of arrays, what is needed most first."""
-    beside = ("ids", "columns/", *(("self_influence",) if store.manifest.map.unit_norm else ()))
+    norms = store.manifest.map.unit_norm or leads(store)
+    beside = ("ids", "columns/", *(("self_influence",) if norms else ()))
     rows, factors = ("rows", "scales"), ("factors/",)
     if not store.has_factors:
         return [beside, rows, *([] if store.manifest.wide is None else [("wide",)])]

@@ -11,7 +11,7 @@ from gradindex.retrieval import leading as leading_of
 from gradindex.retrieval.candidates import Candidates, Effort
 from gradindex.retrieval.leading import leading, leads, narrowed
 from gradindex.retrieval.scoring import of_candidates
-from gradindex.store import GradientStore
+from gradindex.store import GradientStore, container
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,9 @@ def test_answers_narrowed_by_largest_entries_are_exact_scores_of_the_best(stored
             np.testing.assert_allclose(found, right[ids], rtol=1e-4, atol=1e-5 * np.abs(right).max())
     hits = retriever.proponents(range(3), k=10, candidates=100)  # as asked for
     assert [stage.rows for stage in hits.stages][-1] == 100
+    verified = []
+    warmed = gradindex.load(task, store.folder, warm=True)
+    assert warmed.warm(wait=True).ready
+    monkeypatch.setattr(container, "_digest", verified.append)
+    assert warmed.proponents(range(8), k=10).stages == retriever.proponents(range(8), k=10).stages
+    assert verified == []  # what estimates take was warm as well
