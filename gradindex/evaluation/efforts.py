@@ -29,6 +29,8 @@ _EXACT = (1, 1.1, 1.2, 1.35, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8)
 _TIMED = 40
 # Steps that go further than what is fastest.
 _FURTHER = 2
+# More lists are given up once the recall has fallen so many times in a row.
+_FALLS = 2
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,14 @@ def _steps(
     """Of one kind, the fastest and what goes further; none where no effort reaches the recall."""
     every, sign = shape.method.probes, SIGNS[kind]
     first, best = _first(search, truth, recall, every, sign)
+    if first is None:
+        return [], best
     fastest: _Step | None = None
     for probes in every[first:]:
         proposals, reached = fewest_proposals(search, truth, recall, probes, sign)
         best = max(best, reached)
         if proposals is None:
-            continue
+            break  # lost among the others of so many lists
         if fastest is not None and proposals >= fastest.effort.proposals:
             break  # more lists only take longer
         efforts = [Effort(probes, proposals), *_narrower(store, search, truth, recall, probes, proposals, sign)]
@@ -143,17 +147,23 @@ def handed(
     return narrowed(store, truth.factors, sign, proposed, effort.exact + 1), effort.exact
 
 
-def _first(search: Candidates, truth: Truth, recall: float, every: list[int], sign: int) -> tuple[int, float]:
-    """The place of the fewest lists that reach the recall with as many proposals as there may be, by bisection."""
-    low, high, best = 0, len(every) - 1, 0.0
-    most = counts(search.n_train, truth.k)[-1]
-    while low < high:
-        middle = (low + high) // 2
-        proposed = _proposed(search, truth, most + 1, every[middle], sign)
+def _first(search: Candidates, truth: Truth, recall: float, every: list[int], sign: int) -> tuple[int | None, float]:
+    """The place of the fewest lists that reach the recall with as many proposals as there may be; and the best recall.
+
+    From the fewest lists on, for more hold more of the true ones but also more others, among which a short code may
+    lose them: the recall of so many proposals rises, and then it may fall.
+    """
+    most, best, falls = counts(search.n_train, truth.k)[-1], 0.0, 0
+    for place, probes in enumerate(every):
+        proposed = _proposed(search, truth, most + 1, probes, sign)
         reached = lower_bound(truth.recalls(sign, proposed, most), truth.k)
+        if reached >= recall:
+            return place, reached
+        falls = falls + 1 if reached < best else 0
         best = max(best, reached)
-        low, high = (low, middle) if reached >= recall else (middle + 1, high)
-    return low, best
+        if falls == _FALLS:
+            break
+    return None, best
 
 
 def counts(n_train: int, k: int) -> list[int]:
