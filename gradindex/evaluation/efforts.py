@@ -167,8 +167,8 @@ def _first(search: Candidates, truth: Truth, recall: float, every: list[int], si
 
 
 def counts(n_train: int, k: int) -> list[int]:
-    """How many proposals are tried."""
-    return sorted({min(count, n_train) for count in _times(_PROPOSALS, k)})
+    """How many proposals are tried: never all rows, of which no index is asked."""
+    return sorted({min(count, max(1, n_train - 1)) for count in _times(_PROPOSALS, k)})
 
 
 def _times(shares: Sequence[float], k: int) -> list[int]:

@@ -221,7 +221,10 @@ class LocalSearcher:
         k = k or min(DEFAULT_K, self.n_train)
         efforts = self._efforts(kinds, k)
         if efforts is None:
-            return self._by_rows(vectors, kinds, min(self.n_train, candidates or candidates_for(k)))
+            # An index that would have to propose all rows has promised what exact scores of all hold.
+            all_of_them = self._candidates.index is not None and self._allowed is None and self.exhaustive
+            unasked = self.n_train if all_of_them else candidates_for(k)
+            return self._by_rows(vectors, kinds, min(self.n_train, candidates or unasked))
         # Wide rows cost little, and how far an index goes for full rows' top-k says nothing of theirs.
         least = candidates_for(k) if self.wide else 0
         wanted = {

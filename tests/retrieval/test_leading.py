@@ -7,6 +7,7 @@ import toys
 import gradindex
 from gradindex import evaluation
 from gradindex.errors import StoreError
+from gradindex.evaluation import efforts
 from gradindex.retrieval import leading as leading_of
 from gradindex.retrieval.candidates import Candidates, Effort
 from gradindex.retrieval.leading import leading, leads, narrowed
@@ -87,6 +88,8 @@ def test_damage_of_what_is_estimated_by_is_found(stored, tmp_path):
 @pytest.mark.slow
 def test_answers_narrowed_by_largest_entries_are_exact_scores_of_the_best(stored, monkeypatch):
     task, store = stored
+    timed = lambda store, search, truth, effort, k, sign=1: 1.0 if effort else 99.0  # noqa: E731  # on any machine
+    monkeypatch.setattr(efforts, "milliseconds", timed)
     evaluation.index(store.folder, k=10, n_query=100, kind="flat", dim=32, recall=0.9)
     monkeypatch.setattr(Candidates, "effort", lambda self, k, sign="proponents": Effort(1, 200, 40))
     retriever = gradindex.load(task, store.folder)
@@ -101,6 +104,10 @@ def test_answers_narrowed_by_largest_entries_are_exact_scores_of_the_best(stored
             np.testing.assert_allclose(found, right[ids], rtol=1e-4, atol=1e-5 * np.abs(right).max())
     hits = retriever.proponents(range(3), k=10, candidates=100)  # as asked for
     assert [stage.rows for stage in hits.stages][-1] == 100
+    monkeypatch.setattr(Candidates, "effort", lambda self, k, sign="proponents": Effort(1, 400, 40))  # all rows
+    for ids, right in zip(retriever.proponents(range(8), k=10).ids, scores, strict=True):
+        assert set(ids) == set(np.argsort(-right)[:10])
+    monkeypatch.setattr(Candidates, "effort", lambda self, k, sign="proponents": Effort(1, 200, 40))
     verified = []
     warmed = gradindex.load(task, store.folder, warm=True)
     assert warmed.warm(wait=True).ready
