@@ -200,7 +200,9 @@ def _build(task: Task, folder: Path, part: Part | None, options: BuildOptions) -
     with running(task, options.precision, options, options.batch_size) as engine:
         projection, described = _described(task, engine, options)
         if GradientStore.complete(folder):
-            _check_built(GradientStore(folder), described, engine)
+            store = GradientStore(folder)
+            _check_built(store, described, engine)
+            _check_packing(folder, store.manifest, options)
             take_ended_plan(folder)
             return
         if Job.pending(folder) is None:  # what cannot be stored beside rows is refused before hours of other work
@@ -281,6 +283,15 @@ def _with_packing(engine: Engine, options: BuildOptions, described: Manifest) ->
     return replace(described, packing=packing)
 
 
+def _check_packing(folder: Path, begun: Manifest, options: BuildOptions) -> None:
+    """Refuse to go on with packed factors where whole ones are asked for."""
+    if options.pack is False and begun.packing:
+        raise MismatchError(
+            f"{folder} holds a build whose factors are packed, but pack is False. Rerun it without pack to resume, "
+            "choose another folder, or delete this one."
+        )
+
+
 def _rows_a_shard(options: BuildOptions, task: Task, batch_size: int) -> int:
     rows = options.shard_rows or max(_SHARD_ROWS, -(-task.n_train // _SHARDS))
     return -(-rows // batch_size) * batch_size
@@ -298,6 +309,7 @@ def _begin_build(
                 f"{folder} holds a build that was started with batch_size {begun}, not {options.batch_size}. "
                 "Rerun it without batch_size to resume, choose another folder, or delete this one."
             )
+        _check_packing(folder, job.after, options)
         check_room(folder, job.bytes_missing(columns))
         return job
 

@@ -128,11 +128,9 @@ def _copy_whole(shard: Shard, key: tuple[int, int], where: NDArray[np.int64], ra
     name = whole_name(*key, "of")
     if name not in shard.arrays:
         return
-    of = shard.arrays.view(name)
-    places = np.minimum(np.searchsorted(where, of), len(where) - 1)
-    kept = np.flatnonzero(where[places] == of)
+    _, places, kept = np.intersect1d(where, shard.arrays.view(name), assume_unique=True, return_indices=True)
     if len(kept):
-        raw.grow(name, start + places[kept])
+        raw.grow(name, start + places)
         for side in FACTOR_SIDES:
             raw.grow(whole_name(*key, side), shard.arrays.take(whole_name(*key, side), kept))
 

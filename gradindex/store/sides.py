@@ -201,10 +201,9 @@ class FactorSides:
                 for key in self.keys:
                     of = _view(shard, whole_name(*key, "of"))
                     if of is not None:
-                        at = np.minimum(np.searchsorted(positions, of), len(positions) - 1)
-                        which = np.flatnonzero(positions[at] == of)
+                        _, at, which = np.intersect1d(positions, of, assume_unique=True, return_indices=True)
                         rows = [shard.arrays.take(whole_name(*key, side), which) for side in FACTOR_SIDES]
-                        whole[key].append((places[0] + at[which], rows))
+                        whole[key].append((places[0] + at, rows))
 
         arrays = gathered(noted(), self.names(), count)
         made = {}

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import gradindex
 from gradindex.cli import main
-from gradindex.errors import ArgumentError, StoreError
+from gradindex.errors import ArgumentError, MismatchError, StoreError
 from gradindex.projection import Projection
 from gradindex.store import packing, upkeep
 from gradindex.store.packing import Packing
@@ -183,6 +183,18 @@ def test_upgrading_packs_a_store_of_version_1_without_gradients(tmp_path, task):
             np.testing.assert_array_equal(mine, theirs)
     generation = store.manifest.generation
     assert upkeep.compact(store.folder, upgrade=True).manifest.generation == generation  # given again
+
+
+def test_a_packed_build_is_not_gone_on_with_as_a_whole_one(tmp_path, task, monkeypatch):
+    toys.with_factors(tmp_path, task, "ended")
+    monkeypatch.setattr(gradindex.store.Job, "finish", lambda self: None)
+    with pytest.raises(StoreError):  # it has not finished
+        toys.with_factors(tmp_path, task, "begun")
+    monkeypatch.undo()
+    for name in ("ended", "begun"):
+        with pytest.raises(MismatchError, match="whose factors are packed, but pack is False. Rerun it without pack"):
+            toys.with_factors(tmp_path, task, name, pack=False)
+        assert toys.with_factors(tmp_path, task, name).manifest.packing
 
 
 @pytest.mark.parametrize("factors", [None, "float32"])
