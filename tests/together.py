@@ -50,3 +50,12 @@ def wrapped(model, kind):
 
         return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     return model
+
+
+def step(model, optimizer, generator):
+    """A step on four examples that this process draws."""
+    import torch
+
+    optimizer.zero_grad()
+    model(torch.randn(4, 6, generator=generator)).square().mean().backward()
+    optimizer.step()

@@ -19,10 +19,11 @@ _AT_ONCE = 1024
 
 
 def leads(store: GradientStore) -> bool:
-    """Whether a store has what the estimates take: packed factors of one layer, and exact norms."""
-    packing = store.manifest.packing.get(0)
-    one_layer = len(store.manifest.map.layers) == 1 and store.manifest.self_influence == "exact"
-    return packing is not None and packing[1].kept > 0 and one_layer
+    """Whether a store has what the estimates take: packed factors of one layer, exact norms, and scores by products."""
+    manifest, packing = store.manifest, store.manifest.packing.get(0)
+    if packing is None or packing[1].kept == 0 or manifest.map.unit_norm:  # cosines have another order
+        return False
+    return len(manifest.map.layers) == 1 and manifest.self_influence == "exact"
 
 
 def leading(

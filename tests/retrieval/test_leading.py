@@ -68,6 +68,7 @@ def test_only_stores_that_have_what_it_takes_are_narrowed(stored, tmp_path):
     assert leads(store)
     assert not leads(toys.with_factors(tmp_path, task, "whole", pack=False))
     assert not leads(toys.with_factors(tmp_path, task, "projected", self_influence="projected"))
+    assert not leads(toys.with_factors(tmp_path, task, "cosines", unit_norm=True))
     assert not leads(gradindex.build(toys.make_task(tmp_path), tmp_path / "toy"))
 
 

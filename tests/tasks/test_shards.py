@@ -66,9 +66,7 @@ def train(kind, folder):
     generator = torch.Generator().manual_seed(rank)
     for _ in range(2):
         for _ in range(3):
-            optimizer.zero_grad()
-            model(torch.randn(4, 6, generator=generator)).square().mean().backward()
-            optimizer.step()
+            together.step(model, optimizer, generator)
             schedule.step()
         whole.save(0.5)
         path = shards.save(0.5)
