@@ -256,10 +256,10 @@ class Retriever:
     ) -> Hits:
         """The best training examples for each query.
 
-        In up to four stages, which the answer counts: the index, if there is one, proposes candidates (for opponents
-        with the negated query, for the largest magnitudes with both); their full rows are scored; wide rows, where
-        there are some, tell which of them may be among the best; exact TracInCP re-ranks these. A stage that decides
-        nothing is skipped: rows, if the index proposes no more candidates than exact scores re-rank.
+        In some stages, which the answer counts: the index, if there is one, proposes candidates (for opponents with the
+        negated query, for the largest magnitudes with both); their full rows are scored; the largest entries of packed
+        factors, or wide rows, tell which of them may be among the best; exact TracInCP re-ranks these. A stage that
+        decides nothing is skipped: rows, if the index proposes no more candidates than exact scores re-rank.
 
         Args:
             queries: positions in ``task.query`` (or ids, with ``source="train"``), items, or what :meth:`prepare` made.
