@@ -26,6 +26,8 @@ _MARGIN = 0.25
 _HOPELESS = 1.5
 # The most time that goes to kinds that were tried and are not the fastest, as a share of the fastest one's own.
 _OTHER_KINDS = 1 / 3
+# The first of another kind is made where that takes no more than so many times what making the fastest took.
+_FIRST_OF_KIND = 1
 # Other numbers of copies are tried only where the fastest takes so many times what exact scores take alone.
 _WORTH_COPIES = 1.5
 
@@ -93,11 +95,13 @@ class Trials:
             self._try_copies(scoring)
 
     def _enough(self, shape: Shape) -> bool:
-        """Whether the time is over, for all or for a kind that was tried and is not the fastest."""
+        """Whether the time is over, for all or for a kind that is not the fastest."""
         if time.monotonic() > self._until and self._spent:
             return True
-        if self.fastest is None or shape.kind == self.fastest.shape.kind or shape.kind not in self._spent:
+        if self.fastest is None or shape.kind == self.fastest.shape.kind:
             return False
+        if shape.kind not in self._spent:
+            return _making(shape) > _FIRST_OF_KIND * _making(self.fastest.shape)
         own = self._spent[self.fastest.shape.kind]
         return sum(self._spent.values()) - own > _OTHER_KINDS * own
 
@@ -137,6 +141,11 @@ class Trials:
 
     def _say(self, shape: Shape, what: str) -> None:
         note(f"{shape}: {what}")
+
+
+def _making(shape: Shape) -> int:
+    """About what it takes to make an index, of its rows."""
+    return shape.method.passes * shape.dim
 
 
 def build(

@@ -17,6 +17,7 @@ from ..errors import ArgumentError, OutOfMemoryError, RecallError, check_k
 from ..index import INDEXES, CompactIndex, Shape
 from ..memory import available_bytes
 from ..retrieval.candidates import INDEX_FOLDER, Candidates, Effort
+from ..retrieval.leading import leads
 from ..retrieval.retriever import Retriever
 from ..store import GradientStore, changing
 from . import efforts
@@ -93,7 +94,7 @@ def index(
         if store.n_train < _SMALL and kind is None and dim is None:
             CompactIndex.remove(store.folder / INDEX_FOLDER)  # of another time
             return Candidates(store, device=device)
-        shapes = _shapes(store, kind, dim, copies)
+        shapes = _shapes(store, kind, dim, copies, few_parts=leads(store))
         truth = held_out(store, n_query, k, seed) if retriever is None else real(retriever, n_query, k, seed)
         all_rows = efforts.milliseconds(store, Candidates(store, use_index=False, device=device), truth, None, k)
         _refuse_over(budget, time.monotonic() - started)
@@ -186,14 +187,22 @@ def _tries(choices: Sequence[Choice]) -> list[Choice]:
     return fastest + ([max(rest, key=lambda each: each.at_least)] if rest else [])
 
 
-def _shapes(store: GradientStore, kind: IndexKind | None, dim: int | None, copies: int | None = None) -> list[Shape]:
-    """What may be made, with few numbers first, and fits the memory."""
+def _shapes(
+    store: GradientStore, kind: IndexKind | None, dim: int | None, copies: int | None = None, few_parts: bool = False
+) -> list[Shape]:
+    """What may be made and fits the memory, the likeliest kind first, with few numbers first.
+
+    ``few_parts``: rows have a few large parts, as where gradients have a few large entries.
+    """
     if kind is not None:
         INDEXES.check(kind)
     if dim is not None and not 1 <= dim <= store.dim:
         raise ArgumentError(f"dim is {dim}, but must be from 1 to the numbers in a row, {store.dim}.")
     shapes: list[Shape] = []
-    for name, method in INDEXES.items():
+    kinds = list(INDEXES.items())
+    if few_parts:
+        kinds.sort(key=lambda each: len(each[1].copies_tried) == 1)
+    for name, method in kinds:
         several = copies is None or len(method.copies_tried) > 1
         if name == kind or (kind is None and several and method.tried_unasked(store.n_train, dim)):
             dims = [dim] if dim else method.dims(store.dim, asked=kind is not None)

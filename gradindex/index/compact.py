@@ -118,7 +118,7 @@ class CompactIndex:
         seed: int = 0,
         gpus: Sequence[int] = (),
     ) -> CompactIndex:
-        """Make an index; rows stream, for ``"ivf"`` and ``"spill"`` three times, for ``"flat"`` twice, for ``"pq"``
+        """Make an index; rows stream, for ``"ivf"`` three times, for ``"flat"`` and ``"spill"`` twice, for ``"pq"``
         once.
 
         Args:

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from ..choices import IndexKind
 from ..errors import ArgumentError
-from .exact import Blocks
 from .kinds import INDEXES, IndexMethod, Rows
 from .kinds.base import norms_of
 from .library import load_faiss
@@ -75,14 +74,8 @@ def made(shape: Shape, rows: Rows) -> Any:
     if not 1 <= shape.dim <= row_dim:
         raise ArgumentError(f"dim is {shape.dim}, but must be from 1 to the numbers in a row, {row_dim}.")
     directions = method.directions(fitted_directions(rows.sample, shape.dim, rows.seed), rows.seed)
-
-    def turned() -> Blocks:
-        for ids, block in rows.blocks():
-            if len(ids):
-                yield ids, np.ascontiguousarray(block @ directions)
-
-    faiss = load_faiss()
-    codes = method.make(replace(rows, sample=np.ascontiguousarray(rows.sample @ directions), blocks=turned))
+    faiss, turned = load_faiss(), np.ascontiguousarray(rows.sample @ directions)
+    codes = method.make(replace(rows, sample=turned, directions=directions))
     linear = faiss.LinearTransform(row_dim, shape.dim, False)
     faiss.copy_array_to_vector(np.ascontiguousarray(directions.T).ravel(), linear.A)
     linear.is_trained = True

@@ -80,6 +80,13 @@ def test_what_is_tried_fits_the_number_of_rows(n, dim, kind, expected):
     assert all(shape.lists > 0 for shape in tried if shape.kind == "ivf")
 
 
+def test_rows_of_few_parts_are_first_put_into_several_lists():
+    store = SimpleNamespace(n_train=200_000, dim=3000)
+    kinds = [[shape.kind for shape in tuning._shapes(store, None, None, few_parts=few)] for few in (False, True)]
+    assert kinds[0][0] == "ivf" and kinds[1][0] == "spill"
+    assert sorted(kinds[0]) == sorted(kinds[1])
+
+
 def test_what_reached_most_is_tried_last():
     def choice(milliseconds, at_least):
         return efforts.Choice(Shape("flat", 8), dict.fromkeys(efforts.SIGNS, Effort(1, 10)), milliseconds, at_least)
@@ -128,6 +135,15 @@ def test_a_kind_that_lost_gets_no_more_than_a_third_of_the_fastest_ones_time():
         tried._spent = spent
         assert tried._enough(Shape("pq", 16)) is enough
         assert not tried._enough(Shape("ivf", 32, 8))
+
+
+def test_another_kind_is_begun_only_where_making_it_takes_no_longer():
+    tried = object.__new__(trials.Trials)
+    tried._until, tried._spent = np.inf, {"spill": 10.0}
+    tried.fastest = efforts.Choice(Shape("spill", 1000, 8), {}, 1.0, 1.0)
+    assert tried._enough(Shape("ivf", 1000, 8)) and not tried._enough(Shape("ivf", 600, 8))
+    tried.fastest = None  # what was tried reaches too little
+    assert not tried._enough(Shape("ivf", 1000, 8))
 
 
 def test_floors_say_what_all_rows_compared_by_so_few_numbers_reach(store):

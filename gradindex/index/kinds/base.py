@@ -15,6 +15,7 @@ from ...errors import ArgumentError
 from ...registry import Registry
 from ..exact import Blocks
 from ..library import load_faiss
+from .lists import every_nth
 
 # How many numbers of a row the tuner tries.
 DIMS = (16, 32, 64, 128, 256, 512, 1024)
@@ -29,15 +30,30 @@ class Rows:
 
     Args:
         sample: (m, dim) rows that directions and codes are fitted to.
-        blocks: hands out all ids and rows, piece by piece.
+        source: hands out all ids and rows, piece by piece, as they are stored.
         seed: of what is random.
         gpus: devices that cluster and assign.
+        directions: (n, dim), along which stored rows have the numbers of an index; by default they have them already.
     """
 
     sample: NDArray[np.float32]
-    blocks: Callable[[], Blocks]
+    source: Callable[[], Blocks]
     seed: int
     gpus: Sequence[int]
+    directions: NDArray[np.float32] | None = None
+
+    def blocks(self) -> Blocks:
+        """All ids and rows (m, dim), piece by piece."""
+        for ids, block in self.source():
+            if len(ids):
+                yield ids, self._turned(block)
+
+    def every_nth(self, least: int) -> NDArray[np.float32]:
+        """Every 2^i-th row: ``least`` to 2 x ``least`` of them, or all where there are fewer."""
+        return self._turned(every_nth(self.source, least))
+
+    def _turned(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        return rows if self.directions is None else np.ascontiguousarray(rows @ self.directions)
 
 
 class IndexMethod(ABC):

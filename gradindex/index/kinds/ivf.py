@@ -11,7 +11,7 @@ from ...errors import ArgumentError
 from .. import gpu
 from ..library import load_faiss
 from .base import INDEXES, LISTS_FROM, IndexMethod, Rows, norms_of
-from .lists import every_nth, most
+from .lists import most
 from .reach import Reach
 
 _KMEANS_ITERATIONS, _ROWS_PER_LIST = 10, 39  # fewer, and FAISS warns
@@ -34,7 +34,7 @@ class Ivf(IndexMethod):
     def make(self, rows: Rows) -> Any:
         """See :class:`IndexMethod`."""
         faiss = load_faiss()
-        clustered = every_nth(rows.blocks, _ROWS_PER_LIST * self.lists)
+        clustered = rows.every_nth(_ROWS_PER_LIST * self.lists)
         if not 1 <= self.lists <= len(clustered):
             raise ArgumentError(f"lists is {self.lists}, but must be from 1 to the number of rows, {len(clustered)}.")
         clustered /= norms_of(clustered)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ...errors import ArgumentError
 from ..library import load_faiss
 from .base import DIMS, ID_BYTES, INDEXES, LISTS_FROM, IndexMethod, Rows, norms_of
-from .lists import every_nth, most
+from .lists import most
 
 # Numbers that share a code: few, or more where many copies of a row would take much room, and are worth more.
 _NUMBERS_A_CODE, _OF_MANY_COPIES, _MANY_COPIES, _CODE_BITS = 4, 8, 5, 4
@@ -38,7 +38,7 @@ class Spill(IndexMethod):
     pursuit). So a row with a few large parts, as the gradient of a classifier's last layer is, is found by a query that
     shares any of them, whichever sign it has there: an opponent shares one with the query that is not its own largest.
     Copies of a row have the same code: 4 bits for every four numbers, or from five copies on for every eight. Rows
-    stream twice, and a part of them before.
+    stream once, and a part of them before.
 
     Source: lists that a row's residual chooses are Sun et al. 2023 (arXiv:2404.00774), SOAR, for nearest neighbours;
     matching pursuit is Mallat and Zhang 1993.
@@ -47,7 +47,7 @@ class Spill(IndexMethod):
         ArgumentError: ``dim`` is not a multiple of 8, or there are fewer directions than copies.
     """
 
-    passes = 3
+    passes = 2
     turned = True
     copies_tried = (4, 6, 3)
 
@@ -62,11 +62,7 @@ class Spill(IndexMethod):
         lines = learnt(rows, self.lists // 2)
         if not 1 <= self.copies <= len(lines):
             raise ArgumentError(f"copies is {self.copies}, but must be from 1 to the directions, {len(lines)}.")
-        found = [assigned(block, lines, self.copies) for _, block in rows.blocks()]
-        lists, parts = (np.concatenate(side) for side in zip(*found, strict=True))
-        del found
-        sizes = most(lists.ravel(), parts.ravel(), 2 * len(lines))[:, None]
-        quantizer = _quantizer(np.concatenate([lines, -lines]) * sizes)
+        quantizer = _quantizer(2 * len(lines), self.dim)
         codes = faiss.IndexIVFPQ(
             quantizer, self.dim, 2 * len(lines), self.dim // self._together, _CODE_BITS, faiss.METRIC_INNER_PRODUCT
         )
@@ -74,13 +70,17 @@ class Spill(IndexMethod):
         codes.pq.cp.seed, codes.pq.cp.min_points_per_centroid = rows.seed + 1, 1
         codes.pq.train(rows.sample)
         codes.is_trained = True
-        start = 0
+        found = []
         for ids, block in rows.blocks():
-            ids = np.ascontiguousarray(ids)
-            for copy in range(self.copies):
-                mine = lists[start : start + len(ids), copy].astype(np.int64)
-                codes.add_core(len(ids), faiss.swig_ptr(block), faiss.swig_ptr(ids), faiss.swig_ptr(mine))
-            start += len(ids)
+            lists, parts = assigned(block, lines, self.copies)
+            _add(codes, ids, codes.pq.compute_codes(block), lists)
+            found.append((lists, parts))
+        lists, parts = (np.concatenate(side) for side in zip(*found, strict=True))
+        del found
+        # What lists are probed by is known once all rows are in theirs.
+        centroids = np.concatenate([lines, -lines]) * most(lists.ravel(), parts.ravel(), 2 * len(lines))[:, None]
+        quantizer.train(centroids)
+        quantizer.add(centroids)
         return faiss.IndexIVFPQFastScan(codes)
 
     def options(self, index: Any, n_query: int, probes: int, selector: Any) -> Any:
@@ -133,25 +133,29 @@ class Spill(IndexMethod):
         return 2 * max(1, min(n_rows, round(wanted)))
 
 
-def _quantizer(centroids: NDArray[np.float32]) -> Any:
+def _add(codes: Any, ids: NDArray[np.int64], block: NDArray[np.uint8], lists: NDArray[np.int32]) -> None:
+    """Put coded rows into several lists each; FAISS takes the list's number, little-endian, before a code."""
+    width = codes.coarse_code_size()
+    for of_copy in lists.T:
+        numbers = of_copy.astype("<i8")[:, None].view(np.uint8)[:, :width]
+        codes.add_sa_codes(np.concatenate([numbers, block], 1), ids)
+
+
+def _quantizer(count: int, dim: int) -> Any:
     """Finds the centroids with the largest inner products; of many long ones by codes first, a fifth of the time."""
     faiss = load_faiss()
-    dim = centroids.shape[1]
-    if centroids.size < _CODED_FROM or dim % 4:
-        quantizer = faiss.IndexFlatIP(dim)
-    else:
-        codes = faiss.IndexPQFastScan(dim, dim // 2, _CODE_BITS, faiss.METRIC_INNER_PRODUCT)
-        codes.pq.cp.min_points_per_centroid = 1
-        codes.train(centroids)
-        quantizer = faiss.IndexRefineFlat(codes)
-        quantizer.k_factor = _COMPARED
-    quantizer.add(centroids)
+    if count * dim < _CODED_FROM or dim % 4:
+        return faiss.IndexFlatIP(dim)
+    codes = faiss.IndexPQFastScan(dim, dim // 2, _CODE_BITS, faiss.METRIC_INNER_PRODUCT)
+    codes.pq.cp.min_points_per_centroid = 1
+    quantizer = faiss.IndexRefineFlat(codes)
+    quantizer.k_factor = _COMPARED
     return quantizer
 
 
 def learnt(rows: Rows, count: int) -> NDArray[np.float32]:
     """(count, dim) unit directions such that most rows lie near the line through one of them, by k-means of lines."""
-    sample = every_nth(rows.blocks, _ROWS_PER_DIRECTION * count)
+    sample = rows.every_nth(_ROWS_PER_DIRECTION * count)
     sample = sample[np.linalg.norm(sample, axis=1) > 0]
     if not 1 <= count <= len(sample):
         raise ArgumentError(
