@@ -49,7 +49,7 @@ class CheckpointError(GradIndexError, ValueError):
 
 
 class LossError(GradIndexError, ValueError):
-    """The loss is not one number per example, or mixes the examples of a batch."""
+    """The loss is not one number per example, mixes the examples of a batch, or is not finite after a retraining."""
 
 
 class NonFiniteGradientError(GradIndexError, ArithmeticError):

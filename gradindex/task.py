@@ -80,6 +80,10 @@ class Task:
         tokenizer: turns a text into an item, for ``gradindex query --text``: a tokenizer of transformers (whose items
             are mappings with ``input_ids``), or a function. What it calls its tokens (``convert_ids_to_tokens``), the
             view of scores by token shows.
+        train_model: ``train_model(ids, seed)`` trains a new model on the training examples ``ids``, (m,) int64
+            ascending, from an initialisation and an order that ``seed`` decides, and returns it: a
+            ``torch.nn.Module`` whose parameters have the names and shapes of ``model``'s. With it,
+            :func:`gradindex.evaluation.judge` compares scores with what models retrained without some examples do.
     """
 
     model: nn.Module
@@ -98,6 +102,7 @@ class Task:
     name: str = "task"
     skip: Any = ()
     tokenizer: Any = None
+    train_model: Callable[[NDArray[np.int64], int], nn.Module] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -106,7 +111,7 @@ class Task:
         for role, data in (("train", self.train), ("query", self.query)):
             if data is not None:
                 _check_data_set(role, data)
-        for name in ("loss", "query_loss", "collate", "show", "read_query", "tokenizer"):
+        for name in ("loss", "query_loss", "collate", "show", "read_query", "tokenizer", "train_model"):
             given = getattr(self, name)
             if name == "query_loss" and isinstance(given, str):
                 _check_predicted(given, self.loss)

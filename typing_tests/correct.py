@@ -1,5 +1,7 @@
 """What people write, which mypy must accept: types of results are stated, so that none of them is Any unnoticed."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +95,15 @@ def judged(store: GradientStore, task: Task) -> None:
     except GradIndexError:
         raise
     gradindex.exact_scores(task, [0, 1])
+
+
+def retrained(task: Task, train_model: Callable[[NDArray[np.int64], int], nn.Module]) -> evaluation.LDS:
+    """Scores judged by retraining."""
+    task = replace(task, train_model=train_model)
+    assert_type(evaluation.judge(task, "store", "out", processes=2), evaluation.Judgement)
+    truth = evaluation.retrain(task, "out", evaluation.random_subsets(100, 10, share=0.9), seeds=[0, 1])
+    assert_type(truth, evaluation.GroundTruth)
+    evaluation.retrain(task, "out", evaluation.all_but(task.train_ids, [[0, 1], [2]]), part=(1, 2))
+    curve = evaluation.removal_curve(task, "out", {"mine": [3, 4, 5]}, [0], ks=[1, 3])
+    assert_type(curve.change("mine", 3).low, float)
+    return evaluation.lds(np.ones((1, 100)), truth.subsets, truth.mean_losses)

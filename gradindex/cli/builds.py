@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from click.core import ParameterSource
 from ..choices import PROJECTION_KINDS
 from ..options import BuildOptions, ComputeOptions
 from .main import say
-from .options import FOLDER, PATH, options_of
+from .options import FOLDER, PATH, options_of, part_option
 
 
 @click.command()
@@ -39,14 +38,12 @@ def demo(out: Path) -> None:
 @click.option("--row-bytes", type=int, help="Instead of --dim: largest size of a whole row, in bytes.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random projection.")
 @options_of(BuildOptions)
-@click.option(
-    "--part", metavar="I/N", help="Build part I of N; parts can run in parallel. Finish with `gradindex seal DIR`."
-)
+@part_option("Build part I of N; parts can run in parallel. Finish with `gradindex seal DIR`.")
 @click.option("--dry-run", is_flag=True, help="Time a few batches, estimate disk, memory and time, and stop.")
 @click.option("--repair", is_flag=True, help="Recompute damaged shards of a finished store, and nothing else.")
 def build(
     task: str, out: Path, projection: Any, dim: int | None, row_dim: int | None, row_bytes: int | None, seed: int,
-    part: str | None, dry_run: bool, repair: bool, **options: Any,
+    part: tuple[int, int] | None, dry_run: bool, repair: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Build the store of TASK (path/to/file.py:name or package.module:name).
 
@@ -70,17 +67,13 @@ def build(
         said = growth.repair(load_task(task), out, **{name: options[name] for name in computing})
         say("\n".join(said) if said else f"{out} is undamaged: nothing to repair")
         return
-    parts = None if part is None else re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", part, re.ASCII)
-    if part is not None and parts is None:
-        raise click.UsageError(f"--part is {part!r}, but must be of the form I/N, such as 2/8.")
     options["projection"] = Projection(projection, DEFAULT_DIM if dim is None else dim, seed, row_dim, row_bytes)
-    numbers = None if parts is None else (int(parts[1]), int(parts[2]))
     if dry_run:
-        click.echo(building.estimate(load_task(task), out, part=numbers, **options))
+        click.echo(building.estimate(load_task(task), out, part=part, **options))
         return
-    if numbers is not None:
-        building.build_part(load_task(task), out, numbers, **options)
-        say(f"{out}: part {part} is done; once all parts are, run: gradindex seal {out}")
+    if part is not None:
+        building.build_part(load_task(task), out, part, **options)
+        say(f"{out}: part {part[0]}/{part[1]} is done; once all parts are, run: gradindex seal {out}")
         return
     store = building.build(load_task(task), out, **options)
     say(f"{out}: {store.n_train:,} rows of {store.dim:,} numbers, from {store.n_checkpoints} checkpoints")

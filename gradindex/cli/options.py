@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -24,6 +25,19 @@ TRAIN_ID = click.option("--train-id", multiple=True, type=int, help="Query by tr
 FILE = click.option("--file", "path", type=PATH, help="Read the queries from a file, with the task's read_query.")
 
 TEXT = click.option("--text", multiple=True, help="Query by a text, with the task's tokenizer; repeatable.")
+
+
+def _part(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """``I/N`` as two numbers."""
+    found = None if value is None else re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", value, re.ASCII)
+    if value is not None and found is None:
+        raise click.UsageError(f"--part is {value!r}, but must be of the form I/N, such as 2/8.")
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def part_option(help_line: str) -> Callable[[Command], Command]:
+    """``--part I/N``, which the command gets as two numbers."""
+    return click.option("--part", metavar="I/N", callback=_part, help=help_line)
 
 
 def options_of(kind: type, *, leave_out: Collection[str] = ()) -> Callable[[Command], Command]:

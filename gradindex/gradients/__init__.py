@@ -15,6 +15,7 @@ from .losses import non_finite as non_finite
 from .passes import in_batches as in_batches
 from .precision import HALF as HALF
 from .products import Products as Products
+from .retrained import QueryLosses as QueryLosses
 from .tokens import TokenProducts as TokenProducts
 from .tracked import Tracked as Tracked
 from .tracked import continued as continued
