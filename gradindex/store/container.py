@@ -28,6 +28,8 @@ from .hdf5 import Spec, lay_out, write_at
 # 16 KiB: a row read at random costs little more than its own bytes, and checksums add 0.1% to a file.
 BLOCK_BYTES = 1 << 14
 _DIGEST_BYTES = 16
+# Positions are scattered where they are among more than so many times as many.
+_DENSE = 4
 
 
 class Writer:
@@ -201,6 +203,7 @@ class Container:
                 raise StoreError(f"{path} has {size} bytes instead of {seal['bytes']}")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._bytes = memoryview(self._map)
+        self._scattered = False
         self.sound = np.zeros(len(self._digests) // _DIGEST_BYTES, dtype=bool) if sound is None else sound
 
     def __contains__(self, name: str) -> bool:
@@ -233,6 +236,7 @@ class Container:
         each = _item_bytes(place)
         if stop > start:
             first, last = place["offset"] + start * each, place["offset"] + stop * each - 1
+            self._read_from(scattered=False)
             self._verify(np.arange(first // self._block_bytes, last // self._block_bytes + 1), name)
         return self._array(name)[0][start:stop]
 
@@ -249,11 +253,18 @@ class Container:
         arrays = [self._array(name) for name in names]
         offsets, each = np.array([place[1:] for place in arrays]).T[:, :, None]
         starts = offsets + positions * each
+        dense = int(np.ptp(positions)) < _DENSE * len(positions) if len(positions) else True
+        self._read_from(scattered=not dense)
         first, last = starts // self._block_bytes, (starts + (each - 1)) // self._block_bytes
         if not (self.sound[first].all() and self.sound[last].all() and each.max() <= self._block_bytes):
-            for name, begin, end in zip(names, first, last, strict=True):
+            touched = []
+            for begin, end in zip(first, last, strict=True):
                 reach = np.arange((end - begin).max(initial=0) + 1)
-                self._verify(np.unique(np.minimum(begin[:, None] + reach, end[:, None])), name)
+                touched.append(np.unique(np.minimum(begin[:, None] + reach, end[:, None])))
+                if not dense:
+                    self._ask_for(touched[-1])
+            for name, blocks in zip(names, touched, strict=True):
+                self._verify(blocks, name)
         return [values for values, _, _ in arrays]
 
     def take(self, name: str, positions: NDArray[np.int64]) -> NDArray[Any]:
@@ -271,11 +282,30 @@ class Container:
         Raises:
             StoreError: one is damaged.
         """
-        if len(then) and hasattr(self._map, "madvise"):
-            start, stop = int(then[0]) * self._block_bytes, (int(then[-1]) + 1) * self._block_bytes
+        if len(then):
+            self._will_need(int(then[0]) * self._block_bytes, (int(then[-1]) + 1) * self._block_bytes)
+        self._verify(blocks)
+
+    def _read_from(self, *, scattered: bool) -> None:
+        """Say how the next bytes are read: for each that it lacks, the system reads 128 KiB, unless they are scattered.
+
+        Of a file larger than the memory, that would be thirty times what is wanted, each time anew.
+        """
+        if scattered != self._scattered and hasattr(self._map, "madvise"):
+            self._scattered = scattered  # another thread may have it otherwise, which costs time alone
+            self._map.madvise(mmap.MADV_RANDOM if scattered else mmap.MADV_NORMAL)
+
+    def _ask_for(self, blocks: NDArray[np.int64]) -> None:
+        """Have the disk read what of ascending blocks is to be verified, all at once instead of one after the other."""
+        unseen = blocks[~self.sound[blocks]]
+        for run in np.split(unseen, np.flatnonzero(np.diff(unseen) != 1) + 1) if len(unseen) > 1 else ():
+            self._will_need(int(run[0]) * self._block_bytes, (int(run[-1]) + 1) * self._block_bytes)
+
+    def _will_need(self, start: int, stop: int) -> None:
+        """Have the disk read bytes ahead, while others are worked on."""
+        if hasattr(self._map, "madvise"):
             whole_pages = start - start % mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, whole_pages, min(stop, len(self._map)) - whole_pages)
-        self._verify(blocks)
 
     def damaged(self) -> list[int]:
         """Numbers of all damaged blocks of the file, every block read anew, and not through the map.
