@@ -37,6 +37,8 @@ from .shapes import Shape, made
 FORMAT, VERSION = "gradindex-index", 1
 MANIFEST = "manifest.json"
 _WRITTEN_BYTES = 1 << 20
+# So many times as many rows are asked for as are wanted, where some are found twice.
+_TWICE = 2
 _IN_PROGRESS = "index.faiss"
 _NAME = re.compile(r"index-([0-9a-f]{16})\.faiss")
 _DIGEST = text("[0-9a-f]{64}", "a SHA-256 in hexadecimal")
@@ -167,17 +169,24 @@ class CompactIndex:
         else:
             selector = None if removed is None else removed.selector
             inner = self._method.options(self._index, len(query), probes, selector)
-            if inner is None:
-                scores, ids = self._index.search(query, more)
-            else:
-                options = faiss.SearchParametersPreTransform(index_params=inner)
-                scores, ids = self._index.search(query, wanted * copies, params=options)
+            options = None if inner is None else faiss.SearchParametersPreTransform(index_params=inner)
+            if options is not None and copies > 1:
+                return self._several(query, wanted, copies, options)
+            scores, ids = self._index.search(query, more if options is None else wanted, params=options)
         if removed is not None:
             ids = np.where(removed.has(ids), -1, ids)
-        if copies > 1:
-            ids = _once(ids)
-        scores = np.where(ids < 0, -np.inf, scores).astype(np.float32)  # FAISS pads with a score like any other
         return ranked(scores, ids.astype(np.int64), wanted)
+
+    def _several(
+        self, query: NDArray[np.float32], wanted: int, copies: int, options: Any
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Of rows that stand in several lists; few of them are found twice, but each may be."""
+        for count in (min(wanted * copies, round(_TWICE * wanted)), wanted * copies):
+            scores, ids = self._index.search(query, count, params=options)
+            best = ranked(scores, ids.astype(np.int64), wanted)
+            if not ((best[1][:, -1] < 0) & (ids[:, -1] >= 0)).any():  # all that there are, or as many as are wanted
+                break
+        return best
 
     def save(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Write the index, then its manifest, which makes it the store's at once; readers go on with the one they have.
@@ -284,16 +293,6 @@ def _written(faiss: Any, index: Any, path: Path) -> dict[str, Any]:
 
         faiss.write_index(index, faiss.PyCallbackIOWriter(write, _WRITTEN_BYTES))
     return {"bytes": size, "sha256": state.hexdigest()}
-
-
-def _once(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The same, an id's further copies in a row -1: all have the same score."""
-    order = np.argsort(ids, axis=1, kind="stable")
-    ordered = np.take_along_axis(ids, order, 1)
-    ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]] = -1
-    once = np.empty_like(ids)
-    np.put_along_axis(once, order, ordered, 1)
-    return once
 
 
 def _told(shape: Shape) -> dict[str, Any]:

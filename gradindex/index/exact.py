@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from ..errors import ArgumentError, DimensionMismatchError, check_k
 from . import gpu
 
+# Of ids below it; all of its bits are none.
+_SHORT_IDS, _NONE = 0xFFFFFFFF, np.uint64(0xFFFFFFFFFFFFFFFF)
+
 Blocks = Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]]
 
 
@@ -89,6 +92,44 @@ def checked_query(query: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
 def ranked(
     scores: NDArray[np.float32], ids: NDArray[np.int64], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k best of each row, by score descending, then id ascending."""
-    order = np.lexsort((ids, -scores), axis=1)[:, :k]
+    """The k best of each row, by score descending, then id ascending; an id of -1 is none, and comes last.
+
+    Args:
+        scores: (n_query, m); of none, whatever they are.
+        ids: (n_query, m) int64; copies of one have the same score, and count once.
+        k: how many, at most m.
+
+    Returns:
+        Scores and ids (n_query, k); where there are fewer, minus infinity and -1 at the end.
+    """
+    scores = np.where(ids < 0, np.float32(-np.inf), scores)  # FAISS pads with a score like any other
+    if ids.size and int(ids.max()) >= _SHORT_IDS:
+        return _ranked_long(scores, ids, k)
+    # As one integer each, which are sorted fifty times as fast: the scores' bits in their descending order, and the id.
+    bits = (scores + np.float32(0)).view(np.uint32)  # of minus zero, zero
+    descending = np.where(bits >> 31, bits, ~bits & np.uint32(0x7FFFFFFF))
+    keys = descending.astype(np.uint64) << np.uint64(32) | (ids & 0xFFFFFFFF).astype(np.uint64)
+    keys.sort(axis=1)
+    again = keys[:, 1:] == keys[:, :-1]
+    if again.any():
+        keys[:, 1:][again] = _NONE
+        keys.sort(axis=1)
+    keys = keys[:, :k]
+    descending = (keys >> np.uint64(32)).astype(np.uint32)
+    best = np.where(descending >> 31, descending, ~descending & np.uint32(0x7FFFFFFF)).view(np.float32)
+    names = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    none = names == 0xFFFFFFFF
+    return np.where(none, np.float32(-np.inf), best), np.where(none, -1, names)
+
+
+def _ranked_long(
+    scores: NDArray[np.float32], ids: NDArray[np.int64], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The same where ids do not fit 32 bits."""
+    order = np.lexsort((ids, -scores), axis=1)
+    scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+    again = np.zeros(ids.shape, dtype=bool)
+    again[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    scores, ids = np.where(again, -np.inf, scores).astype(np.float32), np.where(again, -1, ids)
+    order = np.argsort(ids < 0, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)

@@ -113,9 +113,7 @@ class PackedSide:
 
     def _whole_among(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where in ``positions`` are rows that are whole, and where these are in ``of``."""
-        which = np.minimum(np.searchsorted(self.of, positions), len(self.of) - 1)
-        where = np.flatnonzero(self.of[which] == positions)
-        return where, which[where]
+        return _among(positions, self.of)
 
 
 Side = WholeSide | PackedSide
@@ -200,8 +198,8 @@ class FactorSides:
                 yield places, shard, positions
                 for key in self.keys:
                     of = _view(shard, whole_name(*key, "of"))
-                    if of is not None:
-                        _, at, which = np.intersect1d(positions, of, assume_unique=True, return_indices=True)
+                    at, which = _among(positions, of)
+                    if len(at):
                         rows = [shard.arrays.take(whole_name(*key, side), which) for side in FACTOR_SIDES]
                         whole[key].append((places[0] + at, rows))
 
@@ -253,6 +251,18 @@ def gathered(found: Iterable[InShard], names: Sequence[str], count: int) -> dict
         for name, array in zip(names, arrays, strict=True):
             np.take(array, positions, axis=0, out=into[name][some], mode="clip")  # unclipped, it would copy twice
     return into
+
+
+_NOWHERE = np.empty(0, dtype=np.int64)
+
+
+def _among(positions: NDArray[np.int64], of: NDArray[np.int64] | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where in ``positions`` those are that stand in ascending ``of``, and where in that."""
+    if of is None or not len(of):
+        return _NOWHERE, _NOWHERE
+    which = np.minimum(of.searchsorted(positions), len(of) - 1)
+    where = np.flatnonzero(of[which] == positions)
+    return where, which[where]
 
 
 def _view(shard: Shard, name: str) -> NDArray[Any] | None:
