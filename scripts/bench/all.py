@@ -32,6 +32,7 @@ TOP = Path(__file__).resolve().parents[2]
 HELPERS = {"all", "forks", "harness", "heads", "numbers_task", "stores", "texts"}
 HELPERS |= {"common", "laboratory", "last_layer"}  # of scripts/paper
 HELPERS |= {"imagenet_task", "made", "pictures", "resnet"}  # of scripts/imagenet; scripts/paper has pictures.py as well
+HELPERS |= {"protocols"}  # of scripts/quality
 HELPERS |= {"gpu"}  # a job of its own, for a machine with a CUDA device
 NEED_PEERS = {"bench/peers", "bench/search_peers", "paper/mislabelled"}
 QUICK_ONLY = {"imagenet/build", "imagenet/query", "imagenet/self_influence"}  # the full form is a person's own job
@@ -65,7 +66,7 @@ class Outcome:
 def names(quick: bool) -> list[str]:
     """Every script with a form of this kind, in the order in which they run."""
     found = [FIRST]
-    for folder in ("bench", "paper", "imagenet"):
+    for folder in ("bench", "paper", "quality", "imagenet"):
         for path in sorted((TOP / "scripts" / folder).glob("*.py")):
             name = f"{folder}/{path.stem}"
             if path.stem not in HELPERS or name == "paper/pictures":
@@ -199,8 +200,12 @@ def arguments_of(name: str, folder: Path, quick: bool) -> list[str]:
     """A script's path and its arguments."""
     arguments = [str(TOP / "scripts" / f"{name}.py")]
     if quick:
-        arguments += ["--quick", *QUICK_PARTS.get(name, []), *(["--json"] if name.startswith("bench") else [])]
-    if name.startswith(("bench", "paper")):
+        arguments += [
+            "--quick",
+            *QUICK_PARTS.get(name, []),
+            *(["--json"] if name.startswith(("bench", "quality")) else []),
+        ]
+    if name.startswith(("bench", "paper", "quality")):
         arguments += ["--save", str(folder / f"{name}.{'json' if name.startswith('paper') else 'md'}")]
     return arguments
 

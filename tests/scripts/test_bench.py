@@ -166,7 +166,14 @@ def everything(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(TOP / "scripts" / "bench")
     monkeypatch.delitem(sys.modules, "all", raising=False)
     module = importlib.import_module("all")
-    for folder in ("gradindex", "scripts/tasks", "scripts/bench", "scripts/paper", "scripts/imagenet"):
+    for folder in (
+        "gradindex",
+        "scripts/tasks",
+        "scripts/bench",
+        "scripts/paper",
+        "scripts/quality",
+        "scripts/imagenet",
+    ):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "constraints.txt").touch()
     (tmp_path / "scripts" / "bench" / "peers.txt").touch()
