@@ -2,9 +2,15 @@
 
 import json
 import math
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -619,3 +625,51 @@ def test_the_command_prints_the_table_of_the_python_answer(tmp_path, monkeypatch
     assert refused.stderr.startswith("Error: The task has no train_model, so nothing can be retrained. Give Task(")
     few = toys.call(*command[:-1], "1")
     assert "There are 1 subsets, but a correlation over them needs at least 2" in few.stderr
+
+
+ASLEEP = """
+import os, time
+def asleep(ids, seed):
+    open(f"asleep-{os.getpid()}", "w").close()
+    time.sleep(600)
+slow = replace(base, train_model=asleep)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
+def test_processes_that_train_end_with_the_command(tmp_path, monkeypatch, how):
+    from places import TESTS
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judged_task.py").write_text(TASK_FILE.format(tests=str(TESTS)) + ASLEEP)
+    toys.call("build", "judged_task.py:slow", "--out", "store", "--projection", "none")
+    command = ["judge", "store", "--task", "judged_task.py:slow", "--out", "out", "--processes", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gradindex.cli", *command], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+    def until(reached):
+        stop = time.monotonic() + 60
+        while not reached():
+            assert time.monotonic() < stop
+            time.sleep(0.05)
+
+    until(lambda: len(list(tmp_path.glob("asleep-*"))) == 2)
+    children = [int(path.name.partition("-")[2]) for path in tmp_path.glob("asleep-*")]
+    if how is signal.SIGINT:
+        os.killpg(process.pid, how)  # as a terminal does
+        said = process.communicate(timeout=60)[1]
+        assert said == "Interrupted. Finished work is kept: rerun the same command to resume.\n"
+        assert process.returncode == 130
+    else:
+        process.kill()
+        process.communicate(timeout=60)
+
+    def gone(pid):
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")  # nobody asks for its end
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+
+    until(lambda: all(gone(pid) for pid in children))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
+import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -26,6 +29,9 @@ from .truth import GroundTruth
 
 Seeds = int | Sequence[int]
 _Made = tuple[Array, float] | None
+
+# How often a process looks whether the one that started it is there.
+_WATCH_S = 0.5
 
 
 @overload
@@ -189,7 +195,8 @@ _shared: tuple[Retrainings, Sequence[Job]] | None = None
 
 def _in_processes(retrainings: Retrainings, jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, _Made]]:
     one_thread_in_children("torch", torch.set_num_threads)
-    with _sharing(retrainings, jobs), ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+    fork = multiprocessing.get_context("fork")
+    with _sharing(retrainings, jobs), ProcessPoolExecutor(processes, fork, _end_with, (os.getpid(),)) as pool:
         try:
             with warnings.catch_warnings():
                 # Of threads at a fork: children compute with one thread, see gradindex/forking.py.
@@ -213,6 +220,18 @@ def _sharing(retrainings: Retrainings, jobs: Sequence[Job]) -> Iterator[None]:
         yield
     finally:
         _shared = None
+
+
+def _end_with(parent: int) -> None:
+    """Have this process end at once where its parent is interrupted or dies: what is half trained is of no use."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _make(number: int) -> _Made:
