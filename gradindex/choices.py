@@ -38,6 +38,10 @@ WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 Preconditioner = Literal["adam"]
 PRECONDITIONERS: tuple[Preconditioner, ...] = get_args(Preconditioner)
 
+# By which inner product queries are compared with stored rows.
+QueryGeometry = Literal["tracin", "whitened"]
+QUERY_GEOMETRIES: tuple[QueryGeometry, ...] = get_args(QueryGeometry)
+
 # The highest scores, the lowest, or the largest sizes.
 AnswerKind = Literal["proponents", "opponents", "absolute"]
 ANSWER_KINDS: tuple[AnswerKind, ...] = get_args(AnswerKind)

@@ -23,6 +23,8 @@ from .store import (
     Job,
     changing,
     digest_of_bases,
+    extend_moments,
+    follow_moments,
     kept,
     live_plan,
     rewritten,
@@ -74,6 +76,7 @@ def add(
             job = Job.begin(store.folder, "add", after, data, plan, manifest.shards)
             fill(job, engine, task, options.workers)
             job.finish()
+        follow_moments(store.folder)
     return GradientStore(folder)
 
 
@@ -131,9 +134,11 @@ def add_checkpoint(
             if len(sources) == n:  # an older store does not say it
                 sources += tuple(loaded.source() for loaded in engine.loaded)
             after = replace(kept(store), map=longer, sources=sources, removed=(), dim=dim)
+            follow_moments(store.folder)  # while the rows are there that went
             job = Job.begin(store.folder, "add-checkpoint", after, None, live_plan(store))
             fill(job, engine, later, options.workers, beside=store)
             job.finish()
+        extend_moments(store, GradientStore(folder))
     return GradientStore(folder)
 
 

@@ -135,6 +135,11 @@ class RowMaker:
         ]
 
     @property
+    def makes_factors(self) -> bool:
+        """Whether factors come with the rows."""
+        return self._factors
+
+    @property
     def dim(self) -> int:
         """Numbers in a row."""
         return self._block_dim * len(self._maps)

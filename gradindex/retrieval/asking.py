@@ -305,7 +305,11 @@ def _kind(item: Any) -> str:
 
 
 def prepare(
-    examples: QueryExamples, maker: RowMaker, store: GradientStore, aggregate: Aggregate | None = None
+    examples: QueryExamples,
+    maker: RowMaker,
+    store: GradientStore,
+    aggregate: Aggregate | None = None,
+    fingerprint: str | None = None,
 ) -> Queries:
     """Compute rows and, where the store has them, factors; those of a group are added up as they come.
 
@@ -314,6 +318,7 @@ def prepare(
         maker: its engine entered; makes factors if the store has them.
         store: a complete one.
         aggregate: ``"sum"`` or ``"mean"`` makes one question of all examples.
+        fingerprint: what they are known by, by default the store's map.
 
     Raises:
         ArgumentError: ``aggregate`` is something else.
@@ -321,7 +326,7 @@ def prepare(
     """
     if aggregate not in (None, *AGGREGATES):
         raise ArgumentError(f"aggregate is {aggregate!r}, but must be 'sum', 'mean' or None.")
-    fingerprint, stored = store.manifest.fingerprint, store.has_factors
+    fingerprint, stored = fingerprint or store.manifest.fingerprint, maker.makes_factors
     if aggregate is None:
         made = RowBatch.joined(list(_batches(examples, maker, store)))
         norms, factors = np.sqrt(made.self_influence.sum(1)), made.factors if stored else None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..choices import AnswerKind
+from ..choices import AnswerKind, QueryGeometry
 from ..errors import IndexFileError
 from ..files import signature
 from ..index import MANIFEST, CompactIndex, LeftOut, SearchIndex, devices, paired_products
@@ -55,10 +55,12 @@ class Candidates:
         index: an index to try; by default the store's own.
         use_index: whether there is to be an index at all.
         device: ``"cuda"`` searches on all CUDA devices, ``"cuda:1"`` on one; else the CPU does.
+        geometry: of the queries; the store's own index is used where it was tuned with such.
 
     Attributes:
         index: the index in use, or ``None``.
         stale: whether the store has an index that is of no use any more.
+        tuned: whether the store's index, if there is one, was tuned with such queries.
 
     Raises:
         IndexFileError: the store's index is damaged.
@@ -72,8 +74,10 @@ class Candidates:
         *,
         use_index: bool = True,
         device: str | None = None,
+        geometry: QueryGeometry = "tracin",
     ) -> None:
         self._store, self._gpus = store, devices(device)
+        self._geometry = geometry
         self._seen = signature(store.folder / INDEX_FOLDER / MANIFEST)
         load = index is None and use_index
         found = CompactIndex.load(store.folder / INDEX_FOLDER, self._gpus) if load else index
@@ -81,7 +85,9 @@ class Candidates:
         if own and found is not None:
             _check_said(store, found.about)
         self.stale = own and found is not None and _of_other_rows(store, found.about)
-        self.index = None if self.stale else found
+        self._tuning = None if found is None else tuning_of(found.about, geometry)
+        self.tuned = not own or self._tuning is not None
+        self.index = found if self.tuned and not self.stale else None
         if self.index is not None:
             live = store.id_runs
             covered = self.index.about["ids"] if own else live
@@ -108,9 +114,14 @@ class Candidates:
         """How rows are searched, for people."""
         if self.stale:
             return "exact over all rows; the index is stale (built from other rows), `gradindex index` rebuilds it"
+        if not self.tuned:
+            return (
+                "exact over all rows; the index was tuned with queries of another geometry, `gradindex index "
+                f"--geometry {self._geometry}` tunes it"
+            )
         if self.index is None:
             return "exact over all rows"
-        recall = self.index.about["recall"]
+        recall = self._said["recall"]
         new = f"; {runs.count(self._new):,} newer rows are scanned in full" if len(self._new) else ""
         gone = len(self._gone.ids)
         new += f"; {gone:,} removed rows are skipped, `gradindex index` drops them" if gone else ""
@@ -122,14 +133,20 @@ class Candidates:
     def effort(self, k: int, sign: AnswerKind = "proponents") -> Effort:
         """What the index was tuned to for a kind; more for a larger k than it was tuned for."""
         assert self.index is not None
-        tuned = self.index.about.get("efforts", {}).get(sign, self.index.about["effort"])
-        times = max(1, -(-k // self.index.about["recall"]["k"]))
+        tuned = self._said.get("efforts", {}).get(sign, self._said["effort"])
+        times = max(1, -(-k // self._said["recall"]["k"]))
         exact = tuned.get("exact")
         return Effort(tuned["probes"], tuned["proposals"] * times, None if exact is None else exact * times)
 
     def handed_on(self, k: int, effort: Effort) -> int:
         """How many rows go to exact scores; through the model they are dear, and full rows choose the best."""
         return max(k, effort.proposals if self._store.has_factors else min(effort.proposals, candidates_for(k)))
+
+    @property
+    def _said(self) -> Mapping[str, Any]:
+        """What the index says of queries of this geometry; one that is no store's says nothing of any."""
+        assert self.index is not None
+        return self._tuning or self.index.about
 
     @property
     def newer(self) -> int:
@@ -233,6 +250,17 @@ class Candidates:
         return new.search(query, min(k, count))
 
 
+def tuning_of(about: Mapping[str, Any], geometry: QueryGeometry) -> Mapping[str, Any] | None:
+    """What an index was tuned to with queries of a geometry: efforts, recall, milliseconds; ``None`` where it was not.
+
+    Args:
+        about: its manifest.
+        geometry: of the queries.
+    """
+    tunings: Mapping[str, Any] = about.get("geometries", {"tracin": about})
+    return tunings.get(geometry)
+
+
 def _check_said(store: GradientStore, about: Mapping[str, Any]) -> None:
     """Refuse an index that does not say what a store must know of it."""
     missing = sorted(_SAID - about.keys())
@@ -248,15 +276,7 @@ def _of_other_rows(store: GradientStore, about: Mapping[str, Any]) -> bool:
     """Whether an index holds a row of an id whose row in the store is another one."""
     if about["map"] != store.manifest.fingerprint or "covers" not in about:
         return True
-    places: dict[str, list[tuple[int, int]]] = {}
-    for digest, first, last in store.origins:
-        places.setdefault(digest, []).append((first, last))
-    same = [
-        (max(first, begin), min(last, end) + 1)
-        for digest, first, last in about["covers"]
-        for begin, end in places.get(digest, ())
-    ]
-    known = runs.as_runs(sorted((start, stop) for start, stop in same if start < stop))
+    known = runs.of_same_origin(store.origins, about["covers"])
     both = runs.without(about["ids"], runs.without(about["ids"], store.id_runs))
     return bool(len(runs.without(both, known)))
 

@@ -116,6 +116,18 @@ class Question:
         if self.aggregate is not None and self.aggregate not in AGGREGATES:
             raise ArgumentError(f"aggregate is {self.aggregate!r}, but must be 'sum', 'mean' or None.")
 
+    def by_rows(self) -> Question:
+        """The same where inner products of rows are what is asked for, as in a whitened geometry.
+
+        Raises:
+            ArgumentError: an option decides nothing, or asks for estimates of something else.
+        """
+        if self.candidates is not None:
+            raise ArgumentError("candidates decides nothing in a whitened geometry, whose rows are scored. Drop it.")
+        if self.rerank == "wide":
+            raise ArgumentError("Wide rows estimate TracIn's scores, and no whitened ones. Drop rerank='wide'.")
+        return replace(self, rerank="rows") if self.rerank == "exact" else self
+
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Question:
         """From what :meth:`to_dict` made, or a person wrote as JSON.

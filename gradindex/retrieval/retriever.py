@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..choices import Aggregate, AnswerKind, Precision, Source
+from ..choices import Aggregate, AnswerKind, Precision, QueryGeometry, Source
 from ..deprecation import deprecated, in_order
 from ..errors import ArgumentError, StoreError
 from ..forking import one_thread_in_children
-from ..gradients import HALF, Engine, check_routes, with_unit_norm
+from ..gradients import HALF, Engine, Geometry, check_routes, with_unit_norm
 from ..index import require
 from ..matching import check_task
 from ..output import as_html
@@ -33,12 +33,13 @@ from .filters import allow
 from .hits import Both, Hits
 from .question import Question, QuestionKeywords, SearchKeywords
 from .rehearsing import rehearsal
-from .scoring import Scores, joined, measured, scored_as, shares
+from .scoring import Scores, joined, measured, row_shares, scored_as, shares
 from .searcher import LocalSearcher
 from .stages import Search
-from .streaming import streamed
+from .streaming import against_rows, streamed
 from .tokens import TokenExplanation, explain_tokens
 from .warming import Warming, Warmth
+from .whitening import check_asked, whitened
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -63,10 +64,13 @@ class Retriever:
         device: where to compute and search; by default gradients on the model's device and search on the CPU.
         use_index: whether to use the index, if there is one.
         one_at_a_time: whether to hold the weights of one checkpoint at a time; by default if not all fit into memory.
+        geometry: by which inner product queries are compared with rows, see :func:`load`.
+        damping: of a whitened geometry, see :func:`load`.
 
     Raises:
+        ArgumentError: ``damping`` is not positive, or decides nothing.
         MismatchError: the task does not match the store; says what differs.
-        StoreError: the store is damaged.
+        StoreError: the store is damaged, or lacks what a whitened geometry is made of.
     """
 
     def __init__(
@@ -76,8 +80,11 @@ class Retriever:
         device: str | None = None,
         use_index: bool = True,
         one_at_a_time: bool | None = None,
+        geometry: QueryGeometry = "tracin",
+        damping: float | None = None,
     ) -> None:
         task, store = in_order(task, store, Task, "Retriever(task, store)")
+        check_asked(geometry, damping)
         require()
         one_thread_in_children("torch", torch.set_num_threads)
         self.task = task
@@ -87,15 +94,25 @@ class Retriever:
         precision: Precision = "float32" if stored.precision in HALF else stored.precision
         alone = store.manifest.batch_size == 1
         self._engine = Engine(task, precision, device, alone=alone, one_at_a_time=one_at_a_time)
-        self._geometry = with_unit_norm(self._engine.geometry, stored.unit_norm)
+        self._asked, self._damping = geometry, damping
+        self._geometry = self._geometry_of(store)
         with self._computing() as engine:
             check_routes(engine, task.train_ids[task.train_ids < store.manifest.next_id])
             check_task(store, engine)
         self._bases = store.bases()
-        self._search_options: dict[str, Any] = {"use_index": use_index, "device": device}
+        self._search_options: dict[str, Any] = {"use_index": use_index, "device": device, "geometry": geometry}
         self._opened = store, Candidates(store, **self._search_options)
         self._warming: Warming | None = None
         self._made: tuple[tuple[bool, int | None], RowMaker] | None = None
+
+    def _geometry_of(self, store: GradientStore) -> Geometry:
+        own = with_unit_norm(self._engine.geometry, store.manifest.map.unit_norm)
+        return whitened(own, store, self._damping) if self._by_rows else own
+
+    @property
+    def _by_rows(self) -> bool:
+        """Whether scores are inner products of rows, by which the geometry is defined, and no estimates of others."""
+        return self._asked == "whitened"
 
     def __repr__(self) -> str:
         return f"<Retriever of {self.task!r} on {self._opened[0]!r}>"
@@ -159,6 +176,8 @@ class Retriever:
             if now.manifest.fingerprint != store.manifest.fingerprint:
                 raise StoreError(f"{store.folder} has different rows than when it was opened. Load it again.")
             self._opened = store, candidates = now, Candidates(now, **self._search_options)
+            if self._by_rows:
+                self._geometry, self._made = self._geometry_of(now), None
             if self._warming is not None:
                 self._warming = self._warming.again(store, candidates)
         return store, candidates
@@ -198,11 +217,16 @@ class Retriever:
         """
         store, examples = self.store, find(self.task, queries, source)
         with self._computing() as engine:
-            return prepare(examples, self._maker(engine, store), store, aggregate)
+            return prepare(examples, self._maker(engine, store), store, aggregate, self._fingerprint(store))
+
+    def _fingerprint(self, store: GradientStore) -> str:
+        """What prepared queries are known by: the rows that they compare with, and how."""
+        stamp = getattr(self._geometry, "stamp", "")
+        return f"{store.manifest.fingerprint}{stamp}"
 
     def _maker(self, engine: Engine, store: GradientStore) -> RowMaker:
         """Makes queries' rows; kept, for wide rows are made with transforms of bases."""
-        wanted = store.has_factors, store.manifest.wide
+        wanted = (False, None) if self._by_rows else (store.has_factors, store.manifest.wide)
         if self._made is None or self._made[0] != wanted:
             factors, wide = wanted
             maker = RowMaker(engine, self._projection, self._bases, "exact", self._geometry, factors, wide=wide)
@@ -227,9 +251,10 @@ class Retriever:
             )
         lacks = store.has_factors and queries.factors is None
         lacks |= store.manifest.wide is not None and queries.vectors.wide is None
-        if queries.vectors.fingerprint != store.manifest.fingerprint or lacks:
+        if queries.vectors.fingerprint != self._fingerprint(store) or (lacks and not self._by_rows):
             raise ArgumentError(
-                f"These queries were prepared for different rows than those of {store.folder}. Prepare them again."
+                f"These queries were prepared for different rows than those of {store.folder}, or another geometry. "
+                "Prepare them again."
             )
         return queries
 
@@ -288,6 +313,8 @@ class Retriever:
     def _answers(
         self, queries: int | Sequence[Any] | Queries, question: Question, kinds: Sequence[AnswerKind]
     ) -> list[Hits]:
+        if self._by_rows:
+            question = question.by_rows()
         question.most(self.store.n_train)  # refused before the gradients are computed
         question.check_wide(self.store.manifest.wide is not None)
         prepared = self._prepared(self.store, queries, question.source, question.aggregate)
@@ -345,13 +372,19 @@ class Retriever:
                     products = shares(store, asked, chosen, engine)
             return measured(store, self._geometry, products, asked.norms, chosen)
 
+        def by_rows() -> NDArray[np.float64]:
+            store = self._now()[0]
+            store.check_ids(chosen)
+            return row_shares(store, asked.rows, chosen)
+
+        layers = tuple(layer.title for layer in store.manifest.map.layers)
         return Explanation(
-            asked_again(scores),
+            asked_again(by_rows if self._by_rows else scores),
             asked.names,
             chosen,
             tuple(f"{number} {Path(checkpoint.path).name}" for number, checkpoint in enumerate(self.task.checkpoints)),
-            tuple(layer.title for layer in store.manifest.map.layers),
-            scored_as(store),
+            ("all layers",) if self._by_rows else layers,  # which rows add up
+            "projected" if self._by_rows else scored_as(store),
             self._geometry.measure,
         )
 
@@ -375,6 +408,10 @@ class Retriever:
             ArgumentError: there is no such id or position, or the queries are a group.
             TaskError: neither loss is a sum over tokens; see :class:`gradindex.losses.TokenLoss`.
         """
+        if self._by_rows:
+            raise ArgumentError(
+                "A whitened geometry compares rows, which add up tokens. Explain tokens with geometry='tracin'."
+            )
         chosen = self._chosen(ids)
         asked = self._prepared(self.store, queries, source, None)
         with self._computing() as engine:
@@ -407,9 +444,13 @@ class Retriever:
 
         def scores() -> NDArray[Any]:
             store = self._now()[0]
-            return joined(streamed(store, asked, self._geometry, self._computing), len(asked), store.n_train, dtype)
+            pieces = against_rows(store, asked.rows) if self._by_rows else self._streamed(store, asked)
+            return joined(pieces, len(asked), store.n_train, dtype)
 
         return asked_again(scores)
+
+    def _streamed(self, store: GradientStore, queries: Queries) -> Scores:
+        return streamed(store, queries, self._geometry, self._computing)
 
     def exact_pieces(self, queries: Queries) -> Scores:
         """As :meth:`exact_scores`, piece by piece: queries (a slice), ids (m,) and their scores.
@@ -420,7 +461,7 @@ class Retriever:
             StoreChangedError: meanwhile rows were removed, or became other ones, so that the pieces to come would not
                 fit those that came; that shards were compacted does not matter.
         """
-        yield from streamed(self.store, queries, self._geometry, self._computing)
+        yield from against_rows(self.store, queries.rows) if self._by_rows else self._streamed(self.store, queries)
 
 
 @contextmanager
@@ -439,6 +480,8 @@ def load(
     use_index: bool = True,
     one_at_a_time: bool | None = None,
     warm: bool = False,
+    geometry: QueryGeometry = "tracin",
+    damping: float | None = None,
 ) -> Retriever:
     """Open a store for queries.
 
@@ -449,13 +492,22 @@ def load(
         use_index: whether an index is used, where there is one; else all rows are compared.
         one_at_a_time: whether to hold the weights of one checkpoint at a time; by default if not all fit into memory.
         warm: whether to get ready for queries in the background, see :meth:`Retriever.warm`.
+        geometry: by which inner product queries are compared with rows. ``"tracin"``: as the store's rows were made,
+            scores say by how much a step on an example lowers a loss. ``"whitened"``: the query's row is turned by the
+            inverse second moment of all rows at each checkpoint, which predicts better what a model does that is
+            trained without an example; the scores are inner products of rows and have no unit. It takes the second
+            moments that ``gradindex whiten`` makes.
+        damping: of ``"whitened"``, what is added to the second moment, as a share of its trace; by default 3e-4.
 
     Raises:
+        ArgumentError: ``damping`` is not positive, or decides nothing.
         StoreError: missing, damaged or not complete.
         MismatchError: the task is not the store's; says what differs.
     """
     task, folder = in_order(task, folder, Task, "load(task, folder)")
-    retriever = asked_again(lambda: Retriever(task, GradientStore(folder), device, use_index, one_at_a_time))
+    retriever = asked_again(
+        lambda: Retriever(task, GradientStore(folder), device, use_index, one_at_a_time, geometry, damping)
+    )
     if warm:
         asked_again(retriever.warm)
     return retriever

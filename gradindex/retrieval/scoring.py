@@ -324,6 +324,18 @@ def shares(
     return split
 
 
+def row_shares(store: GradientStore, rows: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Inner products of queries' rows (n_query, dim) with those of some ids, by checkpoint: (n_query, m, C, 1)."""
+    blocks = rows.reshape(len(rows), store.n_checkpoints, -1)
+    split = np.empty((len(rows), len(ids), store.n_checkpoints, 1))
+    start = 0
+    for some in pieces(ids, _WIDE_BYTES // (8 * store.dim)):
+        theirs = store.rows(some).reshape(len(some), store.n_checkpoints, -1)
+        split[:, start : start + len(some), :, 0] = np.einsum("qcd,mcd->qmc", blocks, theirs, dtype=np.float64)
+        start += len(some)
+    return split
+
+
 def measured(
     store: GradientStore,
     geometry: Geometry,

@@ -14,6 +14,7 @@ from ..errors import StoreChangedError
 from ..gradients import Engine, Geometry
 from ..store import GradientStore, asked_again, followed
 from .asking import Queries
+from .candidates import scan
 from .scoring import Scores, by_factors, measured, scored_as, shown, through_model
 
 
@@ -42,6 +43,12 @@ def streamed(
             except StoreChangedError:
                 scores = asked_again(partial(_measured_later, store, geometry, *args))
             yield which, ids, scores
+
+
+def against_rows(store: GradientStore, rows: NDArray[np.float32]) -> Scores:
+    """Inner products of queries' rows (n_query, dim) with all rows, piece by piece."""
+    for ids, scores in scan(store, rows):
+        yield slice(0, len(rows)), ids, scores
 
 
 def _from_factors(store: GradientStore, queries: Queries, geometry: Geometry) -> Scores:

@@ -7,6 +7,7 @@ from .bases import Bases as Bases
 from .bases import digest_of_bases as digest_of_bases
 from .bases import read_bases as read_bases
 from .bases import write_bases as write_bases
+from .changing import changing as changing
 from .claiming import Part as Part
 from .claiming import check_part as check_part
 from .claiming import claimed as claimed
@@ -31,6 +32,7 @@ from .manifest import RowMap as RowMap
 from .manifest import StoredCheckpoint as StoredCheckpoint
 from .manifest import StoredLayer as StoredLayer
 from .manifest import StoredProjection as StoredProjection
+from .moments import Moments as Moments
 from .overview import Overview as Overview
 from .overview import overview as overview
 from .packing import MANY_OUTPUTS as MANY_OUTPUTS
@@ -41,7 +43,10 @@ from .packing import why_whole as why_whole
 from .reader import GradientStore as GradientStore
 from .sides import comparable as comparable
 from .summary import described as described
-from .upkeep import changing as changing
+from .summing import extend_moments as extend_moments
+from .summing import follow_moments as follow_moments
+from .summing import moments_of as moments_of
+from .summing import second_moments as second_moments
 from .upkeep import compact as compact
 from .upkeep import kept as kept
 from .upkeep import live_plan as live_plan

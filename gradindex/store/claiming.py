@@ -21,6 +21,7 @@ from .documents import (
     LOCK,
     LOG,
     MANIFEST,
+    MOMENTS,
     PENDING,
     SHARDS,
     UNFINISHED,
@@ -80,7 +81,7 @@ def claimed(folder: Path, part: Part | None = None, *, new: bool = False) -> Ite
 
 def _check_folders(folder: Path) -> None:
     """Refuse links and other things in place of a store's folders: what is changed there would be another's."""
-    for name in (SHARDS, INDEX):
+    for name in (SHARDS, INDEX, MOMENTS):
         path = folder / name
         with storing(path):
             if is_there(path) and not stat.S_ISDIR(path.lstat().st_mode):

@@ -17,7 +17,7 @@ from .manifest import VERSION, Manifest, ShardEntry
 
 FORMAT = "gradindex-store"
 MANIFEST, PENDING, LOCK, LOG = "manifest.json", "pending.json", "lock", "log.jsonl"
-SHARDS, INDEX = "shards", "index"
+SHARDS, INDEX, MOMENTS = "shards", "index", "moments"
 # Beside a plan: names of the shards that are of no manifest yet, for when the plan is taken away.
 UNFINISHED = "unfinished.json"
 # What a manifest may list under "needs": parts of the format that came after version 1 and cannot be ignored.

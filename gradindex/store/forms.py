@@ -180,6 +180,14 @@ _container = {
     "blocks": text(f"([0-9a-f]{{{_DIGEST_DIGITS}}})*", "digests in hexadecimal"),
 }
 _sealed = record(_container)
+_moments = record(
+    {
+        **_container,
+        "map": _DIGEST,
+        "ids": runs,
+        "covers": list_of(tuple_of(_DIGEST, whole(), whole(0, LARGEST - 1))),
+    }
+)
 _seal = record(
     {
         **_container,
@@ -248,6 +256,24 @@ def check_unfinished(value: Any) -> None:
         ValueError: says where it is not what it must be.
     """
     _superseded(value)
+
+
+def check_moments(value: Any) -> None:
+    """Refuse what is no seal of second moments.
+
+    Raises:
+        ValueError: says where it is not what it must be.
+    """
+    _moments(value)
+    check_container(value, checked=True)
+    shapes = {name: tuple(place["shape"]) for name, place in value["arrays"].items()}
+    dims = [shape for name, shape in shapes.items() if name == "sums" and len(shape) == 2]
+    count, dim = dims[0] if dims else (0, 0)
+    triangle = count, dim * (dim + 1) // 2
+    if shapes != {"weighted": triangle, "plain": triangle, "sums": (count, dim)}:
+        raise ValueError(f"its arrays have shapes {shapes}, but must be two triangles and sums")
+    if any(place["dtype"] != "<f8" for place in value["arrays"].values()):
+        raise ValueError("its arrays are not of type <f8")
 
 
 def check_seal(value: Any) -> None:

@@ -137,11 +137,14 @@ class GradientStore:
         """Names of the columns."""
         return list(self.manifest.columns)
 
-    def blocks(self, only: runs.Runs | None = None) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    def blocks(
+        self, only: runs.Runs | None = None, removed: bool = False
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Ids (m,) and rows (m, dim) float32 in the order of ids, in pieces of about 16 MiB.
 
         Args:
             only: the ids that are wanted, by default all.
+            removed: whether removed ones are handed out as well, as long as their rows are there.
         """
         step = max(1, _PIECE_BYTES // (4 * self.dim))
         for number, entry in enumerate(self._entries):
@@ -150,7 +153,7 @@ class GradientStore:
             for start in range(0, entry.rows, step):
                 shard, stop = self._shards[number], min(start + step, entry.rows)
                 ids, rows = shard.ids[start:stop], shard.rows(start, stop)
-                kept = ~runs.contain(self._removed, ids)
+                kept = ~runs.contain(self._removed, ids) | removed
                 if only is not None:
                     kept &= runs.contain(only, ids)
                 yield (ids, rows) if kept.all() else (ids[kept], rows[kept])

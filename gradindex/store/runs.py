@@ -91,3 +91,16 @@ def without(ids: Runs, removed: Runs) -> NDArray[np.int64]:
 def same(one: Runs, other: Runs) -> bool:
     """Whether two sets are equal."""
     return np.array_equal(without(one, []), without(other, []))
+
+
+def of_same_origin(one: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]) -> NDArray[np.int64]:
+    """Runs of the ids whose rows were computed in one place, by two lists of ``[digest, first id, last id]``."""
+    places: dict[str, list[tuple[int, int]]] = {}
+    for digest, first, last in one:
+        places.setdefault(digest, []).append((first, last))
+    same = [
+        (max(first, begin), min(last, end) + 1)
+        for digest, first, last in other
+        for begin, end in places.get(digest, ())
+    ]
+    return as_runs(sorted((start, stop) for start, stop in same if start < stop))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..errors import ArgumentError, MismatchError, StoreError
 from ..files import is_there, read_checked, storing
 from . import runs
+from .changing import changing
 from .claiming import begin_unfinished, claimed, clean, end_unfinished, supersede, unused_number
 from .copying import copy_rows
 from .documents import PENDING, SHARDS, PlannedShard, Superseded, write_manifest
@@ -27,6 +28,7 @@ from .packing import PACKING_SAMPLE, packing_of, why_whole
 from .reader import GradientStore
 from .sealing import ShardWriter, entry_of, shard_writer
 from .shards import read_seal
+from .summing import follow_moments
 
 _LARGEST_ID = (1 << 63) - 2
 
@@ -53,6 +55,7 @@ def remove(folder: str | os.PathLike[str], ids: NDArray[np.int64] | Sequence[int
             raise ArgumentError(f"No training example would be left in {store.folder}. Delete the folder instead.")
         generation = store.manifest.generation + 1
         write_manifest(store.folder, replace(store.manifest, removed=removed.tolist(), generation=generation))
+        follow_moments(store.folder)
         return GradientStore(store.folder)
 
 
@@ -76,6 +79,7 @@ def compact(folder: str | os.PathLike[str], *, upgrade: bool = False) -> Gradien
         plan, keep = _repacking(store)
         if Job.pending(store.folder) is None and keep == list(store.manifest.shards):
             return store
+        follow_moments(store.folder)  # while the rows are there that went
         job = Job.begin(store.folder, "compact", replace(kept(store), removed=()), None, plan, keep)
         copy_rows(job, {".": store})
         return GradientStore(store.folder)
@@ -134,6 +138,7 @@ def merge(
         after = replace(kept(store), next_id=end, merged=(*store.manifest.merged, *merged))
         job = Job.begin(store.folder, "merge", after, [merged, offset], plan, store.manifest.shards)
         copy_rows(job, sources)
+        follow_moments(store.folder)
         return GradientStore(store.folder)
 
 
@@ -155,27 +160,6 @@ def seal(folder: str | os.PathLike[str]) -> GradientStore:
             elif GradientStore.complete(path):
                 clean(path)
     return GradientStore(path)
-
-
-@contextmanager
-def changing(folder: str | os.PathLike[str], kind: str = "") -> Iterator[GradientStore]:
-    """A complete store that no other process changes, and whose unfinished job, if any, is a ``kind``.
-
-    Raises:
-        StoreError: there is no store, another process has it, or another job is unfinished.
-    """
-    GradientStore(folder)  # before anything is written into a folder that may be another's
-    with claimed(Path(folder)):
-        store = GradientStore(folder)
-        job = Job.pending(store.folder)
-        if job is not None and job.kind != kind:
-            raise StoreError(
-                f"{store.folder} has an unfinished `{job.kind}`. Rerun the same command to finish it, or delete "
-                f"{store.folder / PENDING} to abandon it."
-            )
-        if job is None:
-            clean(store.folder)
-        yield store
 
 
 def kept(store: GradientStore) -> Manifest:

@@ -10,6 +10,7 @@ from ..errors import StoreChangedError, StoreError
 from ..progress import progress
 from .layout import Expected
 from .manifest import Manifest, ShardEntry
+from .moments import problem_of_moments
 from .shards import check_unchanged, problem_of
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def problems_of(store: GradientStore) -> list[str]:
         raise
     except StoreError as error:
         problems.append(str(error))
+    if wrong := problem_of_moments(store):
+        problems.append(wrong)
     if problems:
         check_unchanged(store.folder, store.manifest)
     return problems
