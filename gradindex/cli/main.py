@@ -20,7 +20,7 @@ from ..errors import GradIndexError, UserCodeError
 from ..output import csv_cell, plain, printable, to_json
 
 # Commands that resume where they stopped when they are rerun.
-_RESUMABLE = ("build", "add", "add-checkpoint", "compact", "merge", "judge")
+_RESUMABLE = ("build", "add", "add-checkpoint", "compact", "merge", "whiten", "judge")
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 _CSV = click.option(

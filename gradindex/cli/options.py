@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ..choices import QUERY_GEOMETRIES
 from ..options import ComputeOptions
 from ..retrieval.question import Question
 
@@ -24,6 +25,17 @@ POSITION = click.option(
 TRAIN_ID = click.option("--train-id", multiple=True, type=int, help="Query by training id; repeatable.")
 FILE = click.option("--file", "path", type=PATH, help="Read the queries from a file, with the task's read_query.")
 
+GEOMETRY = click.option(
+    "--geometry",
+    type=click.Choice(QUERY_GEOMETRIES),
+    default=QUERY_GEOMETRIES[0],
+    show_default=True,
+    help="tracin: as the rows were made; whitened: queries turned so that scores predict retraining, after `gradindex "
+    "whiten`.",
+)
+DAMPING = click.option(
+    "--damping", type=float, help="Added to the second moment of whitened queries, a share of its trace; default 3e-4."
+)
 TEXT = click.option("--text", multiple=True, help="Query by a text, with the task's tokenizer; repeatable.")
 
 

@@ -10,11 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..choices import ANSWER_KINDS, Aggregate
+from ..choices import ANSWER_KINDS, Aggregate, QueryGeometry
 from ..output import shown_as, table_lines
 from ..retrieval.question import Question
 from .main import Form, forms, say, show
-from .options import AGGREGATE, DEVICE, FILE, FOLDER, PATH, POSITION, TASK, TEXT, TRAIN_ID, WHERE, Command, options_of
+from .options import (
+    AGGREGATE,
+    DAMPING,
+    DEVICE,
+    FILE,
+    FOLDER,
+    GEOMETRY,
+    PATH,
+    POSITION,
+    TASK,
+    TEXT,
+    TRAIN_ID,
+    WHERE,
+    Command,
+    options_of,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +50,7 @@ def _about_queries(html_help: str) -> Callable[[Command], Command]:
     ``html``.
     """
     options = (
-        FOLDER, TASK, POSITION, TRAIN_ID, FILE, TEXT, AGGREGATE, DEVICE,
+        FOLDER, TASK, POSITION, TRAIN_ID, FILE, TEXT, AGGREGATE, GEOMETRY, DAMPING, DEVICE,
         click.option("--html", type=PATH, help=html_help),
     )  # fmt: skip
 
@@ -43,7 +58,8 @@ def _about_queries(html_help: str) -> Callable[[Command], Command]:
         @functools.wraps(command)
         def run(
             folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None,
-            text: tuple[str, ...], aggregate: Aggregate | None, device: str | None, html: Path | None, **others: Any,
+            text: tuple[str, ...], aggregate: Aggregate | None, geometry: QueryGeometry, damping: float | None,
+            device: str | None, html: Path | None, **others: Any,
         ) -> None:  # fmt: skip
             if html:
                 from ..report import check_page
@@ -58,7 +74,7 @@ def _about_queries(html_help: str) -> Callable[[Command], Command]:
             given: Any = loaded.read_texts(text) if text else list(position or train_id)
             if path:
                 given = loaded.read_queries(path)
-            retriever = load(loaded, folder, device=device)
+            retriever = load(loaded, folder, device=device, geometry=geometry, damping=damping)
             if retriever.unseen:
                 say(
                     f"{folder} lacks {retriever.unseen:,} of the task's training examples, so answers leave them out. "

@@ -133,13 +133,12 @@ def verify(folder: Path) -> None:
     """
     from ..errors import IndexFileError, StoreError
     from ..index import checked
-    from ..retrieval.candidates import INDEX_FOLDER
+    from ..retrieval.candidates import index_folders
     from ..store import GradientStore, asked_again
 
     store = GradientStore(folder)
     problems = asked_again(store.verify)
-    index = folder / INDEX_FOLDER
-    if index.is_dir():
+    for index in filter(Path.is_dir, index_folders(folder, "whitened")):
         try:
             checked(index)
         except IndexFileError as error:

@@ -121,7 +121,7 @@ def _narrower(
     store: GradientStore, search: Candidates, truth: Truth, recall: float, probes: int, proposals: int, sign: int
 ) -> list[Effort]:
     """Efforts that score fewer exactly: the fewest of these proposals, and of more, that reach the recall."""
-    if truth.factors is None or not leads(store):
+    if truth.factors is None or not narrowing(store, truth):
         return []
     tried = [count for count in counts(search.n_train, truth.k) if count >= proposals][: 1 + _FURTHER]
     ordered = _proposed(search, truth, tried[-1] + 1, probes, sign)
@@ -135,6 +135,11 @@ def _narrower(
                 found.append(Effort(probes, count, exact))
                 break
     return found
+
+
+def narrowing(store: GradientStore, truth: Truth) -> bool:
+    """Whether the largest entries of packed factors can tell which proposals get exact scores."""
+    return truth.factors is not None and leads(store)
 
 
 def handed(
@@ -205,7 +210,7 @@ def milliseconds(
     seconds, count = [], _TIMED if effort else _TIMED // 8  # comparing all rows takes long, and about as long each time
     for place, row in zip(store.spread_ids(count), truth.rows[:: max(1, len(truth.rows) // count)], strict=False):
         # Whose factors are compared makes no difference in time.
-        asked = None if store.manifest.factors is None else store.factors(np.array([place]))
+        asked = None if truth.factors is None else store.factors(np.array([place]))
         for _ in range(2):
             started = time.perf_counter()
             if effort is None:

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..choices import AnswerKind
-from ..index import fitted_directions
 from ..retrieval.candidates import pieces
 from ..retrieval.scoring import of_candidates
 from ..store import GradientStore
@@ -31,17 +30,21 @@ class Floors:
         store: a complete one.
         sample: (m, n) rows of it.
         truth: of queries to tune with.
-        dims: how many numbers are asked for.
-        seed: of the directions.
+        dims: how many numbers are asked for, ascending.
+        directions: (n, dims[-1]) that they are of, the leading ones first.
     """
 
     def __init__(
-        self, store: GradientStore, sample: NDArray[np.float32], truth: Truth, dims: Sequence[int], seed: int
+        self,
+        store: GradientStore,
+        sample: NDArray[np.float32],
+        truth: Truth,
+        dims: Sequence[int],
+        directions: NDArray[np.float32],
     ) -> None:
-        self._k, self._dims = truth.k, sorted(set(dims))
+        self._k, self._dims = truth.k, dims
         some = truth.part(0, max(1, len(truth.rows) // _QUERIES))
         others = sample[:: -(-len(sample) // _ROWS)]  # of the whole store, which may be in the order of its classes
-        directions = fitted_directions(sample, self._dims[-1], seed)  # the leading ones come first
         turned, queries = others @ directions, some.rows @ directions
         times, spans = store.n_train / len(others), list(zip([0, *self._dims], self._dims, strict=False))
         # By numbers and kind, for each query the ranks of its true ones.
@@ -81,10 +84,10 @@ class Floors:
 class ScoringTime:
     """Milliseconds that exact scores, or full rows, of so many candidates take at least."""
 
-    def __init__(self, store: GradientStore, seed: int) -> None:
+    def __init__(self, store: GradientStore, truth: Truth, seed: int) -> None:
         generator, taken = np.random.default_rng(seed), []
         sizes = [min(size, store.n_train) for size in _SCORED]
-        asked = None if store.manifest.factors is None else store.factors(store.spread_ids(1))
+        asked = None if truth.factors is None else store.factors(store.spread_ids(1))
         for size in sizes:
             ids = np.sort(generator.choice(store.ids, size, replace=False))
             seconds = []

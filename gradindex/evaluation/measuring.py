@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..choices import AnswerKind
+from ..choices import AnswerKind, QueryGeometry
 from ..errors import check_k
 from ..retrieval.candidates import Candidates
 from ..retrieval.retriever import Retriever
 from ..store import GradientStore
 from .efforts import SIGNS, Efforts, handed
-from .truth import Truth, held_out, lower_bound, real
+from .truth import Truth, asked_geometry, lower_bound, truth_of, whitening_of
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ def evaluate(
     n_query: int = 500,
     retriever: Retriever | None = None,
     seed: int = 1,
+    geometry: QueryGeometry | None = None,
+    damping: float | None = None,
 ) -> tuple[str, dict[str, Measured]]:
     """Measure again how much of the true top-k is found: by the store's index, and by its rows alone.
 
@@ -85,6 +87,8 @@ def evaluate(
         n_query: how many queries.
         retriever: as for :func:`index`.
         seed: which training examples are queries.
+        geometry: of the queries, as for :func:`index`.
+        damping: as for :func:`index`.
 
     Returns:
         What truth is, and recall by what proposes: the index, and the best k and 10 k of all rows.
@@ -95,12 +99,13 @@ def evaluate(
     """
     store = GradientStore(folder)
     check_k(k, store.n_train)
-    truth = held_out(store, n_query, k, seed) if retriever is None else real(retriever, n_query, k, seed)
-    search, found = Candidates(store), {}
+    geometry = asked_geometry(geometry, damping, retriever)
+    truth = truth_of(store, retriever, n_query, k, seed, whitening_of(store, geometry, damping, retriever))
+    search, found = Candidates(store, geometry=geometry), {}
     if search.index is not None:
         most = max(search.effort(k, kind).proposals for kind in SIGNS)
         found[f"index, {most:,} proposals"] = measure(search, truth)
-    everything = Candidates(store, use_index=False)
+    everything = Candidates(store, use_index=False, geometry=geometry)
     for count in (k, 10 * k):
         found[f"best {min(count, store.n_train):,} of all rows"] = measure_rows(everything, truth, count)
     return truth.against, found

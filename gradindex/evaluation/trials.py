@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..choices import IndexKind
-from ..index import Blocks, CompactIndex, Shape, devices
+from ..choices import IndexKind, QueryGeometry
+from ..index import Blocks, CompactIndex, Shape, devices, fitted_directions
 from ..progress import note, progress
 from ..retrieval.candidates import Candidates
-from ..retrieval.leading import leads
+from ..retrieval.whitening import Whitening
 from ..store import GradientStore
-from .efforts import SIGNS, Choice, choices, counts
+from .efforts import SIGNS, Choice, choices, counts, narrowing
 from .floors import Floors, ScoringTime
 from .truth import Truth
 
@@ -32,16 +32,57 @@ _FIRST_OF_KIND = 1
 _WORTH_COPIES = 1.5
 
 
-class Trials:
-    """Makes indexes and tunes them, those first that may be fastest; no more than two are in memory at once.
+@dataclass(frozen=True)
+class Maker:
+    """Makes indexes of a store.
 
     Args:
         store: a complete one.
         sample: rows that indexes are fitted to.
+        seed: of what is random.
+        device: where indexes are made and searched.
+        geometry: of the queries that they are for.
+        whitening: of these queries, if it is a whitened one.
+    """
+
+    store: GradientStore
+    sample: NDArray[np.float32]
+    seed: int
+    device: str | None
+    geometry: QueryGeometry = "tracin"
+    whitening: Whitening | None = None
+
+    def build(self, shape: Shape) -> CompactIndex:
+        """An index of all rows, with progress."""
+        passes = shape.method.passes
+        with progress(str(shape), passes * self.store.n_train, "rows") as advance:
+
+            def blocks() -> Blocks:
+                for ids, rows in self.store.blocks():
+                    yield ids, rows
+                    advance(len(ids))
+
+            directions = None if self.whitening is None else self.whitening.directions(shape.dim)
+            return CompactIndex.build(shape, self.sample, blocks, self.seed, devices(self.device), directions)
+
+    def searched(self, index: CompactIndex) -> Candidates:
+        """The search with an index."""
+        return Candidates(self.store, index, device=self.device, geometry=self.geometry)
+
+    def directions(self, dim: int) -> NDArray[np.float32]:
+        """(n, dim) the directions that so many numbers of an index are of, the leading ones first."""
+        return (
+            fitted_directions(self.sample, dim, self.seed) if self.whitening is None else self.whitening.directions(dim)
+        )
+
+
+class Trials:
+    """Makes indexes and tunes them, those first that may be fastest; no more than two are in memory at once.
+
+    Args:
+        maker: makes them.
         truth: of queries to tune with.
         recall: to reach.
-        seed: of what is random.
-        device: where indexes are made and timed.
         until: when to begin no further one, by ``time.monotonic``.
 
     Attributes:
@@ -53,12 +94,9 @@ class Trials:
         built: its index.
     """
 
-    def __init__(
-        self, store: GradientStore, sample: NDArray[np.float32], truth: Truth, recall: float, seed: int,
-        device: str | None, until: float,
-    ) -> None:  # fmt: skip
-        self._store, self._sample, self._truth, self._recall = store, sample, truth, recall
-        self._seed, self._device, self._until = seed, device, until
+    def __init__(self, maker: Maker, truth: Truth, recall: float, until: float) -> None:
+        self._maker, self._store, self._truth, self._recall = maker, maker.store, truth, recall
+        self._until = until
         self.choices: list[Choice] = []
         self.best, self.widest, self.tried = 0.0, 0, False
         self.fastest: Choice | None = None
@@ -73,8 +111,10 @@ class Trials:
             shapes: in the order in which they are tried.
             other_copies: whether the fastest is tried with other numbers of copies.
         """
-        floors = Floors(self._store, self._sample, self._truth, [shape.dim for shape in shapes], self._seed)
-        scoring, counted = ScoringTime(self._store, self._seed), counts(self._store.n_train, self._truth.k)
+        dims = sorted({shape.dim for shape in shapes})
+        floors = Floors(self._store, self._maker.sample, self._truth, dims, self._maker.directions(dims[-1]))
+        scoring = ScoringTime(self._store, self._truth, self._maker.seed)
+        counted, narrows = counts(self._store.n_train, self._truth.k), narrowing(self._store, self._truth)
         for shape in shapes:
             if shape.kind in self._ended or self._enough(shape):
                 continue
@@ -85,7 +125,7 @@ class Trials:
                     self.best, self.widest = reached, shape.dim
                 self._say(shape, f"left out, for all rows compared by so few numbers reach about {reached:.3f}")
                 continue
-            few = [self._truth.k if leads(self._store) else count for count in needed.values()]
+            few = [self._truth.k if narrows else count for count in needed.values()]
             least = float(np.mean([scoring.of(count) for count in few]))
             if self.fastest is not None and least >= self.fastest.milliseconds:
                 self._say(shape, f"left out, for exact scores of its proposals take {least:.2g} ms alone")
@@ -120,8 +160,8 @@ class Trials:
         started = time.monotonic()
         if not self.tried:
             self.tried, self.best = True, 0.0
-        built = build(self._store, shape, self._sample, self._seed, self._device)
-        search = Candidates(self._store, built, device=self._device)
+        built = self._maker.build(shape)
+        search = self._maker.searched(built)
         wanted = self._recall + _MARGIN * (1 - self._recall)
         found, reached = choices(self._store, search, shape, self._truth, wanted)
         if not found and reached >= self._recall:
@@ -146,18 +186,3 @@ class Trials:
 def _making(shape: Shape) -> int:
     """About what it takes to make an index, of its rows."""
     return shape.method.passes * shape.dim
-
-
-def build(
-    store: GradientStore, shape: Shape, sample: NDArray[np.float32], seed: int, device: str | None
-) -> CompactIndex:
-    """An index of all rows, with progress."""
-    passes = shape.method.passes
-    with progress(str(shape), passes * store.n_train, "rows") as advance:
-
-        def blocks() -> Blocks:
-            for ids, rows in store.blocks():
-                yield ids, rows
-                advance(len(ids))
-
-        return CompactIndex.build(shape, sample, blocks, seed, devices(device))

@@ -8,19 +8,23 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ..choices import QueryGeometry
 from ..errors import ArgumentError
 from ..examples import Sides
 from ..gradients import HALF
-from ..retrieval.candidates import scan
 from ..retrieval.retriever import Retriever
 from ..retrieval.scoring import Scores, by_factors, shown
+from ..retrieval.streaming import against_rows
 from ..retrieval.vectors import QueryFactors
-from ..store import GradientStore
+from ..retrieval.whitening import Whitening, check_asked
+from ..store import GradientStore, moments_of
 
 # Fewer queries say too little.
 _LEAST_QUERIES = 20
+_WHITENED = "whitened scores of all rows"
 
 
 @dataclass(frozen=True)
@@ -107,13 +111,7 @@ def _taken(factors: QueryFactors | None, which: Any) -> dict[tuple[int, int], Si
     return {key: (sides[0][which], sides[1][which]) for key, sides in factors.items()}
 
 
-def against_rows(store: GradientStore, rows: NDArray[np.float32]) -> Scores:
-    """Inner products with all rows, piece by piece."""
-    for ids, scores in scan(store, rows):
-        yield slice(0, len(rows)), ids, scores
-
-
-def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0) -> Truth:
+def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0, whitening: Whitening | None = None) -> Truth:
     """Training examples as queries, each without itself; truth is exact where the store has exact factors.
 
     Args:
@@ -121,6 +119,7 @@ def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0) -> Truth
         n_query: how many, at most.
         k: how many are the top.
         seed: which.
+        whitening: of queries of a whitened geometry, whose scores are inner products of rows.
 
     Raises:
         ArgumentError: ``k`` is out of range, or there are fewer than 20 queries whose top-k is clear.
@@ -134,11 +133,55 @@ def held_out(store: GradientStore, n_query: int, k: int, seed: int = 0) -> Truth
     chosen = np.sort(np.random.default_rng(seed).choice(ids, min(n_query, len(ids)), replace=False))
     described = store.manifest.map
     exact = store.manifest.factors == "float32" and not (described.unit_norm or described.precision in HALF)
-    rows, factors = store.rows(chosen), store.factors(chosen) if store.has_factors else None
+    rows, factors = store.rows(chosen), None
+    if whitening is not None:
+        rows, exact = whitening.of(torch.from_numpy(rows)).numpy(), False
+    elif store.has_factors:
+        factors = store.factors(chosen)
     scored = by_factors(store, factors, len(chosen), ids) if exact and factors else against_rows(store, rows)
-    kind = "exact scores" if exact else "scores of all rows"
+    kind = "exact scores" if exact else "scores of all rows" if whitening is None else _WHITENED
     scored = shown("true scores", scored, len(chosen) * len(ids))
     return truth_from(rows, scored, chosen, k, f"against {kind}, training examples as queries", seed, factors)
+
+
+def asked_geometry(asked: QueryGeometry | None, damping: float | None, retriever: Retriever | None) -> QueryGeometry:
+    """By what queries are compared: as asked for, or as a retriever does.
+
+    Raises:
+        ArgumentError: they differ, or damping is out of range.
+    """
+    if retriever is None:
+        check_asked(asked or "tracin", damping)
+        return asked or "tracin"
+    if (asked is not None and asked != retriever.geometry) or damping is not None:
+        raise ArgumentError(
+            f"The retriever asks by geometry={retriever.geometry!r}, and has its damping. Leave out geometry and "
+            "damping, or load it with them."
+        )
+    return retriever.geometry
+
+
+def whitening_of(
+    store: GradientStore, geometry: QueryGeometry, damping: float | None, retriever: Retriever | None
+) -> Whitening | None:
+    """What turns queries' rows, of a retriever or of the store; ``None`` where they are compared as they are."""
+    if geometry == "tracin":
+        return None
+    return Whitening(moments_of(store), damping) if retriever is None else retriever.whitening
+
+
+def truth_of(
+    store: GradientStore,
+    retriever: Retriever | None,
+    n_query: int,
+    k: int,
+    seed: int,
+    whitening: Whitening | None = None,
+) -> Truth:
+    """By the queries of a retriever's task (:func:`real`), or else by training examples (:func:`held_out`)."""
+    if retriever is None:
+        return held_out(store, n_query, k, seed, whitening)
+    return real(retriever, n_query, k, seed)
 
 
 def real(retriever: Retriever, n_query: int, k: int, seed: int = 0) -> Truth:
@@ -159,8 +202,9 @@ def real(retriever: Retriever, n_query: int, k: int, seed: int = 0) -> Truth:
     queries = [int(q) for q in np.random.default_rng(seed).choice(n, min(n_query, n), replace=False)]
     asked = retriever.prepare(queries)
     own = np.full(len(asked), -1)
+    kind = "exact scores" if retriever.geometry == "tracin" else _WHITENED
     return truth_from(
-        asked.rows, retriever.exact_pieces(asked), own, k, "against exact scores, the task's queries", seed,
+        asked.rows, retriever.exact_pieces(asked), own, k, f"against {kind}, the task's queries", seed,
         asked.vectors.factors,
     )  # fmt: skip
 

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..choices import IndexKind
+from ..choices import IndexKind, QueryGeometry
 from ..errors import ArgumentError, OutOfMemoryError, RecallError, check_k
 from ..index import INDEXES, CompactIndex, Shape
 from ..memory import available_bytes
-from ..retrieval.candidates import INDEX_FOLDER, Candidates, Effort
+from ..retrieval.candidates import Candidates, Effort, index_folders
 from ..retrieval.leading import leads
 from ..retrieval.retriever import Retriever
-from ..store import GradientStore, changing
+from ..store import GradientStore, changing, runs
 from . import efforts
 from .efforts import Choice
 from .measuring import Measured, measure
-from .trials import Trials, build
-from .truth import Truth, held_out, real
+from .trials import Maker, Trials
+from .truth import Truth, asked_geometry, truth_of, whitening_of
 
 # Rows that directions, lists and codes are fitted to.
 _SAMPLE_BYTES, _SAMPLE_ROWS = 256 << 20, 32_768
@@ -47,6 +48,8 @@ def index(
     copies: int | None = None,
     budget: float | None = None,
     device: str | None = None,
+    geometry: QueryGeometry | None = None,
+    damping: float | None = None,
 ) -> Candidates:
     """Make the fastest index of a store that holds the true top-k of proponents and of opponents.
 
@@ -67,6 +70,10 @@ def index(
         copies: lists that a row stands in, for ``"spill"``; by default those that answer fastest.
         budget: seconds after which no further index is begun; by default what may be faster is tried.
         device: where to make and to measure it, such as ``"cuda"``; by default the CPU.
+        geometry: of the queries that it is for; by default the retriever's, or ``"tracin"``. What holds for one does
+            not hold for another. Where the store's index reaches the recall with whitened queries too, it serves both;
+            else they get one of their own beside it, whose directions are chosen for them.
+        damping: of a whitened geometry, see :func:`gradindex.load`.
 
     Returns:
         The search, with the index or, where there is no faster one, without.
@@ -88,34 +95,44 @@ def index(
         torch.device(device or "cpu")
     except RuntimeError:
         raise ArgumentError(f"device is {device!r}, but must be a device that PyTorch knows, such as cuda.") from None
+    geometry = asked_geometry(geometry, damping, retriever)
     started = time.monotonic()
     with changing(folder) as store:
         check_k(k, store.n_train)
+        whitening = whitening_of(store, geometry, damping, retriever)
+        home = index_folders(store.folder, geometry)[0]
+        searched = partial(Candidates, device=device, geometry=geometry)
         if store.n_train < _SMALL and kind is None and dim is None:
-            CompactIndex.remove(store.folder / INDEX_FOLDER)  # of another time
-            return Candidates(store, device=device)
+            CompactIndex.remove(home)  # of another time
+            return searched(store)
         shapes = _shapes(store, kind, dim, copies, few_parts=leads(store))
-        truth = held_out(store, n_query, k, seed) if retriever is None else real(retriever, n_query, k, seed)
-        all_rows = efforts.milliseconds(store, Candidates(store, use_index=False, device=device), truth, None, k)
+        truth = truth_of(store, retriever, n_query, k, seed, whitening)
+        all_rows = efforts.milliseconds(store, searched(store, use_index=False), truth, None, k)
         _refuse_over(budget, time.monotonic() - started)
-        sample, until = _sample(store, seed), np.inf if budget is None else started + budget
-        trials = Trials(store, sample, truth.part(0), recall, seed, device, until)
+        if geometry != "tracin" and kind is None and dim is None and copies is None:
+            shared = _shared(store, searched, truth, recall, all_rows, geometry)
+            if shared is not None:
+                CompactIndex.remove(home)
+                return shared
+        until = np.inf if budget is None else started + budget
+        maker = Maker(store, _sample(store, seed), seed, device, geometry, whitening)
+        trials = Trials(maker, truth.part(0), recall, until)
         trials.run(shapes, other_copies=copies is None)
         quicker = [each for each in trials.choices if each.milliseconds < all_rows]
         if trials.choices and not quicker:
-            CompactIndex.remove(store.folder / INDEX_FOLDER)  # of another time, or damaged
-            return Candidates(store, device=device)
+            CompactIndex.remove(home)  # of another time, or damaged
+            return searched(store)
         reached, tries, built = [], _tries(quicker), trials.built
         for choice in tries:
             if built is None or built.shape != choice.shape:
-                built = build(store, choice.shape, sample, seed, device)
-            measured = measure(
-                Candidates(store, built, device=device), truth.part(1), efforts=choice.efforts, tries=len(tries)
-            )
+                built = maker.build(choice.shape)
+            measured = measure(maker.searched(built), truth.part(1), efforts=choice.efforts, tries=len(tries))
             if measured.at_least >= recall:
-                about = _about(store, choice, trials.choices, measured, truth, recall, all_rows)
-                built.save(store.folder / INDEX_FOLDER, about)
-                return Candidates(store, device=device)
+                tuned = _tuned(choice, trials.choices, measured, truth, recall, all_rows)
+                if geometry != "tracin":
+                    tuned |= {"geometries": {geometry: tuned}}
+                built.save(home, _of_rows(store) | tuned)
+                return searched(store)
             reached.append(measured.at_least)
         if not trials.tried:
             raise RecallError(
@@ -139,27 +156,53 @@ def _refuse_over(budget: float | None, taken: float) -> None:
         )
 
 
-def drop(folder: str | os.PathLike[str]) -> Candidates:
+def _shared(
+    store: GradientStore, searched: Callable[..., Candidates], truth: Truth, recall: float, all_rows: float,
+    geometry: QueryGeometry,
+) -> Candidates | None:  # fmt: skip
+    """The search with the index of plain queries, tuned with these as well, where it reaches the recall and is fast."""
+    plain = Candidates(store)
+    if plain.index is None or plain.newer or runs.count(runs.without(plain.index.about["ids"], store.id_runs)):
+        return None
+    index = plain.index
+    found, _ = efforts.choices(store, searched(store, index), index.shape, truth.part(0), recall)
+    quicker = [each for each in found if each.milliseconds < all_rows]
+    for choice in (tries := _tries(quicker)):
+        measured = measure(searched(store, index), truth.part(1), efforts=choice.efforts, tries=len(tries))
+        if measured.at_least >= recall:
+            tunings = dict(index.about.get("geometries", {"tracin": _only_tuned(index.about)}))
+            tunings[geometry] = _tuned(choice, found, measured, truth, recall, all_rows)
+            index.save(plain.folder, {**index.about, "geometries": tunings})
+            return searched(store)
+    return None
+
+
+def drop(folder: str | os.PathLike[str], geometry: QueryGeometry = "tracin") -> Candidates:
     """Take away a store's index: all rows are compared from then on.
+
+    Args:
+        folder: of the store.
+        geometry: of queries that have an index of their own; what is shared goes with that of ``"tracin"``.
 
     Raises:
         StoreError: there is no store, or another process changes it.
     """
     with changing(folder) as store:
-        CompactIndex.remove(store.folder / INDEX_FOLDER)
-        return Candidates(store)
+        CompactIndex.remove(index_folders(store.folder, geometry)[0])
+        return Candidates(store, geometry=geometry)
 
 
-def _about(
-    store: GradientStore, chosen: Choice, choices: Sequence[Choice], measured: Measured, truth: Truth, recall: float,
-    all_rows: float,
-) -> dict[str, Any]:  # fmt: skip
-    """What the manifest of an index says of how it came about."""
+def _of_rows(store: GradientStore) -> dict[str, Any]:
+    """Of which rows an index is, as its manifest says."""
+    return {"map": store.manifest.fingerprint, "ids": store.id_runs.tolist(), "covers": store.origins}
+
+
+def _tuned(
+    chosen: Choice, choices: Sequence[Choice], measured: Measured, truth: Truth, recall: float, all_rows: float
+) -> dict[str, Any]:
+    """What a manifest says of how far a search goes, and what was measured."""
     against = {"target": recall, "k": truth.k, "against": truth.against, "queries": len(truth.part(1).rows)}
     return {
-        "map": store.manifest.fingerprint,
-        "ids": store.id_runs.tolist(),
-        "covers": store.origins,
         # Of versions that know one effort for both kinds.
         "effort": {
             name: max(getattr(effort, name) for effort in chosen.efforts.values()) for name in ("probes", "proposals")
@@ -169,6 +212,10 @@ def _about(
         "milliseconds": {"index": chosen.milliseconds, "all_rows": all_rows},
         "curve": [asdict(choice) for choice in choices],
     }
+
+
+def _only_tuned(about: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: about[name] for name in ("effort", "efforts", "recall", "milliseconds", "curve") if name in about}
 
 
 def _told(effort: Effort) -> dict[str, int]:

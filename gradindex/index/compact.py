@@ -119,6 +119,7 @@ class CompactIndex:
         blocks: Callable[[], Blocks],
         seed: int = 0,
         gpus: Sequence[int] = (),
+        directions: NDArray[np.float32] | None = None,
     ) -> CompactIndex:
         """Make an index; rows stream, for ``"ivf"`` three times, for ``"flat"`` and ``"spill"`` twice, for ``"pq"``
         once.
@@ -129,11 +130,12 @@ class CompactIndex:
             blocks: hands out all ids and rows, piece by piece.
             seed: of what is random.
             gpus: devices that cluster, assign and search.
+            directions: (n, dim) orthonormal ones that its numbers are of, by default fitted to the sample.
 
         Raises:
             ArgumentError: more directions than a row has numbers, or more lists than there are rows.
         """
-        index = made(shape, Rows(sample, blocks, seed, gpus))
+        index = made(shape, Rows(sample, blocks, seed, gpus, directions))
         about = {"shape": _told(shape), "dim": sample.shape[1], "rows": index.ntotal // shape.copies}
         return cls(index, about, gpus)
 

@@ -65,7 +65,7 @@ class Shape:
 
 
 def made(shape: Shape, rows: Rows) -> Any:
-    """A FAISS ``IndexPreTransform`` with inner product.
+    """A FAISS ``IndexPreTransform`` with inner product; where ``rows`` have no directions yet, such as fit the sample.
 
     Raises:
         ArgumentError: more directions than a row has numbers, or more lists than there are rows.
@@ -73,7 +73,8 @@ def made(shape: Shape, rows: Rows) -> Any:
     row_dim, method = rows.sample.shape[1], shape.method
     if not 1 <= shape.dim <= row_dim:
         raise ArgumentError(f"dim is {shape.dim}, but must be from 1 to the numbers in a row, {row_dim}.")
-    directions = method.directions(fitted_directions(rows.sample, shape.dim, rows.seed), rows.seed)
+    fitted = fitted_directions(rows.sample, shape.dim, rows.seed) if rows.directions is None else rows.directions
+    directions = method.directions(fitted, rows.seed)
     faiss, turned = load_faiss(), np.ascontiguousarray(rows.sample @ directions)
     codes = method.make(replace(rows, sample=turned, directions=directions))
     linear = faiss.LinearTransform(row_dim, shape.dim, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,8 @@ class Candidates:
         index: the index in use, or ``None``.
         stale: whether the store has an index that is of no use any more.
         tuned: whether the store's index, if there is one, was tuned with such queries.
+        folder: of the store's index, where it has one.
+        geometry: of the queries.
 
     Raises:
         IndexFileError: the store's index is damaged.
@@ -77,13 +80,14 @@ class Candidates:
         geometry: QueryGeometry = "tracin",
     ) -> None:
         self._store, self._gpus = store, devices(device)
-        self._geometry = geometry
-        self._seen = signature(store.folder / INDEX_FOLDER / MANIFEST)
+        self.geometry = geometry
+        self._folders = index_folders(store.folder, geometry)
+        self._seen = [signature(folder / MANIFEST) for folder in self._folders]
         load = index is None and use_index
-        found = CompactIndex.load(store.folder / INDEX_FOLDER, self._gpus) if load else index
+        found = self._loaded() if load else index
         own = index is None and found is not None
         if own and found is not None:
-            _check_said(store, found.about)
+            _check_said(store, self.folder, found.about)
         self.stale = own and found is not None and _of_other_rows(store, found.about)
         self._tuning = None if found is None else tuning_of(found.about, geometry)
         self.tuned = not own or self._tuning is not None
@@ -93,6 +97,15 @@ class Candidates:
             covered = self.index.about["ids"] if own else live
             self._new = runs.without(live, covered)
             self._gone = LeftOut(runs.to_ids(runs.without(covered, live)))
+
+    def _loaded(self) -> CompactIndex | None:
+        """The index of this geometry alone, or else the one that others share."""
+        for folder in self._folders:
+            found = CompactIndex.load(folder, self._gpus)
+            if found is not None:
+                self.folder = folder
+                return found
+        return None
 
     @property
     def store(self) -> GradientStore:
@@ -107,7 +120,7 @@ class Candidates:
     @property
     def current(self) -> bool:
         """Whether the store and its index on disk are still those that were opened."""
-        return self._store.current and signature(self._store.folder / INDEX_FOLDER / MANIFEST) == self._seen
+        return self._store.current and [signature(folder / MANIFEST) for folder in self._folders] == self._seen
 
     @property
     def how(self) -> str:
@@ -117,7 +130,7 @@ class Candidates:
         if not self.tuned:
             return (
                 "exact over all rows; the index was tuned with queries of another geometry, `gradindex index "
-                f"--geometry {self._geometry}` tunes it"
+                f"--geometry {self.geometry}` tunes it"
             )
         if self.index is None:
             return "exact over all rows"
@@ -139,8 +152,9 @@ class Candidates:
         return Effort(tuned["probes"], tuned["proposals"] * times, None if exact is None else exact * times)
 
     def handed_on(self, k: int, effort: Effort) -> int:
-        """How many rows go to exact scores; through the model they are dear, and full rows choose the best."""
-        return max(k, effort.proposals if self._store.has_factors else min(effort.proposals, candidates_for(k)))
+        """How many rows get the scores that decide; through the model these are dear, and full rows choose the best."""
+        every = self._store.has_factors or self.geometry != "tracin"
+        return max(k, effort.proposals if every else min(effort.proposals, candidates_for(k)))
 
     @property
     def _said(self) -> Mapping[str, Any]:
@@ -250,6 +264,12 @@ class Candidates:
         return new.search(query, min(k, count))
 
 
+def index_folders(folder: Path, geometry: QueryGeometry) -> list[Path]:
+    """Where a store has an index for queries of a geometry: one of its own first, then that of all."""
+    own = [] if geometry == "tracin" else [folder / f"{INDEX_FOLDER}-{geometry}"]
+    return [*own, folder / INDEX_FOLDER]
+
+
 def tuning_of(about: Mapping[str, Any], geometry: QueryGeometry) -> Mapping[str, Any] | None:
     """What an index was tuned to with queries of a geometry: efforts, recall, milliseconds; ``None`` where it was not.
 
@@ -261,13 +281,13 @@ def tuning_of(about: Mapping[str, Any], geometry: QueryGeometry) -> Mapping[str,
     return tunings.get(geometry)
 
 
-def _check_said(store: GradientStore, about: Mapping[str, Any]) -> None:
+def _check_said(store: GradientStore, folder: Path, about: Mapping[str, Any]) -> None:
     """Refuse an index that does not say what a store must know of it."""
     missing = sorted(_SAID - about.keys())
     if missing or runs.count(about["ids"]) != about["rows"]:
         wrong = f"lacks {', '.join(missing)}" if missing else "lists different ids than it has rows"
         raise IndexFileError(
-            f"{store.folder / INDEX_FOLDER / MANIFEST} {wrong}. Rebuild the index: gradindex index {store.folder}, "
+            f"{folder / MANIFEST} {wrong}. Rebuild the index: gradindex index {store.folder}, "
             "or remove it to scan all rows: the same with --drop."
         )
 

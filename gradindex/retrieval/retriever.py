@@ -39,7 +39,7 @@ from .stages import Search
 from .streaming import against_rows, streamed
 from .tokens import TokenExplanation, explain_tokens
 from .warming import Warming, Warmth
-from .whitening import check_asked, whitened
+from .whitening import Whitening, check_asked, whitened
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -94,7 +94,7 @@ class Retriever:
         precision: Precision = "float32" if stored.precision in HALF else stored.precision
         alone = store.manifest.batch_size == 1
         self._engine = Engine(task, precision, device, alone=alone, one_at_a_time=one_at_a_time)
-        self._asked, self._damping = geometry, damping
+        self.geometry, self._damping = geometry, damping
         self._geometry = self._geometry_of(store)
         with self._computing() as engine:
             check_routes(engine, task.train_ids[task.train_ids < store.manifest.next_id])
@@ -110,9 +110,14 @@ class Retriever:
         return whitened(own, store, self._damping) if self._by_rows else own
 
     @property
+    def whitening(self) -> Whitening | None:
+        """What turns queries' rows; ``None`` where they are compared as they are."""
+        return getattr(self._geometry, "whitening", None)
+
+    @property
     def _by_rows(self) -> bool:
         """Whether scores are inner products of rows, by which the geometry is defined, and no estimates of others."""
-        return self._asked == "whitened"
+        return self.geometry != "tracin"
 
     def __repr__(self) -> str:
         return f"<Retriever of {self.task!r} on {self._opened[0]!r}>"

@@ -15,7 +15,7 @@ from ..forking import no_fork_meanwhile
 from ..memory import free_bytes
 from ..progress import progress
 from ..store import GradientStore
-from .candidates import INDEX_FOLDER, Candidates
+from .candidates import Candidates
 from .leading import leads
 
 # The share of the free memory that files are brought into: more would push out what came first.
@@ -205,7 +205,7 @@ def _index_read(store: GradientStore, candidates: Candidates) -> Iterator[int]:
     """Bring the index's file into memory, which was verified when it was opened."""
     assert candidates.index is not None
     try:
-        with regular(store.folder / INDEX_FOLDER / candidates.index.about["file"]["name"]) as file:
+        with regular(candidates.folder / candidates.index.about["file"]["name"]) as file:
             yield from map(len, iter(partial(file.read, _READ_BYTES), b""))
     except OSError:  # replaced since: what was opened stays open, and the next query opens the new one
         return

@@ -33,28 +33,49 @@ class Whitening:
 
     Args:
         moments: of all rows.
-        damping: see above; positive.
+        damping: see above; positive, by default ``DEFAULT_DAMPING``.
 
     Raises:
         ArgumentError: ``damping`` is not positive.
     """
 
-    def __init__(self, moments: Moments, damping: float = DEFAULT_DAMPING) -> None:
+    def __init__(self, moments: Moments, damping: float | None = None) -> None:
+        damping = DEFAULT_DAMPING if damping is None else damping
         if not damping > 0:
             raise ArgumentError(f"damping is {damping}, but must be a positive number, such as {DEFAULT_DAMPING:g}.")
         self.damping = damping
         self.shape = moments.sums.shape
         # Sums that differ are of other rows.
         self.stamp = f" whitened {hashlib.sha256(moments.sums.tobytes()).hexdigest()} {damping!r}"
-        self._factors, self._covariances = [], []
+        self._factors, self._covariances = list[Tensor](), list[Tensor]()
+        self._ridges = list[float]()
         for weighted, plain, sums in zip(moments.weighted, moments.plain, moments.sums, strict=True):
             mean_length = np.trace(weighted) / moments.count
             moment = torch.from_numpy(weighted * (mean_length / moments.count))
-            ridge = damping * float(moment.trace())
-            moment.diagonal().add_(ridge if ridge > 0 else 1.0)  # a block of zeros: any map gives zero
-            self._factors.append(torch.linalg.cholesky(moment))
+            ridge = damping * float(moment.trace()) or 1.0  # a block of zeros: any map gives zero
+            self._ridges.append(ridge)
+            self._factors.append(torch.linalg.cholesky(moment + ridge * torch.eye(len(moment), dtype=moment.dtype)))
             mean = sums / moments.count
             self._covariances.append(torch.from_numpy(plain / moments.count - np.outer(mean, mean)))
+
+    def directions(self, dim: int) -> NDArray[np.float32]:
+        """(C d, dim) orthonormal directions that tell most of whitened scores, for an index; the leading ones first.
+
+        Eigenvectors of each M_c by mu / (mu + lambda_c): what is left of an eigenvalue mu in the products of rows and
+        whitened queries.
+        """
+        n_checkpoints, d = self.shape
+        kept, places = [], []
+        for checkpoint, (factor, ridge) in enumerate(zip(self._factors, self._ridges, strict=True)):
+            values, vectors = torch.linalg.eigh(factor @ factor.T)
+            kept.append((1 - ridge / values).numpy())
+            places.append((checkpoint, vectors.numpy()))
+        order = np.argsort(-np.concatenate(kept), kind="stable")[:dim]
+        found = np.zeros((n_checkpoints * d, dim), dtype=np.float32)
+        for column, place in enumerate(order.tolist()):
+            checkpoint, vectors = places[place // d]
+            found[checkpoint * d : (checkpoint + 1) * d, column] = vectors[:, place % d]
+        return found
 
     def of(self, rows: Tensor) -> Tensor:
         """Queries' rows (b, C d) as they are searched with, in their type."""
@@ -81,7 +102,7 @@ def check_asked(geometry: str, damping: float | None) -> None:
         raise ArgumentError("damping decides nothing with geometry='tracin'. Leave it out, or ask for 'whitened'.")
 
 
-def whitened(own: Geometry, store: GradientStore, damping: float | None) -> Geometry:
+def whitened(own: Geometry, store: GradientStore, damping: float | None) -> Whitened:
     """A store's geometry, its queries whitened.
 
     Args:
@@ -99,7 +120,7 @@ def whitened(own: Geometry, store: GradientStore, damping: float | None) -> Geom
             f"The rows of {store.folder} have unit norm, and a whitened geometry needs the lengths of gradients. Build "
             "a store without unit_norm, or ask with geometry='tracin'."
         )
-    return Whitened(own, Whitening(moments_of(store), DEFAULT_DAMPING if damping is None else damping))
+    return Whitened(own, Whitening(moments_of(store), damping))
 
 
 class Whitened:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import toys
 import torch
+import toys
 
 import gradindex
 from gradindex.errors import ArgumentError, MismatchError, StoreError
