@@ -130,7 +130,7 @@ def index(
             if measured.at_least >= recall:
                 tuned = _tuned(choice, trials.choices, measured, truth, recall, all_rows)
                 if geometry != "tracin":
-                    tuned |= {"geometries": {geometry: tuned}}
+                    tuned = {**tuned, "geometries": {geometry: tuned}}
                 built.save(home, _of_rows(store) | tuned)
                 return searched(store)
             reached.append(measured.at_least)

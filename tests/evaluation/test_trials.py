@@ -9,7 +9,7 @@ from gradindex import evaluation
 from gradindex.errors import ArgumentError, OutOfMemoryError, RecallError
 from gradindex.evaluation import efforts, floors, trials, tuning
 from gradindex.evaluation import truth as truth_of
-from gradindex.index import CompactIndex, Shape
+from gradindex.index import CompactIndex, Shape, fitted_directions
 from gradindex.retrieval.candidates import Effort
 from gradindex.store import GradientStore
 
@@ -108,18 +108,18 @@ def test_a_budget_ends_the_search_for_an_index(store, quick, monkeypatch, capsys
     _, folder = store
     clock = [0.0]
     monkeypatch.setattr(tuning.time, "monotonic", lambda: clock[0])
-    built, build = [], trials.build
+    built, build = [], trials.Maker.build
 
-    def slow(store, shape, *rest):
+    def slow(maker, shape):
         clock[0] += 50
         built.append(shape)
-        return build(store, shape, *rest)
+        return build(maker, shape)
 
-    monkeypatch.setattr(trials, "build", slow)
+    monkeypatch.setattr(trials.Maker, "build", slow)
     evaluation.index(folder, recall=0.5, k=10, n_query=100, budget=40)
     assert len(built) == 1
-    held_out = tuning.held_out
-    monkeypatch.setattr(tuning, "held_out", lambda *args: clock.__setitem__(0, clock[0] + 90) or held_out(*args))
+    held_out = truth_of.held_out
+    monkeypatch.setattr(truth_of, "held_out", lambda *args: clock.__setitem__(0, clock[0] + 90) or held_out(*args))
     with pytest.raises(ArgumentError, match="budget is 60 s, but to find the true top-k .* took 90 s, .* 270 at least"):
         evaluation.index(folder, recall=0.5, k=10, n_query=100, budget=60)
     for options, message in (({"budget": -1}, "budget is -1"), ({"copies": 0}, "copies is 0")):
@@ -151,9 +151,10 @@ def test_floors_say_what_all_rows_compared_by_so_few_numbers_reach(store):
     opened = GradientStore(folder)
     rows = opened.rows(opened.ids)
     truth = truth_of.held_out(opened, 200, 10)
-    found = floors.Floors(opened, rows, truth, [4, 16], 0)
+    leading = fitted_directions(rows, 16)
+    found = floors.Floors(opened, rows, truth, [4, 16], leading)
     for dim in (4, 16):
-        directions = floors.fitted_directions(rows, 16)[:, :dim]
+        directions = leading[:, :dim]
         for kind, sign in efforts.SIGNS.items():
             scores = sign * (truth.rows @ directions) @ (rows @ directions).T
             best = opened.ids[np.argsort(-scores, axis=1)[:, :41]]
@@ -169,10 +170,11 @@ def test_floors_look_at_the_whole_of_a_store_that_is_in_the_order_of_its_classes
     _, folder = store
     opened = GradientStore(folder)
     rows = opened.rows(opened.ids)
-    order = np.argsort(rows @ floors.fitted_directions(rows, 1)[:, 0])  # by what tells most of them apart
+    order = np.argsort(rows @ fitted_directions(rows, 1)[:, 0])  # by what tells most of them apart
     truth = truth_of.held_out(opened, 200, 10)
     monkeypatch.setattr(floors, "_ROWS", 150)
-    found, alone = floors.Floors(opened, rows[order], truth, [16], 0), floors.Floors(opened, rows, truth, [16], 0)
+    directions = fitted_directions(rows, 16)
+    found, alone = (floors.Floors(opened, some, truth, [16], directions) for some in (rows[order], rows))
     for kind in efforts.SIGNS:
         assert found.recall(16, kind, 20) == pytest.approx(alone.recall(16, kind, 20), abs=0.05)
 
