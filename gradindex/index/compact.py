@@ -213,8 +213,8 @@ class CompactIndex:
                 put_in_place((temporary, folder / name))
             finally:
                 discard(temporary)
-            self.about.pop("sha256", None)  # of what the manifest said before
             self.about |= {**about, "format": FORMAT, "version": VERSION, "file": {"name": name, **file}}
+            self.about.pop("sha256", None)  # of what the manifest said before
             write_checked(folder / MANIFEST, self.about)
         discard(*(path for path in before if path.name not in (name, MANIFEST)))
 
