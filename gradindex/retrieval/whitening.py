@@ -141,7 +141,8 @@ class Whitened:
 
     def __init__(self, inner: Geometry, whitening: Whitening) -> None:
         self._inner, self.whitening, self.stamp = inner, whitening, whitening.stamp
-        self.method, self.measure = f"whitened {inner.method}", "whitened scores, which have no unit of loss,"
+        self.method = f"whitened {inner.method}"
+        self.measure = f"{self.method} scores (no unit of loss)"
         self.scales, self.read = inner.scales, inner.read
         self.train, self.query, self.exact = inner.train, inner.query, inner.exact
         self.train_rows, self.joined_rows, self.lengths = inner.train_rows, inner.joined_rows, inner.lengths

@@ -150,6 +150,26 @@ def test_the_pages_by_task_run_after_readmes_first_steps(tmp_path, monkeypatch):
     assert "disk" in said(own[0], tmp_path, monkeypatch)
 
 
+def test_the_page_on_whitening_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_training.py").write_text(MY_TRAINING)
+    first = [text for language, text in blocks(TOP / "README.md") if language == "python"][:2]
+    (tmp_path / "my_task.py").write_text(first[1])
+    exec(LOOP + first[0] + "train_labels = train_set.tensors[1].numpy()", {})
+    said("gradindex build my_task.py:task --out store", tmp_path, monkeypatch)
+    for language, text in blocks(TOP / "docs" / "whitening.md"):
+        if language == "python":
+            exec(compile(text, "whitening.md", "exec"), {})
+        elif language == "sh":
+            for line in shell_lines(text):
+                assert said(line, tmp_path, monkeypatch)
+    printed = capsys.readouterr().out
+    assert "whitened TracInCP" in printed and "no unit of loss" in printed and "all layers" in printed
+    for name in ("my_training", "my_task"):
+        sys.modules.pop(name, None)
+
+
 @pytest.mark.slow
 def test_the_page_on_judging_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -239,7 +259,7 @@ def test_the_first_answer_is_at_most_12_lines_after_the_training(name, first, la
 
 
 def test_other_pages_hold_no_block_that_nothing_runs():
-    run_above = ("README.md", "tasks.md", "captum.md", "language-models.md", "judging.md", *BY_TASK)
+    run_above = ("README.md", "tasks.md", "captum.md", "language-models.md", "judging.md", "whitening.md", *BY_TASK)
     run = {*run_above, *RECIPES}
     assert [page.name for page in PAGES if page.name not in run and blocks(page)] == []
 
