@@ -411,6 +411,7 @@ def test_what_is_asked_wrongly_is_refused(task, tmp_path):
         ({"seeds": [0, 1, 0]}, r"seeds are \[0, 1, 0\], but must be different numbers"),
         ({"seeds": 0}, r"seeds are \[\]"),
         ({"seeds": [-1]}, r"seeds are \[-1\]"),
+        ({"seeds": 1.5}, "seeds is 1.5, a float, but must be an integer"),
         ({"processes": 0}, "processes is 0, but must be at least 1"),
         ({"part": (3, 2)}, "part is 3/2"),
         ({"subsets": subsets[:, :3]}, r"must be bool of shape \(m, 40\)"),

@@ -101,7 +101,7 @@ def retrain(
             f"(m, {len(task.train_ids)}), a place for each of the task's training ids."
         )
     retrainings = Retrainings(task, out, batch_size)
-    jobs = retrainings.jobs(subsets, range(seeds) if isinstance(seeds, int) else seeds)
+    jobs = retrainings.jobs(subsets, seeds if isinstance(seeds, Sequence) else range(as_whole("seeds", seeds)))
     mine = jobs if part is None else jobs[part[0] - 1 :: part[1]]
     done = completed(retrainings, mine, processes, jobs)
     if part is not None:
