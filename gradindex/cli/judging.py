@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from ..choices import QUERY_GEOMETRIES, QueryGeometry
 from ..output import to_json
 from .main import JSON, say
-from .options import DEVICE, FOLDER, PATH, TASK, part_option
+from .options import DAMPING, DEVICE, FOLDER, PATH, TASK, part_option
 
 
 @click.command()
@@ -19,12 +21,23 @@ from .options import DEVICE, FOLDER, PATH, TASK, part_option
 @click.option("--share", default=0.5, show_default=True, help="Share of the training examples in each subset.")
 @click.option("--seeds", default=2, show_default=True, help="Trainings of each subset; two tell the ceiling.")
 @click.option("--processes", default=1, show_default=True, help="Trainings at a time, each with one thread.")
+@click.option(
+    "--geometry",
+    "geometries",
+    multiple=True,
+    type=click.Choice(QUERY_GEOMETRIES),
+    default=QUERY_GEOMETRIES[:1],
+    show_default=True,
+    help="In which the store's scores are judged; repeatable. whitened takes `gradindex whiten` first.",
+)
+@DAMPING
 @part_option("Make only part I of N of the trainings, beside other processes, and print no table.")
 @DEVICE
 @JSON
 def judge(
     folder: Path, task: str, out: Path, retrainings: int, share: float, seeds: int, processes: int,
-    part: tuple[int, int] | None, device: str | None, as_json: bool,
+    geometries: tuple[QueryGeometry, ...], damping: float | None, part: tuple[int, int] | None, device: str | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how well scores predict what retrained models do: the linear datamodeling score.
 
@@ -38,11 +51,10 @@ def judge(
     from ..task import load_task
 
     loaded = load_task(task)
+    asked: dict[str, Any] = {"retrainings": retrainings, "share": share, "seeds": seeds, "processes": processes}
     if part is not None:
-        halves(loaded, folder, out, retrainings=retrainings, share=share, seeds=seeds, processes=processes, part=part)
+        halves(loaded, folder, out, part=part, **asked)
         say(f"{out}: part {part[0]}/{part[1]} is done; once all parts are, run gradindex judge without --part")
         return
-    found = run(
-        loaded, folder, out, retrainings=retrainings, share=share, seeds=seeds, processes=processes, device=device
-    )
+    found = run(loaded, folder, out, geometries=geometries, damping=damping, device=device, **asked)
     click.echo(to_json(found.to_dict()) if as_json else str(found))

@@ -506,6 +506,28 @@ def test_a_stores_scores_are_judged_beside_baselines_and_others(built, tmp_path)
         judged["whitened"]
 
 
+def test_geometries_stand_side_by_side(built):
+    task, store = built
+    truth = GroundTruth.of(random_subsets(40, 9), np.random.default_rng(0).random((9, 6)))
+    with pytest.raises(StoreError, match="gradindex whiten"):
+        evaluation.judge(task, store, truth=truth, geometries=["tracin", "whitened"])
+    gradindex.store.second_moments(store)
+    judged = evaluation.judge(task, store, truth=truth, geometries=["whitened", "tracin"], damping=0.1)
+    assert [row.name for row in judged.rows] == ["whitened", "tracin", "loss", "random"]
+    for geometry, options in (("tracin", {}), ("whitened", {"geometry": "whitened", "damping": 0.1})):
+        exact = gradindex.load(task, store, **options).exact_scores(range(6))
+        found = evaluation.lds(exact, truth.subsets, truth.losses[0])
+        np.testing.assert_allclose(judged[geometry].of_mean.correlations, found.correlations)
+    assert not np.allclose(judged["tracin"].of_mean.correlations, judged["whitened"].of_mean.correlations)
+    for options, said in (
+        ({"geometries": []}, r"geometries are \[\]"),
+        ({"geometries": ["tracin", "tracin"]}, "must be different"),
+        ({"damping": 0.1}, "damping"),
+    ):
+        with pytest.raises(ArgumentError, match=said):
+            evaluation.judge(task, store, truth=truth, **options)
+
+
 def test_ground_truth_made_elsewhere_needs_no_training_function(built):
     task, store = built
     generator = np.random.default_rng(0)
@@ -621,6 +643,9 @@ def test_the_command_prints_the_table_of_the_python_answer(tmp_path, monkeypatch
     assert [row["scores"] for row in told["records"]] == ["tracin", "loss", "random"]
     assert table.stdout.splitlines()[1].split()[:2] == ["tracin", f"{told['records'][0]['lds']:.5g}"]
     assert (told["n_subsets"], told["n_seeds"], told["n_train"], told["n_query"]) == (5, 2, 40, 6)
+    assert toys.call("whiten", "store").exit_code == 0
+    both = toys.call(*command, "--geometry", "tracin", "--geometry", "whitened")
+    assert [line.split()[0] for line in both.stdout.splitlines()[1:5]] == ["tracin", "whitened", "loss", "random"]
     refused = toys.call("judge", "store", "--task", "judged_task.py:base", "--out", "out")
     assert refused.exit_code == 1
     assert refused.stderr.startswith("Error: The task has no train_model, so nothing can be retrained. Give Task(")

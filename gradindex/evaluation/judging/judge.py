@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...choices import QueryGeometry
 from ...errors import ArgumentError, DimensionMismatchError, MismatchError
 from ...output import data_frame, table
 from ...retrieval.retriever import Retriever, load
@@ -147,6 +148,8 @@ def judge(
     processes: int = 1,
     truth: GroundTruth | None = None,
     scores: Mapping[str, NDArray[Any]] | None = None,
+    geometries: Sequence[QueryGeometry] = ("tracin",),
+    damping: float | None = None,
     device: str | None = None,
     seed: int = 0,
 ) -> Judgement:
@@ -164,11 +167,13 @@ def judge(
         processes: how many train at a time.
         truth: ground truth that was made elsewhere, or on subsets of your own.
         scores: further scores to judge, by name (n_query, n) of ``task.train_ids``, or the ids of ``truth``.
+        geometries: in which the store's scores are judged, side by side, see :func:`gradindex.load`.
+        damping: of whitened ones, see there.
         device: where to compute scores.
         seed: of the subsets.
 
     Returns:
-        A table of the store's scores (by its geometry), those of ``scores``, and two baselines: each training example's
+        A table of the store's scores in each geometry, those of ``scores``, and two baselines: each training example's
         own loss at the last checkpoint, and random numbers.
 
     Raises:
@@ -178,7 +183,17 @@ def judge(
     """
     if (out is None) == (truth is None):
         raise ArgumentError("judge needs either out, a folder for retrainings, or truth that was made elsewhere.")
-    retriever = load(task, folder, device=device, use_index=False)
+    if not geometries or len(set(geometries)) < len(geometries):
+        raise ArgumentError(f"geometries are {list(geometries)}, but must be different ones, at least one.")
+    turned = any(geometry != "tracin" for geometry in geometries)  # else load says that damping decides nothing
+    retrievers = {
+        geometry: load(
+            task, folder, device=device, use_index=False, geometry=geometry,
+            damping=None if turned and geometry == "tracin" else damping,
+        )
+        for geometry in geometries
+    }  # fmt: skip
+    retriever = retrievers[geometries[0]]
     if truth is None:
         assert out is not None
         _check_rows(retriever, task.train_ids)
@@ -189,7 +204,9 @@ def judge(
     if truth.n_query != task.n_query:
         raise MismatchError(f"The ground truth is of {truth.n_query} queries, but the task has {task.n_query}.")
     _check_rows(retriever, truth.ids)
-    ways: dict[str, Callable[[], Sums]] = {"tracin": partial(_of_store, retriever, truth)}
+    ways: dict[str, Callable[[], Sums]] = {
+        geometry: partial(_of_store, opened, truth) for geometry, opened in retrievers.items()
+    }
     for name, given in (scores or {}).items():
         ways[name] = partial(_of_array, name, given, truth)
     ways |= {"loss": partial(_of_losses, retriever, truth), "random": partial(_of_chance, truth, seed)}
