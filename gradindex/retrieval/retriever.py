@@ -110,6 +110,16 @@ class Retriever:
         return whitened(own, store, self._damping) if self._by_rows else own
 
     @property
+    def inner_product(self) -> Geometry:
+        """By what gradients are compared."""
+        return self._geometry
+
+    @property
+    def measure(self) -> str:
+        """What scores are called, such as ``"TracInCP scores"``."""
+        return self._geometry.measure
+
+    @property
     def whitening(self) -> Whitening | None:
         """What turns queries' rows; ``None`` where they are compared as they are."""
         return getattr(self._geometry, "whitening", None)

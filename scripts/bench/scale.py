@@ -41,9 +41,8 @@ PARTS = (
 QUICK_PARTS = ("augmented", "growth", "all_layers", "first_query", "imagenet")  # the others take the same way
 # Rows of ImageNet's shape by which growth is measured; the last is all of it.
 SHAPE_ROWS = (10_000, 100_000, None)
-# Seconds after which no further index of ImageNet's shape is begun, and the most numbers of four copies of a row that
-# take no more than the bytes below.
-BUDGET, DIM = 600, 880
+# Of the index of ImageNet's shape: as many numbers of so many copies of a row as fit the bytes below.
+COPIES, DIM = 4, 880
 # Rows of ImageNet's shape for the first query, and how many are asked.
 FIRST_ROWS, FIRST_QUERIES = 131_072, 100
 # Numbers a checkpoint of the wide rows beside those of all layers, which want gradients in float32: those in bfloat16
@@ -289,7 +288,7 @@ def index_of(case: Case) -> float:
     started = time.perf_counter()
     retriever = gradindex.load(case.tuning, case.store.folder, use_index=False)
     n_query = tuned(case.quick)
-    options = {"budget": BUDGET, "dim": None if case.quick else DIM} if case.name == "imagenet" else {}
+    options = {"copies": COPIES, "dim": DIM} if case.name == "imagenet" and not case.quick else {}
     evaluation.index(case.store.folder, recall=case.recall, k=K, n_query=n_query, retriever=retriever, **options)
     return time.perf_counter() - started
 
