@@ -156,11 +156,12 @@ def test_the_page_on_whitening_runs_from_top_to_bottom(tmp_path, monkeypatch, ca
     (tmp_path / "my_training.py").write_text(MY_TRAINING)
     first = [text for language, text in blocks(TOP / "README.md") if language == "python"][:2]
     (tmp_path / "my_task.py").write_text(first[1])
-    exec(LOOP + first[0] + "train_labels = train_set.tensors[1].numpy()", {})
+    names = {}
+    exec(LOOP + first[0] + "train_labels = train_set.tensors[1].numpy()", names)
     said("gradindex build my_task.py:task --out store", tmp_path, monkeypatch)
     for language, text in blocks(TOP / "docs" / "whitening.md"):
         if language == "python":
-            exec(compile(text, "whitening.md", "exec"), {})
+            exec(compile(text, "whitening.md", "exec"), names)
         elif language == "sh":
             for line in shell_lines(text):
                 assert said(line, tmp_path, monkeypatch)
