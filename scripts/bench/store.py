@@ -30,6 +30,7 @@ from gradindex.choices import ROW_TYPES
 from gradindex.errors import StoreError
 from gradindex.evaluation import recall_at_k
 from gradindex.projection import Projection
+from gradindex.store import second_moments
 from gradindex.store.container import writing
 
 DIM, GATHERED = 512, 1000
@@ -48,6 +49,7 @@ def main() -> None:
         write_speed(bench, folder, 2 if bench.quick else 64)
         jobs(bench, folder / "store", n)
         opening_and_gathering(bench, folder / "store")
+        moments(bench, folder / "store")
         layouts(bench, folder, 5000 if bench.quick else 200_000)
         full_disk(bench, 1 if bench.quick else 20)
         row_types(bench, folder)
@@ -148,6 +150,27 @@ def opening_and_gathering(bench: Bench, folder: Path) -> None:
     for _ in store.blocks():
         pass
     bench.bar("1,000 random rows, all blocks verified before", timed(gather, 100), "ms", 20, at_most=True)
+
+
+def moments(bench: Bench, folder: Path) -> None:
+    """The pass for second moments, against one that only reads the rows; files warm."""
+    store = gradindex.GradientStore(folder)
+
+    def read() -> None:
+        for _, rows in store.blocks():
+            rows.sum()
+
+    read()
+    reading = timed(read, 3)
+    with Anonymous() as memory:
+        started = time.perf_counter()
+        second_moments(folder)
+        taken = 1000 * (time.perf_counter() - started)
+    each = store.dim // store.n_checkpoints
+    what = f"second moments of {store.n_train:,} rows of {store.n_checkpoints} x {each} numbers"
+    bench.figure(what, taken / 1000, "s")
+    bench.bar(f"{what}, against reading the rows", taken / reading, "x", 2, at_most=True)
+    bench.figure(f"{what}: anonymous memory", memory.peak_gb, "GB")
 
 
 def layouts(bench: Bench, folder: Path, n: int) -> None:
