@@ -90,3 +90,12 @@ def test_the_quick_form_of_lds_finds_scores_ceilings_and_keeps_trainings(quick_f
     # Even a few trainings of three epochs tell scores of a convex model from chance.
     assert rows["tracin, one run"]["LDS of one seed"] > rows["random"]["LDS of one seed"]
     assert "## mnist-mlp: LDS" in (folder / "lds.md").read_text()
+
+
+def test_the_quick_form_of_settings_compares_checkpoints_and_removals(quick_forms):
+    found = json.loads((quick_forms[1] / "quality" / "settings.log").read_text().splitlines()[-1])
+    tables = found["tables"]
+    assert [row["after epochs"] for row in tables["numbers and checkpoints"]] == ["all", "first"]
+    assert [row["without"] for row in tables["removal of the top 1%"]] == ["whitened", "tracin", "random"]
+    (whole, _), (same,) = tables["numbers and checkpoints"], tables["damping"]
+    assert same["LDS of one seed"] == whole["LDS of one seed"]  # by the default damping
