@@ -47,7 +47,7 @@ def test_rows_go_where_matching_pursuit_puts_them():
     generator = np.random.default_rng(3)
     lines = generator.standard_normal((20, DIM)).astype(np.float32)
     lines /= np.linalg.norm(lines, axis=1, keepdims=True)
-    lists, parts = spill.assigned(ROWS[:200], lines, 4)
+    lists, parts = spill.assigned(ROWS[:200], lines, 4, lines @ lines.T)
     for row, mine, sizes in zip(ROWS[:200].astype(np.float64), lists, parts, strict=True):
         taken = []
         for found, size in zip(mine, sizes, strict=True):
@@ -61,7 +61,9 @@ def test_rows_go_where_matching_pursuit_puts_them():
 
 
 def test_a_row_of_zeros_stands_in_several_lists_as_well():
-    lists, parts = spill.assigned(np.zeros((2, DIM), np.float32), np.eye(8, DIM, dtype=np.float32), 3)
+    lists, parts = spill.assigned(
+        np.zeros((2, DIM), np.float32), np.eye(8, DIM, dtype=np.float32), 3, np.eye(8, dtype=np.float32)
+    )
     assert [len(set(mine)) for mine in lists.tolist()] == [3, 3] and not parts.any()
 
 

@@ -26,7 +26,7 @@ _DIRECTIONS, _MIDDLE = 4, 2500
 _CODED_FROM, _COMPARED = 1 << 20, 8
 # Fewer numbers are tried only where the kind is asked for: rows of few directions are found in one list each.
 _LEAST_DIM = 256
-_PRODUCTS = 1 << 24  # of rows and directions, at once
+_PRODUCTS = 1 << 21  # of rows and directions, at once: in a processor's cache
 
 
 @INDEXES.register("spill")
@@ -70,13 +70,13 @@ class Spill(IndexMethod):
         codes.pq.cp.seed, codes.pq.cp.min_points_per_centroid = rows.seed + 1, 1
         codes.pq.train(rows.sample)
         codes.is_trained = True
-        found = []
+        found, shared = [], lines @ lines.T
         for ids, block in rows.blocks():
-            lists, parts = assigned(block, lines, self.copies)
+            lists, parts = assigned(block, lines, self.copies, shared)
             _add(codes, ids, codes.pq.compute_codes(block), lists)
             found.append((lists, parts))
         lists, parts = (np.concatenate(side) for side in zip(*found, strict=True))
-        del found
+        del found, shared
         # What lists are probed by is known once all rows are in theirs.
         centroids = np.concatenate([lines, -lines]) * most(lists.ravel(), parts.ravel(), 2 * len(lines))[:, None]
         quantizer.train(centroids)
@@ -180,14 +180,20 @@ def learnt(rows: Rows, count: int) -> NDArray[np.float32]:
 
 
 def assigned(
-    rows: NDArray[np.float32], lines: NDArray[np.float32], copies: int
+    rows: NDArray[np.float32], lines: NDArray[np.float32], copies: int, shared: NDArray[np.float32]
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Which lists rows stand in, and their parts along the lists' directions: (m, copies) each.
 
     List j is direction j, list j + count its opposite.
+
+    Args:
+        rows: (m, dim).
+        lines: (count, dim) the directions.
+        copies: lists of a row.
+        shared: (count, count) inner products of the directions.
     """
     lists, parts = np.empty((len(rows), copies), np.int32), np.empty((len(rows), copies), np.float32)
-    shared, start = lines @ lines.T, 0
+    start = 0
     for some in _pieces(rows, len(lines)):
         products, every, here = some @ lines.T, np.arange(len(some)), slice(start, start + len(some))
         sizes = np.empty_like(products)
