@@ -14,7 +14,7 @@ from .main import JSON, say
 from .options import FOLDER, PATH
 
 if TYPE_CHECKING:
-    from ..store import StoredCheckpoint
+    from ..store import GradientStore, StoredCheckpoint
 
 
 @click.command()
@@ -26,13 +26,12 @@ def info(folder: Path, as_json: bool) -> None:
     Example: gradindex info /tmp/mnist
     """
     from ..errors import IndexFileError
-    from ..retrieval.candidates import Candidates
     from ..store import GradientStore, asked_again, overview
 
     found = overview(folder)
     if found.complete:
         try:
-            found = found.searched(asked_again(lambda: Candidates(GradientStore(folder)).how))
+            found = found.searched(asked_again(lambda: _searched(GradientStore(folder))))
         except IndexFileError as error:
             found = found.searched(f"damaged index: {error}")
     if as_json:
@@ -70,6 +69,17 @@ def info(folder: Path, as_json: bool) -> None:
         f"health: {'; '.join(found.health)}\n\n"
         f"{table(checkpoints)}\n\n{table(layers)}{_differing_names(manifest.map.checkpoints)}"
     )
+
+
+def _searched(store: GradientStore) -> str:
+    """How rows are searched, and for whitened queries where the store has what these take."""
+    from ..retrieval.candidates import Candidates
+    from ..store import home_of
+
+    how = Candidates(store).how
+    if home_of(store).is_dir():
+        how += f"; whitened queries: {Candidates(store, geometry='whitened').how}"
+    return how
 
 
 def _source(sources: Sequence[Mapping[str, Any]], number: int) -> dict[str, str]:

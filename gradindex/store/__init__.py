@@ -33,6 +33,7 @@ from .manifest import StoredCheckpoint as StoredCheckpoint
 from .manifest import StoredLayer as StoredLayer
 from .manifest import StoredProjection as StoredProjection
 from .moments import Moments as Moments
+from .moments import home_of as home_of
 from .overview import Overview as Overview
 from .overview import overview as overview
 from .packing import MANY_OUTPUTS as MANY_OUTPUTS

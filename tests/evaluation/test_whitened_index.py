@@ -89,6 +89,7 @@ def test_commands(whitened):
 
     made = run("whiten", folder)
     assert made.exit_code == 0 and "second moments of" in made.output
+    assert "search: exact over all rows; whitened queries: exact over all rows\n" in run("info", folder).output
     wrong = run("index", folder, "--damping", "0.1")
     assert wrong.exit_code == 1 and "damping decides nothing" in wrong.output
     measured = run("evaluate", folder, "-k", 5, "--queries", 40, "--geometry", "whitened")
