@@ -39,7 +39,7 @@ Preconditioner = Literal["adam"]
 PRECONDITIONERS: tuple[Preconditioner, ...] = get_args(Preconditioner)
 
 # By which inner product queries are compared with stored rows.
-QueryGeometry = Literal["tracin", "whitened"]
+QueryGeometry = Literal["tracin", "whitened", "whitened-exact"]
 QUERY_GEOMETRIES: tuple[QueryGeometry, ...] = get_args(QueryGeometry)
 
 # The highest scores, the lowest, or the largest sizes.

@@ -10,7 +10,7 @@ import click
 from ..choices import QUERY_GEOMETRIES, QueryGeometry
 from ..output import to_json
 from .main import JSON, say
-from .options import DAMPING, DEVICE, FOLDER, PATH, TASK, part_option
+from .options import DAMPING, DEVICE, FOLDER, ITERATIONS, PATH, TASK, part_option
 
 
 @click.command()
@@ -28,16 +28,17 @@ from .options import DAMPING, DEVICE, FOLDER, PATH, TASK, part_option
     type=click.Choice(QUERY_GEOMETRIES),
     default=QUERY_GEOMETRIES[:1],
     show_default=True,
-    help="In which the store's scores are judged; repeatable. whitened takes `gradindex whiten` first.",
+    help="In which the store's scores are judged; repeatable. whitened ones take `gradindex whiten` first.",
 )
 @DAMPING
+@ITERATIONS
 @part_option("Make only part I of N of the trainings, beside other processes, and print no table.")
 @DEVICE
 @JSON
 def judge(
     folder: Path, task: str, out: Path, retrainings: int, share: float, seeds: int, processes: int,
-    geometries: tuple[QueryGeometry, ...], damping: float | None, part: tuple[int, int] | None, device: str | None,
-    as_json: bool,
+    geometries: tuple[QueryGeometry, ...], damping: float | None, iterations: int | None,
+    part: tuple[int, int] | None, device: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how well scores predict what retrained models do: the linear datamodeling score.
 
@@ -56,5 +57,7 @@ def judge(
         halves(loaded, folder, out, part=part, **asked)
         say(f"{out}: part {part[0]}/{part[1]} is done; once all parts are, run gradindex judge without --part")
         return
-    found = run(loaded, folder, out, geometries=geometries, damping=damping, device=device, **asked)
+    found = run(
+        loaded, folder, out, geometries=geometries, damping=damping, iterations=iterations, device=device, **asked
+    )
     click.echo(to_json(found.to_dict()) if as_json else str(found))

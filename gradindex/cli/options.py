@@ -31,10 +31,13 @@ GEOMETRY = click.option(
     default=QUERY_GEOMETRIES[0],
     show_default=True,
     help="tracin: as the rows were made; whitened: queries turned so that scores predict retraining, after `gradindex "
-    "whiten`.",
+    "whiten`; whitened-exact: the same with whole gradients, from stored factors.",
 )
 DAMPING = click.option(
     "--damping", type=float, help="Added to the second moment of whitened queries, a share of its trace; default 3e-4."
+)
+ITERATIONS = click.option(
+    "--iterations", type=int, help="Steps for each query of whitened-exact, passes over all factors; default 5."
 )
 TEXT = click.option("--text", multiple=True, help="Query by a text, with the task's tokenizer; repeatable.")
 

@@ -21,6 +21,7 @@ from .options import (
     FILE,
     FOLDER,
     GEOMETRY,
+    ITERATIONS,
     PATH,
     POSITION,
     TASK,
@@ -50,7 +51,8 @@ def _about_queries(html_help: str) -> Callable[[Command], Command]:
     ``html``.
     """
     options = (
-        FOLDER, TASK, POSITION, TRAIN_ID, FILE, TEXT, AGGREGATE, GEOMETRY, DAMPING, DEVICE,
+        FOLDER, TASK, POSITION, TRAIN_ID, FILE, TEXT, AGGREGATE, GEOMETRY, DAMPING,
+        ITERATIONS, DEVICE,
         click.option("--html", type=PATH, help=html_help),
     )  # fmt: skip
 
@@ -59,7 +61,7 @@ def _about_queries(html_help: str) -> Callable[[Command], Command]:
         def run(
             folder: Path, task: str, position: tuple[int, ...], train_id: tuple[int, ...], path: Path | None,
             text: tuple[str, ...], aggregate: Aggregate | None, geometry: QueryGeometry, damping: float | None,
-            device: str | None, html: Path | None, **others: Any,
+            iterations: int | None, device: str | None, html: Path | None, **others: Any,
         ) -> None:  # fmt: skip
             if html:
                 from ..report import check_page
@@ -74,7 +76,8 @@ def _about_queries(html_help: str) -> Callable[[Command], Command]:
             given: Any = loaded.read_texts(text) if text else list(position or train_id)
             if path:
                 given = loaded.read_queries(path)
-            retriever = load(loaded, folder, device=device, geometry=geometry, damping=damping)
+            asked: dict[str, Any] = {"geometry": geometry, "damping": damping, "iterations": iterations}
+            retriever = load(loaded, folder, device=device, **asked)
             if retriever.unseen:
                 say(
                     f"{folder} lacks {retriever.unseen:,} of the task's training examples, so answers leave them out. "

@@ -14,6 +14,7 @@ from ..choices import AnswerKind, QueryGeometry
 from ..errors import check_k
 from ..retrieval.candidates import Candidates
 from ..retrieval.retriever import Retriever
+from ..retrieval.whitening import searched_as
 from ..store import GradientStore
 from .efforts import SIGNS, Efforts, handed
 from .truth import Truth, asked_geometry, lower_bound, truth_of, whitening_of
@@ -87,7 +88,8 @@ def evaluate(
         n_query: how many queries.
         retriever: as for :func:`index`.
         seed: which training examples are queries.
-        geometry: of the queries, as for :func:`index`.
+        geometry: of the queries, as for :func:`index`; with ``"whitened-exact"``, by a retriever's, recall is that of
+            exact whitened scores among what whitened rows propose.
         damping: as for :func:`index`.
 
     Returns:
@@ -101,6 +103,7 @@ def evaluate(
     check_k(k, store.n_train)
     geometry = asked_geometry(geometry, damping, retriever)
     truth = truth_of(store, retriever, n_query, k, seed, whitening_of(store, geometry, damping, retriever))
+    geometry = searched_as(geometry)
     search, found = Candidates(store, geometry=geometry), {}
     if search.index is not None:
         most = max(search.effort(k, kind).proposals for kind in SIGNS)

@@ -152,6 +152,10 @@ def asked_geometry(asked: QueryGeometry | None, damping: float | None, retriever
     """
     if retriever is None:
         check_asked(asked or "tracin", damping)
+        if asked == "whitened-exact":
+            raise ArgumentError(
+                "Exact whitened scores are of a task's queries. Give the task, or ask with geometry='whitened'."
+            )
         return asked or "tracin"
     if (asked is not None and asked != retriever.geometry) or damping is not None:
         raise ArgumentError(
@@ -202,11 +206,10 @@ def real(retriever: Retriever, n_query: int, k: int, seed: int = 0) -> Truth:
     queries = [int(q) for q in np.random.default_rng(seed).choice(n, min(n_query, n), replace=False)]
     asked = retriever.prepare(queries)
     own = np.full(len(asked), -1)
-    kind = "exact scores" if retriever.geometry == "tracin" else _WHITENED
-    return truth_from(
-        asked.rows, retriever.exact_pieces(asked), own, k, f"against {kind}, the task's queries", seed,
-        asked.vectors.factors,
-    )  # fmt: skip
+    kind = {"tracin": "exact scores", "whitened": _WHITENED}.get(retriever.geometry, "exact whitened scores")
+    factors = None if asked.vectors.formed else asked.factors
+    pieces = retriever.exact_pieces(asked)
+    return truth_from(asked.rows, pieces, own, k, f"against {kind}, the task's queries", seed, factors)
 
 
 def lower_bound(recalls: NDArray[np.float64], k: int, tries: int = 1) -> float:

@@ -95,6 +95,7 @@ def index(
         torch.device(device or "cpu")
     except RuntimeError:
         raise ArgumentError(f"device is {device!r}, but must be a device that PyTorch knows, such as cuda.") from None
+    _check_tunable(geometry if retriever is None else retriever.geometry)
     geometry = asked_geometry(geometry, damping, retriever)
     started = time.monotonic()
     with changing(folder) as store:
@@ -185,11 +186,20 @@ def drop(folder: str | os.PathLike[str], geometry: QueryGeometry = "tracin") -> 
         geometry: of queries that have an index of their own; what is shared goes with that of ``"tracin"``.
 
     Raises:
+        ArgumentError: queries of this geometry have no index of their own.
         StoreError: there is no store, or another process changes it.
     """
+    _check_tunable(geometry)
     with changing(folder) as store:
         CompactIndex.remove(index_folders(store.folder, geometry)[0])
         return Candidates(store, geometry=geometry)
+
+
+def _check_tunable(geometry: QueryGeometry | None) -> None:
+    if geometry == "whitened-exact":
+        raise ArgumentError(
+            "An index serves exact whitened scores by what whitened rows propose. Ask with geometry='whitened'."
+        )
 
 
 def _of_rows(store: GradientStore) -> dict[str, Any]:

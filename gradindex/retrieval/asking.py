@@ -22,7 +22,7 @@ from ..rows import Blocks, RowMaker
 from ..spotcheck import check_alone, smallest_of_uneven
 from ..store import GradientStore
 from ..task import Task
-from .vectors import QueryFactors, QueryVectors
+from .vectors import QueryFactors, QueryVectors, Solution
 
 _NO_QUERIES = "There are no queries. Give at least one position or item."
 # Parts of an item that an error tells of, and how it calls what is read.
@@ -89,12 +89,14 @@ class Queries:
         names: what to call each question, (n_query,): one for each example, or one for a group.
         vectors: their rows, norms and factors.
         weights: (m,) of the examples of a group; ``None`` where each is a question of its own.
+        solution: how the directions of exact whitening were found, ``None`` where nothing was solved.
     """
 
     examples: QueryExamples
     names: tuple[str, ...]
     vectors: QueryVectors
     weights: NDArray[np.float64] | None
+    solution: Solution | None = None
     # With the engine that they belong to, for another retriever has one of its own.
     _products: list[tuple[Engine, Products]] = field(default_factory=list, repr=False)
 
@@ -324,8 +326,7 @@ def prepare(
         ArgumentError: ``aggregate`` is something else.
         NonFiniteGradientError: names the query and the checkpoint.
     """
-    if aggregate not in (None, *AGGREGATES):
-        raise ArgumentError(f"aggregate is {aggregate!r}, but must be 'sum', 'mean' or None.")
+    check_aggregate(aggregate)
     fingerprint, stored = fingerprint or store.manifest.fingerprint, maker.makes_factors
     if aggregate is None:
         made = RowBatch.joined(list(_batches(examples, maker, store)))
@@ -333,8 +334,7 @@ def prepare(
         assert not isinstance(made.wide, Coded)  # but for a store
         vectors = QueryVectors(made.rows, norms, factors, fingerprint, wide=made.wide)
         return Queries(examples, tuple(examples.names), vectors, None)
-    m = len(examples.names)
-    weight = 1 / m if aggregate == "mean" else 1.0
+    name, weight = group_of(examples, aggregate)
     row, wide, sums = np.zeros(maker.dim), np.zeros(maker.wide_dim), dict[tuple[int, int], NDArray[np.float32]]()
     weights: list[NDArray[np.float64]] = []
     for batch in _batches(examples, maker, store):
@@ -346,11 +346,27 @@ def prepare(
         for key, (activations, output_gradients) in batch.factors.items():
             share = (output_gradients * weights[-1][:, None].astype(np.float32)).T @ activations
             sums[key] = sums[key] + share if key in sums else share
-    name = f"{aggregate} of {m:,} {'query' if m == 1 else 'queries'}"
     rows, every = row[None].astype(np.float32), np.concatenate(weights)
     beside = wide[None].astype(np.float32) if len(wide) else None
-    vectors = QueryVectors(rows, np.ones(1), sums if stored else None, fingerprint, grouped=True, wide=beside)
+    formed = {key: total[None] for key, total in sums.items()} if stored else None
+    vectors = QueryVectors(rows, np.ones(1), formed, fingerprint, wide=beside)
     return Queries(examples, (name,), vectors, every)
+
+
+def check_aggregate(aggregate: Aggregate | None) -> None:
+    """Refuse a way to combine queries that there is none of.
+
+    Raises:
+        ArgumentError: says what there is.
+    """
+    if aggregate not in (None, *AGGREGATES):
+        raise ArgumentError(f"aggregate is {aggregate!r}, but must be 'sum', 'mean' or None.")
+
+
+def group_of(examples: QueryExamples, aggregate: Aggregate) -> tuple[str, float]:
+    """What to call queries that are one question, and what each of them counts."""
+    m = len(examples.names)
+    return f"{aggregate} of {m:,} {'query' if m == 1 else 'queries'}", 1 / m if aggregate == "mean" else 1.0
 
 
 def _batches(examples: QueryExamples, maker: RowMaker, store: GradientStore) -> Iterator[RowBatch]:

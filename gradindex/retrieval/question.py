@@ -124,9 +124,17 @@ class Question:
         """
         if self.candidates is not None:
             raise ArgumentError("candidates decides nothing in a whitened geometry, whose rows are scored. Drop it.")
+        self.refuse_wide()
+        return replace(self, rerank="rows") if self.rerank == "exact" else self
+
+    def refuse_wide(self) -> None:
+        """Refuse wide rows in a whitened geometry.
+
+        Raises:
+            ArgumentError: they are asked for.
+        """
         if self.rerank == "wide":
             raise ArgumentError("Wide rows estimate TracIn's scores, and no whitened ones. Drop rerank='wide'.")
-        return replace(self, rerank="rows") if self.rerank == "exact" else self
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Question:

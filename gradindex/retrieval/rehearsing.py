@@ -68,7 +68,7 @@ def _asked(
 ) -> None:
     """From the query's row to hits, both kinds, as far as it takes no model."""
     kinds: list[AnswerKind] = ["proponents", "opponents"]
-    question = Question(rerank="exact" if store.has_factors else "rows")
+    question = Question(rerank="rows" if queries.factors is None else "exact")
     searcher = LocalSearcher(store, candidates, computing, queries, None, geometry)
     for kind, answer in zip(kinds, Search(searcher, queries.vectors, question, kinds).answers(), strict=True):
         hits_of(task, store, queries, kind, answer, geometry.measure)

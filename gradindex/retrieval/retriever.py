@@ -17,7 +17,7 @@ from ..choices import Aggregate, AnswerKind, Precision, QueryGeometry, Source
 from ..deprecation import deprecated, in_order
 from ..errors import ArgumentError, StoreError
 from ..forking import one_thread_in_children
-from ..gradients import HALF, Engine, Geometry, check_routes, with_unit_norm
+from ..gradients import HALF, Engine, Geometry, check_routes
 from ..index import require
 from ..matching import check_task
 from ..output import as_html
@@ -26,20 +26,20 @@ from ..store import GradientStore, asked_again, described, runs
 from ..task import Task
 from ..tree import preserved_random_state
 from .answering import hits_of
-from .asking import Queries, find, prepare
+from .asking import Queries, find
 from .candidates import Candidates
+from .comparing import Asked
 from .explanation import Explanation
 from .filters import allow
 from .hits import Both, Hits
 from .question import Question, QuestionKeywords, SearchKeywords
 from .rehearsing import rehearsal
-from .scoring import Scores, joined, measured, row_shares, scored_as, shares
+from .scoring import Scores, joined
 from .searcher import LocalSearcher
 from .stages import Search
-from .streaming import against_rows, streamed
 from .tokens import TokenExplanation, explain_tokens
 from .warming import Warming, Warmth
-from .whitening import Whitening, check_asked, whitened
+from .whitening import Whitening, searched_as
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -66,9 +66,10 @@ class Retriever:
         one_at_a_time: whether to hold the weights of one checkpoint at a time; by default if not all fit into memory.
         geometry: by which inner product queries are compared with rows, see :func:`load`.
         damping: of a whitened geometry, see :func:`load`.
+        iterations: of exact whitening, see :func:`load`.
 
     Raises:
-        ArgumentError: ``damping`` is not positive, or decides nothing.
+        ArgumentError: ``damping`` or ``iterations`` is out of range, or decides nothing.
         MismatchError: the task does not match the store; says what differs.
         StoreError: the store is damaged, or lacks what a whitened geometry is made of.
     """
@@ -82,9 +83,10 @@ class Retriever:
         one_at_a_time: bool | None = None,
         geometry: QueryGeometry = "tracin",
         damping: float | None = None,
+        iterations: int | None = None,
     ) -> None:
         task, store = in_order(task, store, Task, "Retriever(task, store)")
-        check_asked(geometry, damping)
+        self._asked = Asked(geometry, damping, iterations)
         require()
         one_thread_in_children("torch", torch.set_num_threads)
         self.task = task
@@ -94,40 +96,33 @@ class Retriever:
         precision: Precision = "float32" if stored.precision in HALF else stored.precision
         alone = store.manifest.batch_size == 1
         self._engine = Engine(task, precision, device, alone=alone, one_at_a_time=one_at_a_time)
-        self.geometry, self._damping = geometry, damping
-        self._geometry = self._geometry_of(store)
+        self.geometry = geometry
+        self._comparison = self._asked.of(self._engine, store, self._computing)
         with self._computing() as engine:
             check_routes(engine, task.train_ids[task.train_ids < store.manifest.next_id])
             check_task(store, engine)
         self._bases = store.bases()
-        self._search_options: dict[str, Any] = {"use_index": use_index, "device": device, "geometry": geometry}
+        self._search_options: dict[str, Any] = {
+            "use_index": use_index, "device": device, "geometry": searched_as(geometry)
+        }  # fmt: skip
         self._opened = store, Candidates(store, **self._search_options)
         self._warming: Warming | None = None
         self._made: tuple[tuple[bool, int | None], RowMaker] | None = None
 
-    def _geometry_of(self, store: GradientStore) -> Geometry:
-        own = with_unit_norm(self._engine.geometry, store.manifest.map.unit_norm)
-        return whitened(own, store, self._damping) if self._by_rows else own
-
     @property
     def inner_product(self) -> Geometry:
         """By what gradients are compared."""
-        return self._geometry
+        return self._comparison.geometry
 
     @property
     def measure(self) -> str:
         """What scores are called, such as ``"TracInCP scores"``."""
-        return self._geometry.measure
+        return self.inner_product.measure
 
     @property
     def whitening(self) -> Whitening | None:
         """What turns queries' rows; ``None`` where they are compared as they are."""
-        return getattr(self._geometry, "whitening", None)
-
-    @property
-    def _by_rows(self) -> bool:
-        """Whether scores are inner products of rows, by which the geometry is defined, and no estimates of others."""
-        return self.geometry != "tracin"
+        return self._comparison.whitening
 
     def __repr__(self) -> str:
         return f"<Retriever of {self.task!r} on {self._opened[0]!r}>"
@@ -170,7 +165,7 @@ class Retriever:
         def prepared() -> Queries:
             return self.prepare([0]) if self.task.n_query else self.prepare(store.spread_ids(1).tolist(), "train")
 
-        return rehearsal(self.task, store, self._geometry, prepared, partial(_computing, self._engine))
+        return rehearsal(self.task, store, self.inner_product, prepared, partial(_computing, self._engine))
 
     @property
     def store(self) -> GradientStore:
@@ -191,8 +186,8 @@ class Retriever:
             if now.manifest.fingerprint != store.manifest.fingerprint:
                 raise StoreError(f"{store.folder} has different rows than when it was opened. Load it again.")
             self._opened = store, candidates = now, Candidates(now, **self._search_options)
-            if self._by_rows:
-                self._geometry, self._made = self._geometry_of(now), None
+            if self.geometry != "tracin":
+                self._comparison, self._made = self._asked.of(self._engine, now, self._computing), None
             if self._warming is not None:
                 self._warming = self._warming.again(store, candidates)
         return store, candidates
@@ -230,21 +225,27 @@ class Retriever:
             ArgumentError: a position or an option is out of range.
             NonFiniteGradientError: names the query.
         """
-        store, examples = self.store, find(self.task, queries, source)
-        with self._computing() as engine:
-            return prepare(examples, self._maker(engine, store), store, aggregate, self._fingerprint(store))
+        examples = find(self.task, queries, source)
+
+        def prepared() -> Queries:
+            store, fingerprint = self._now()[0], self._fingerprint
+            with self._computing() as engine:
+                maker = self._maker(engine, store)
+                made = self._comparison.prepared(examples, maker, store, aggregate, fingerprint(store))
+            return self._comparison.finished(made, aggregate)
+
+        return asked_again(prepared)
 
     def _fingerprint(self, store: GradientStore) -> str:
         """What prepared queries are known by: the rows that they compare with, and how."""
-        stamp = getattr(self._geometry, "stamp", "")
-        return f"{store.manifest.fingerprint}{stamp}"
+        return f"{store.manifest.fingerprint}{self._comparison.stamp}"
 
     def _maker(self, engine: Engine, store: GradientStore) -> RowMaker:
         """Makes queries' rows; kept, for wide rows are made with transforms of bases."""
-        wanted = (False, None) if self._by_rows else (store.has_factors, store.manifest.wide)
+        wanted = self._comparison.wanted(store)
         if self._made is None or self._made[0] != wanted:
             factors, wide = wanted
-            maker = RowMaker(engine, self._projection, self._bases, "exact", self._geometry, factors, wide=wide)
+            maker = RowMaker(engine, self._projection, self._bases, "exact", self.inner_product, factors, wide=wide)
             self._made = wanted, maker
         return self._made[1]
 
@@ -264,9 +265,7 @@ class Retriever:
             raise ArgumentError(
                 "source and aggregate belong to prepare(), but these queries are already prepared. Drop them."
             )
-        lacks = store.has_factors and queries.factors is None
-        lacks |= store.manifest.wide is not None and queries.vectors.wide is None
-        if queries.vectors.fingerprint != self._fingerprint(store) or (lacks and not self._by_rows):
+        if queries.vectors.fingerprint != self._fingerprint(store) or not self._comparison.fits(queries, store):
             raise ArgumentError(
                 f"These queries were prepared for different rows than those of {store.folder}, or another geometry. "
                 "Prepare them again."
@@ -328,8 +327,7 @@ class Retriever:
     def _answers(
         self, queries: int | Sequence[Any] | Queries, question: Question, kinds: Sequence[AnswerKind]
     ) -> list[Hits]:
-        if self._by_rows:
-            question = question.by_rows()
+        question = self._comparison.question(question)
         question.most(self.store.n_train)  # refused before the gradients are computed
         question.check_wide(self.store.manifest.wide is not None)
         prepared = self._prepared(self.store, queries, question.source, question.aggregate)
@@ -339,10 +337,10 @@ class Retriever:
             question.most(store.n_train)
             columns = prepared.examples.columns
             allowed = allow(store, question, columns, len(prepared)) if question.filtered else None
-            searcher = LocalSearcher(store, candidates, self._computing, prepared, allowed, self._geometry)
+            searcher = LocalSearcher(store, candidates, self._computing, prepared, allowed, self.inner_product)
             search = Search(searcher, prepared.vectors, question, kinds)
             return [
-                hits_of(self.task, store, prepared, kind, answer, self._geometry.measure)
+                hits_of(self.task, store, prepared, kind, answer, self._comparison.measure(prepared, answer.last))
                 for kind, answer in zip(kinds, search.answers(), strict=True)
             ]
 
@@ -377,31 +375,16 @@ class Retriever:
         store, chosen = self.store, self._chosen(ids)
         asked = self._prepared(store, queries, source, aggregate)
 
-        def scores() -> NDArray[np.float64]:
+        def explained() -> tuple[NDArray[np.float64], tuple[str, ...], str]:
             store = self._now()[0]
             store.check_ids(chosen)
-            if store.has_factors:
-                products = shares(store, asked, chosen, None)
-            else:
-                with self._computing() as engine:
-                    products = shares(store, asked, chosen, engine)
-            return measured(store, self._geometry, products, asked.norms, chosen)
+            return self._comparison.explained(store, asked, chosen)
 
-        def by_rows() -> NDArray[np.float64]:
-            store = self._now()[0]
-            store.check_ids(chosen)
-            return row_shares(store, asked.rows, chosen)
-
-        layers = tuple(layer.title for layer in store.manifest.map.layers)
-        return Explanation(
-            asked_again(by_rows if self._by_rows else scores),
-            asked.names,
-            chosen,
-            tuple(f"{number} {Path(checkpoint.path).name}" for number, checkpoint in enumerate(self.task.checkpoints)),
-            ("all layers",) if self._by_rows else layers,  # which rows add up
-            "projected" if self._by_rows else scored_as(store),
-            self._geometry.measure,
+        scores, layers, scored = asked_again(explained)
+        checkpoints = tuple(
+            f"{number} {Path(checkpoint.path).name}" for number, checkpoint in enumerate(self.task.checkpoints)
         )
+        return Explanation(scores, asked.names, chosen, checkpoints, layers, scored, self.measure)
 
     def explain_tokens(
         self, queries: int | Sequence[Any] | Queries, ids: Any, *, source: Source = "query"
@@ -423,14 +406,11 @@ class Retriever:
             ArgumentError: there is no such id or position, or the queries are a group.
             TaskError: neither loss is a sum over tokens; see :class:`gradindex.losses.TokenLoss`.
         """
-        if self._by_rows:
-            raise ArgumentError(
-                "A whitened geometry compares rows, which add up tokens. Explain tokens with geometry='tracin'."
-            )
+        self._comparison.check_tokens()
         chosen = self._chosen(ids)
         asked = self._prepared(self.store, queries, source, None)
         with self._computing() as engine:
-            return asked_again(lambda: explain_tokens(self._now()[0], asked, chosen, engine, self._geometry))
+            return asked_again(lambda: explain_tokens(self._now()[0], asked, chosen, engine, self.inner_product))
 
     def _chosen(self, ids: Any) -> NDArray[np.int64]:
         """Ids that have a row, as an array."""
@@ -459,13 +439,9 @@ class Retriever:
 
         def scores() -> NDArray[Any]:
             store = self._now()[0]
-            pieces = against_rows(store, asked.rows) if self._by_rows else self._streamed(store, asked)
-            return joined(pieces, len(asked), store.n_train, dtype)
+            return joined(self._comparison.pieces(store, asked), len(asked), store.n_train, dtype)
 
         return asked_again(scores)
-
-    def _streamed(self, store: GradientStore, queries: Queries) -> Scores:
-        return streamed(store, queries, self._geometry, self._computing)
 
     def exact_pieces(self, queries: Queries) -> Scores:
         """As :meth:`exact_scores`, piece by piece: queries (a slice), ids (m,) and their scores.
@@ -476,7 +452,7 @@ class Retriever:
             StoreChangedError: meanwhile rows were removed, or became other ones, so that the pieces to come would not
                 fit those that came; that shards were compacted does not matter.
         """
-        yield from against_rows(self.store, queries.rows) if self._by_rows else self._streamed(self.store, queries)
+        yield from self._comparison.pieces(self.store, queries)
 
 
 @contextmanager
@@ -497,6 +473,7 @@ def load(
     warm: bool = False,
     geometry: QueryGeometry = "tracin",
     damping: float | None = None,
+    iterations: int | None = None,
 ) -> Retriever:
     """Open a store for queries.
 
@@ -507,21 +484,24 @@ def load(
         use_index: whether an index is used, where there is one; else all rows are compared.
         one_at_a_time: whether to hold the weights of one checkpoint at a time; by default if not all fit into memory.
         warm: whether to get ready for queries in the background, see :meth:`Retriever.warm`.
-        geometry: by which inner product queries are compared with rows. ``"tracin"``: as the store's rows were made,
+        geometry: by which inner product queries are compared. ``"tracin"``: as the store's rows were made,
             scores say by how much a step on an example lowers a loss. ``"whitened"``: the query's row is turned by the
             inverse second moment of all rows at each checkpoint, which predicts better what a model does that is
             trained without an example; the scores are inner products of rows and have no unit. It takes the second
-            moments that ``gradindex whiten`` makes.
-        damping: of ``"whitened"``, what is added to the second moment, as a share of its trace; by default 3e-4.
+            moments that ``gradindex whiten`` makes. ``"whitened-exact"``: the same with whole gradients, from stored
+            factors; whitened rows propose candidates, whose exact scores settle the order.
+        damping: of whitened geometries, what is added to the second moment, as a share of its trace; by default 3e-4.
+        iterations: of ``"whitened-exact"``, steps of conjugate gradients for each query; by default 5. Each is a pass
+            over all stored factors that up to 64 queries share.
 
     Raises:
-        ArgumentError: ``damping`` is not positive, or decides nothing.
-        StoreError: missing, damaged or not complete.
+        ArgumentError: ``damping`` or ``iterations`` is out of range, or decides nothing.
+        StoreError: missing, damaged or not complete; or it lacks what the geometry is made of.
         MismatchError: the task is not the store's; says what differs.
     """
     task, folder = in_order(task, folder, Task, "load(task, folder)")
     retriever = asked_again(
-        lambda: Retriever(task, GradientStore(folder), device, use_index, one_at_a_time, geometry, damping)
+        lambda: Retriever(task, GradientStore(folder), device, use_index, one_at_a_time, geometry, damping, iterations)
     )
     if warm:
         asked_again(retriever.warm)

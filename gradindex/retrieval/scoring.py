@@ -277,7 +277,7 @@ def _factors_at_once(store: GradientStore, n_query: int) -> int:
 def _factor_shares(
     store: GradientStore, factors: QueryFactors, ids: NDArray[np.int64]
 ) -> Iterator[tuple[tuple[int, int], NDArray[Any]]]:
-    """By (checkpoint, layer): (n_query, len(ids)) float32, or float64 of a group."""
+    """By (checkpoint, layer): (n_query, len(ids)) float32, or float64 of formed gradients."""
     for key, (activations, output_gradients) in store.factors(ids).items():
         x, delta = (side.astype(np.float32, copy=False) for side in (activations, output_gradients))
         of_queries = factors.get(key)
@@ -285,8 +285,8 @@ def _factor_shares(
             share = of_queries[1] @ delta.T
             share *= of_queries[0] @ x.T  # in place: large batches are bound by memory
             yield key, share
-        elif of_queries is not None:  # delta^T M x, with the matrix M of a group
-            yield key, np.einsum("mr,mr->m", delta, x @ of_queries.T, dtype=np.float64)[None]
+        elif of_queries is not None:  # delta^T M x, with the matrix M of a query
+            yield key, np.stack([np.einsum("mr,mr->m", delta, x @ each.T, dtype=np.float64) for each in of_queries])
 
 
 def shares(

@@ -225,8 +225,9 @@ class LocalSearcher:
             all_of_them = self._candidates.index is not None and self._allowed is None and self.exhaustive
             unasked = self.n_train if all_of_them else candidates_for(k)
             return self._by_rows(vectors, kinds, min(self.n_train, candidates or unasked))
-        # Wide rows cost little, and how far an index goes for full rows' top-k says nothing of theirs.
-        least = candidates_for(k) if self.wide else 0
+        # Wide rows cost little, and how far an index goes for full rows' top-k says nothing of theirs; nor does what it
+        # was tuned to with whitened queries, whose truth are rows, say anything of exact whitened scores.
+        least = candidates_for(k) if self.wide or self._candidates.geometry != "tracin" else 0
         wanted = {
             sign: min(self.n_train, candidates or max(least, self._candidates.handed_on(k, effort)))
             for sign, effort in efforts.items()
@@ -237,7 +238,7 @@ class LocalSearcher:
         if self._candidates.newer or any(wanted[sign] < effort.proposals for sign, effort in efforts.items()):
             return self._compared(vectors, kinds, most, efforts, k)
         by_kind = {sign: self._proposed(vectors, sign, wanted[sign], k, effort) for sign, effort in efforts.items()}
-        if candidates is None and not vectors.grouped and any(effort.exact for effort in efforts.values()):
+        if candidates is None and not vectors.formed and any(effort.exact for effort in efforts.values()):
             return self._narrowed(vectors, by_kind, efforts, most)
         return Proposed(by_kind, (Stage("index", most),), "index", most)
 
@@ -273,7 +274,7 @@ class LocalSearcher:
 
     def score(self, vectors: QueryVectors, lists: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
         """See :class:`Searcher`."""
-        if self.exhaustive and not vectors.grouped:
+        if self.exhaustive and not vectors.formed:
             assert vectors.factors is not None
             pairs = enumerate(zip(lists, of_candidates(self._store, vectors.factors, lists), strict=True))
             return [

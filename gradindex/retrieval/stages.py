@@ -236,7 +236,7 @@ class Search:
 
         Scores of all rows come from products of matrices, which round otherwise.
         """
-        if self._vectors.grouped:
+        if self._vectors.formed:
             return [ranked(kind, *each, self._k, self._question.at_least) for each in found]
         lists = [np.sort(ids) for ids, _ in found]
         pairs = zip(lists, self._searcher.score(self._vectors, lists), strict=True)

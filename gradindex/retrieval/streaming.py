@@ -33,7 +33,7 @@ def streamed(
         StoreChangedError: rows were removed meanwhile, or became other ones.
     """
     if queries.factors is not None and scored_as(store) == "exact":
-        yield from shown("exact scores", _from_factors(store, queries, geometry), len(queries) * store.n_train)
+        yield from from_factors(store, queries, geometry)
         return
     with computing() as engine:
         for which, ids, products in through_model(engine, queries, store.ids, store.manifest.batch_size):
@@ -49,6 +49,11 @@ def against_rows(store: GradientStore, rows: NDArray[np.float32]) -> Scores:
     """Inner products of queries' rows (n_query, dim) with all rows, piece by piece."""
     for ids, scores in scan(store, rows):
         yield slice(0, len(rows)), ids, scores
+
+
+def from_factors(store: GradientStore, queries: Queries, geometry: Geometry) -> Scores:
+    """Scores of all ids of a store that has factors, from these; arguments as of :func:`streamed`."""
+    return shown("exact scores", _from_factors(store, queries, geometry), len(queries) * store.n_train)
 
 
 def _from_factors(store: GradientStore, queries: Queries, geometry: Geometry) -> Scores:

@@ -10,9 +10,33 @@ from numpy.typing import NDArray
 
 from ..examples import Sides
 
-# By (checkpoint, layer): of queries that are questions of their own activations (n_query, d_in) and output gradients
-# (n_query, d_out); of a group the matrix of their weighted sum, (d_out, d_in).
+# By (checkpoint, layer): of queries that are compared as they are, activations (n_query, d_in) and output gradients
+# (n_query, d_out); of others, such as weighted sums of several, the gradients themselves, (n_query, d_out, d_in).
 QueryFactors = Mapping[tuple[int, int], Sides | NDArray[np.float32]]
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """How directions were found.
+
+    Args:
+        iterations: of conjugate gradients, at most.
+        residuals: (n_query, C) of each query's system at each checkpoint, ||g - (H + lambda) v|| / ||g||.
+        passes: over the factors of all training examples at a checkpoint, of all checkpoints and queries.
+        seconds: that they took.
+    """
+
+    iterations: int
+    residuals: NDArray[np.float64]
+    passes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.iterations} iterations, relative residual {np.median(self.residuals):.2g} in the middle and "
+            f"{self.residuals.max():.2g} at most, {self.passes:,} passes over a checkpoint's factors, "
+            f"{self.seconds:.3g} s"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +48,6 @@ class QueryVectors:
         norms: (n_query,) float64, what exact scores are divided by to become cosines.
         factors: see ``QueryFactors``; ``None`` where the store has none.
         fingerprint: of the store's map, which the rows belong to.
-        grouped: whether they are one question about several examples.
         wide: (n_query, C wide) float32 wide rows; ``None`` where the store has none.
     """
 
@@ -32,8 +55,12 @@ class QueryVectors:
     norms: NDArray[np.float64]
     factors: QueryFactors | None
     fingerprint: str
-    grouped: bool = False
     wide: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def formed(self) -> bool:
+        """Whether their factors are whole gradients, which nothing but a matrix holds."""
+        return self.factors is not None and any(not isinstance(sides, tuple) for sides in self.factors.values())

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..choices import QUERY_GEOMETRIES
+from ..choices import QUERY_GEOMETRIES, QueryGeometry
 from ..errors import ArgumentError, MismatchError, check_choice
 from ..gradients import Geometry
 from ..store import GradientStore, Moments, moments_of
@@ -40,10 +40,7 @@ class Whitening:
     """
 
     def __init__(self, moments: Moments, damping: float | None = None) -> None:
-        damping = DEFAULT_DAMPING if damping is None else damping
-        if not damping > 0:
-            raise ArgumentError(f"damping is {damping}, but must be a positive number, such as {DEFAULT_DAMPING:g}.")
-        self.damping = damping
+        self.damping = damping = checked_damping(damping)
         self.shape = moments.sums.shape
         # Sums that differ are of other rows.
         self.stamp = f" whitened {hashlib.sha256(moments.sums.tobytes()).hexdigest()} {damping!r}"
@@ -91,6 +88,23 @@ class Whitening:
         return turned.reshape(rows.shape).to(rows)
 
 
+def searched_as(geometry: QueryGeometry) -> QueryGeometry:
+    """The geometry that an index is tuned for: exact whitened scores settle the order of what whitened rows propose."""
+    return "tracin" if geometry == "tracin" else "whitened"
+
+
+def checked_damping(damping: float | None) -> float:
+    """What is added to a second moment, as a share of its trace; by default ``DEFAULT_DAMPING``.
+
+    Raises:
+        ArgumentError: it is not positive.
+    """
+    damping = DEFAULT_DAMPING if damping is None else damping
+    if not damping > 0:
+        raise ArgumentError(f"damping is {damping}, but must be a positive number, such as {DEFAULT_DAMPING:g}.")
+    return damping
+
+
 def check_asked(geometry: str, damping: float | None) -> None:
     """Refuse a geometry that there is none of, and damping that is no use.
 
@@ -102,13 +116,14 @@ def check_asked(geometry: str, damping: float | None) -> None:
         raise ArgumentError("damping decides nothing with geometry='tracin'. Leave it out, or ask for 'whitened'.")
 
 
-def whitened(own: Geometry, store: GradientStore, damping: float | None) -> Whitened:
+def whitened(own: Geometry, store: GradientStore, damping: float | None, by_factors: bool = False) -> Whitened:
     """A store's geometry, its queries whitened.
 
     Args:
         own: the store's.
         store: an open one.
         damping: see :class:`Whitening`; by default ``DEFAULT_DAMPING``.
+        by_factors: see :class:`Whitened`.
 
     Raises:
         ArgumentError: ``damping`` is not positive.
@@ -120,7 +135,7 @@ def whitened(own: Geometry, store: GradientStore, damping: float | None) -> Whit
             f"The rows of {store.folder} have unit norm, and a whitened geometry needs the lengths of gradients. Build "
             "a store without unit_norm, or ask with geometry='tracin'."
         )
-    return Whitened(own, Whitening(moments_of(store), damping))
+    return Whitened(own, Whitening(moments_of(store), damping), by_factors)
 
 
 class Whitened:
@@ -132,14 +147,14 @@ class Whitened:
     Args:
         inner: the geometry of the store.
         whitening: the map of queries.
+        by_factors: whether queries' factors are made beside their rows, of gradients as they are.
 
     Attributes:
         stamp: which rows' moments, and which damping, queries are whitened by.
     """
 
-    by_factors = False
-
-    def __init__(self, inner: Geometry, whitening: Whitening) -> None:
+    def __init__(self, inner: Geometry, whitening: Whitening, by_factors: bool = False) -> None:
+        self.by_factors = by_factors and inner.by_factors
         self._inner, self.whitening, self.stamp = inner, whitening, whitening.stamp
         self.method = f"whitened {inner.method}"
         self.measure = f"{self.method} scores (no unit of loss)"

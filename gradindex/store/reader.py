@@ -236,22 +236,29 @@ class GradientStore:
         ids = self.ids if ids is None else self._checked(ids)
         return data_frame(flat(self, ids), index=("id", ids))
 
-    def factors(self, ids: NDArray[np.int64]) -> dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]:
+    def factors(
+        self, ids: NDArray[np.int64], checkpoint: int | None = None
+    ) -> dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]:
         """Exact factors: by (checkpoint, layer) activations x (n, d_in) and output gradients delta (n, d_out).
 
         The layer's gradient times sqrt(eta) is delta x^T, so <G, G'> = (delta . delta')(x . x').
+
+        Args:
+            ids: (n,) int64, in any order.
+            checkpoint: whose alone, by default all checkpoints'.
 
         Raises:
             ArgumentError: the store has none, or an id has no row.
         """
         ids, manifest, layers = self._checked(ids), self.manifest, self.manifest.map.layers
         found = {}
-        for key in self._factor_sides.keys:
+        keys = [key for key in self._factor_sides.keys if checkpoint in (None, key[0])]
+        for key in keys:
             kind = np.float32 if key[1] in manifest.packing else manifest.factors
             sizes = layers[key[1]].d_in, layers[key[1]].d_out
             found[key] = np.empty((len(ids), sizes[0]), dtype=kind), np.empty((len(ids), sizes[1]), dtype=kind)
         for places, shard, positions in self._gatherer.by_shard(ids):
-            for key, sides in self._factor_sides.at(shard, positions).items():
+            for key, sides in self._factor_sides.at(shard, positions, *keys).items():
                 for room, side in zip(found[key], sides, strict=True):
                     room[places] = side.take(positions)
         return found

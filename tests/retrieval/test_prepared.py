@@ -144,7 +144,7 @@ def test_a_group_of_many_queries_reads_some_at_a_time(factors, monkeypatch):
     batches = [size for size in sizes if size > 1]  # beside checks of an example alone
     assert max(batches) == 32 and sum(batches) == N
     assert asked.rows.shape == (1, factors.store.dim)
-    assert {matrix.shape for matrix in asked.factors.values()} == {(5, 7), (3, 6)}
+    assert {matrix.shape for matrix in asked.factors.values()} == {(1, 5, 7), (1, 3, 6)}
 
 
 def test_k_up_to_n_gathers_a_bounded_part_at_a_time(indexed, truth, monkeypatch):

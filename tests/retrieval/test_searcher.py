@@ -31,7 +31,7 @@ def part_of(retriever, queries, ids):
     """A searcher of some of a store's rows alone."""
     store, candidates = retriever._now()
     allowed = allow(store, Question(ids=ids), {}, len(queries))
-    return LocalSearcher(store, candidates, retriever._computing, queries, allowed, retriever._geometry)
+    return LocalSearcher(store, candidates, retriever._computing, queries, allowed, retriever.inner_product)
 
 
 @pytest.mark.slow

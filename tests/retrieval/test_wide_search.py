@@ -98,7 +98,7 @@ def test_merged_answers_of_parts_are_the_answer_of_the_whole(wide, queries):
     answers = []
     for ids in np.split(np.random.default_rng(0).permutation(N), [50, 170]):
         allowed = allow(store, Question(ids=ids), {}, M)
-        searcher = LocalSearcher(store, candidates, wide._computing, queries, allowed, wide._geometry)
+        searcher = LocalSearcher(store, candidates, wide._computing, queries, allowed, wide.inner_product)
         answers += Search(searcher, queries.vectors, question, ["proponents"]).answers()
     answer = merged("proponents", answers, 7)
     np.testing.assert_array_equal([ids for ids, _ in answer.found], whole.ids)

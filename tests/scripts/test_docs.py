@@ -167,6 +167,7 @@ def test_the_page_on_whitening_runs_from_top_to_bottom(tmp_path, monkeypatch, ca
                 assert said(line, tmp_path, monkeypatch)
     printed = capsys.readouterr().out
     assert "whitened TracInCP" in printed and "no unit of loss" in printed and "all layers" in printed
+    assert "relative residual" in printed
     for name in ("my_training", "my_task"):
         sys.modules.pop(name, None)
 

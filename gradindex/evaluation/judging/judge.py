@@ -150,6 +150,7 @@ def judge(
     scores: Mapping[str, NDArray[Any]] | None = None,
     geometries: Sequence[QueryGeometry] = ("tracin",),
     damping: float | None = None,
+    iterations: int | None = None,
     device: str | None = None,
     seed: int = 0,
 ) -> Judgement:
@@ -169,6 +170,7 @@ def judge(
         scores: further scores to judge, by name (n_query, n) of ``task.train_ids``, or the ids of ``truth``.
         geometries: in which the store's scores are judged, side by side, see :func:`gradindex.load`.
         damping: of whitened ones, see there.
+        iterations: of ``"whitened-exact"``, see there.
         device: where to compute scores.
         seed: of the subsets.
 
@@ -190,6 +192,7 @@ def judge(
         geometry: load(
             task, folder, device=device, use_index=False, geometry=geometry,
             damping=None if turned and geometry == "tracin" else damping,
+            iterations=None if geometry != "whitened-exact" and "whitened-exact" in geometries else iterations,
         )
         for geometry in geometries
     }  # fmt: skip
