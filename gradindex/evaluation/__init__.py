@@ -2,6 +2,7 @@
 predict what a retrained model does.
 """
 
+from .ekfac import ekfac_scores as ekfac_scores
 from .judging import LDS as LDS
 from .judging import Ceiling as Ceiling
 from .judging import GroundTruth as GroundTruth

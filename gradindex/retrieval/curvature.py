@@ -141,16 +141,21 @@ class EigenBases:
         sum_z w_z g_z g_z^T ~ (U_B kron U_A) diag(sum_z w_z (U_B^T delta_z)^2 (U_A^T x_z)^2) (U_B kron U_A)^T
 
     layer by layer, with the eigenvectors U_A of sum_z w_z x_z x_z^T and U_B of sum_z w_z delta_z delta_z^T. A side of
-    more than ``WIDEST`` numbers keeps its own axes.
+    more than ``WIDEST`` numbers keeps its own axes. Among the ``leading`` directions of the largest eigenvalues of all
+    layers, the second moment is whole instead of diagonal.
 
     Source: George et al. 2018 (arXiv:1806.03884); Grosse et al. 2023 (arXiv:2308.03296), section 3.1.
 
     Args:
-        gradients: of the training examples, read twice.
+        gradients: of the training examples, read twice, or thrice where there are leading directions.
         weights: (n,) w_z.
+        leading: how many; none for EK-FAC as it is known.
+
+    Attributes:
+        values: for each layer the eigenvalues, (short, long).
     """
 
-    def __init__(self, gradients: StoredGradients, weights: NDArray[np.float64]) -> None:
+    def __init__(self, gradients: StoredGradients, weights: NDArray[np.float64], leading: int = 0) -> None:
         self._gradients = gradients
         sums = [[np.zeros((n, n)) if n <= WIDEST else None for n in shape] for shape in gradients.shapes]
         for places, sides in gradients.each():
@@ -162,31 +167,72 @@ class EigenBases:
                         total += weighted.T @ weighted
         self._bases = [[None if total is None else _eigenvectors(total) for total in totals] for totals in sums]
         self.values = [np.zeros(shape) for shape in gradients.shapes]
-        for places, sides in gradients.each():
-            for values, bases, pair in zip(self.values, self._bases, sides, strict=True):
-                short, long = (
-                    np.square(side if basis is None else side @ basis, dtype=np.float32)
-                    for side, basis in zip(pair, bases, strict=True)
-                )
-                values += (short * weights[places, None]).T.astype(np.float32) @ long
+        for places, turned in self._turned():
+            for values, (short, long) in zip(self.values, turned, strict=True):
+                squares = np.square(short) * weights[places, None].astype(np.float32)
+                values += squares.T @ np.square(long)
+        flat = np.concatenate([values.ravel() for values in self.values])
+        self._leading = np.sort(np.argsort(-flat, kind="stable")[:leading])
+        self._moment = self._whole(weights)
 
-    def solved(self, vectors: NDArray[np.float32], ridges: Sequence[float]) -> NDArray[np.float32]:
-        """(E + ridge)^-1 v for each of (q, size) vectors v; zero where neither E nor the ridge is anything.
+    def _turned(self) -> Iterator[tuple[slice, SidesOfLayers]]:
+        """Sides of some examples after others, in the eigenbases."""
+        for places, sides in self._gradients.each():
+            pairs = zip(sides, self._bases, strict=True)
+            yield places, [(_in_basis(short, left), _in_basis(long, right)) for (short, long), (left, right) in pairs]
+
+    def _whole(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The second moment of the leading directions."""
+        total, start = np.zeros((len(self._leading),) * 2), 0
+        if not len(self._leading):
+            return total
+        chosen = []  # of each layer the rows and columns of its leading directions
+        for rows, columns in self._gradients.shapes:
+            mine = self._leading[(self._leading >= start) & (self._leading < start + rows * columns)] - start
+            chosen.append(np.unravel_index(mine, (rows, columns)))
+            start += rows * columns
+        for places, turned in self._turned():
+            pairs = zip(turned, chosen, strict=True)
+            parts = [short[:, rows] * long[:, columns] for (short, long), (rows, columns) in pairs]
+            numbers = np.concatenate(parts, 1).astype(np.float64)
+            numbers *= np.sqrt(weights[places])[:, None]
+            total += numbers.T @ numbers
+        return total
+
+    def inverse(self, ridges: Sequence[float]) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+        """What makes (E + ridge)^-1 v of each of (q, size) vectors v; zero where neither E nor the ridge is anything.
 
         Args:
-            vectors: as :class:`StoredGradients` has them.
-            ridges: one for each layer.
+            ridges: one for each layer; positive where there are leading directions.
         """
+        damped = [values + ridge for values, ridge in zip(self.values, ridges, strict=True)]
+        shares = np.concatenate([
+            np.divide(1, each, out=np.zeros_like(each), where=each > 0).ravel() for each in damped
+        ]).astype(np.float32)  # fmt: skip
+        of_each = np.repeat(ridges, [values.size for values in self.values])
+        whole = np.linalg.inv(self._moment + np.diag(of_each[self._leading])).astype(np.float32)
+
+        def solved(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+            turned = self._rotated(vectors)
+            leading = turned[:, self._leading] @ whole
+            turned *= shares
+            turned[:, self._leading] = leading
+            return self._rotated(turned, back=True)
+
+        return solved
+
+    def _rotated(self, vectors: NDArray[np.float32], back: bool = False) -> NDArray[np.float32]:
+        """Vectors (q, size) in the eigenbases, or back from there."""
         found = []
-        layers = zip(self._gradients.matrices(vectors), self.values, self._bases, ridges, strict=True)
-        for matrix, values, (left, right), ridge in layers:
-            damped = values + ridge
-            inverse = np.divide(1, damped, out=np.zeros_like(damped), where=damped > 0).astype(np.float32)
-            matrix = matrix if left is None else left.T @ matrix
-            matrix = (matrix if right is None else matrix @ right) * inverse
-            matrix = matrix if left is None else left @ matrix
-            found.append(matrix if right is None else matrix @ right.T)
+        for matrix, (left, right) in zip(self._gradients.matrices(vectors), self._bases, strict=True):
+            if left is not None:
+                matrix = (left if back else left.T) @ matrix
+            found.append(matrix if right is None else matrix @ (right.T if back else right))
         return self._gradients.joined(found)
+
+
+def _in_basis(side: NDArray[np.float32], basis: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    return side if basis is None else side @ basis
 
 
 def _squares(side: NDArray[np.float32]) -> NDArray[np.float64]:

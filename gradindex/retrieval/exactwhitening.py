@@ -23,9 +23,13 @@ DEFAULT_ITERATIONS = 5
 # Memory for what an iteration keeps of queries, and the most of them that share a pass.
 _STATE_BYTES, _TOGETHER = 1 << 30, 64
 _KEPT_BY_QUERY = 7  # vectors
+# Directions among which what preconditions is whole (docs/whitening.md has what they save).
+_LEADING = 1024
 # Residuals that single precision does not get below, and standard deviations that are rounding, as shares.
 _CONVERGED, _EQUAL = 1e-6, 1e-5
 
+# What makes of vectors (b, size) as many others.
+Product = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 # Of some queries their directions by (checkpoint, layer) (b, d_out, d_in), relative residuals (b, C), and passes.
 Directions = Iterator[tuple[dict[tuple[int, int], NDArray[np.float32]], NDArray[np.float64], int]]
 
@@ -39,11 +43,12 @@ class ExactWhitening:
     trace(H_c), and gradients that have sqrt(eta_c) in them. Inner products of v_c with training gradients, added up
     over checkpoints, are the scores. A checkpoint whose scores are all equal counts nothing, as does a query of zeros.
 
-    Found by conjugate gradients, preconditioned by EK-FAC of the same H_c (:class:`EigenBases`). An iteration is a pass
-    over a checkpoint's stored factors, which some queries share; another one tells residuals and standard deviations.
+    Found by conjugate gradients, preconditioned by EK-FAC of the same H_c, whole among its leading directions
+    (:class:`EigenBases`). An iteration is a pass over a checkpoint's stored factors, which some queries share; another
+    one tells residuals and standard deviations.
 
     Args:
-        store: one that has factors; they are read thrice.
+        store: one that has factors; they are read four times.
         damping: see above; positive, by default as in :class:`Whitening`.
         iterations: at least 1, by default 5. What has converged in single precision ends before.
 
@@ -59,19 +64,20 @@ class ExactWhitening:
                 f"{store.folder} has no factors, and exact whitening is made of them. Build a store with "
                 "factors='float32', or ask with geometry='whitened'."
             )
-        self._checkpoints = list[tuple[StoredGradients, NDArray[np.float64], float, EigenBases]]()
+        self._checkpoints = list[tuple[StoredGradients, NDArray[np.float64], float, Product]]()
         with progress("curvature of stored factors", store.n_checkpoints, "checkpoints") as advance:
             for checkpoint in range(store.n_checkpoints):
                 self._checkpoints.append(self._curvature(StoredGradients(store, checkpoint)))
                 advance(1)
 
-    def _curvature(self, gradients: StoredGradients) -> tuple[StoredGradients, NDArray[np.float64], float, EigenBases]:
+    def _curvature(self, gradients: StoredGradients) -> tuple[StoredGradients, NDArray[np.float64], float, Product]:
         """Gradients, their weights in H, lambda, and what preconditions."""
         lengths = gradients.lengths()
         mean = lengths.mean()
         weights = np.divide(mean / len(lengths), lengths, out=np.zeros_like(lengths), where=lengths > 0)
         ridge = self._damping * float(mean**2) or 1.0  # the trace of H; of zeros, any map gives zero
-        return gradients, weights, ridge, EigenBases(gradients, weights)
+        bases = EigenBases(gradients, weights, _LEADING)
+        return gradients, weights, ridge, bases.inverse([ridge] * len(gradients.shapes))
 
     def solved(self, queries: Queries, aggregate: Aggregate | None = None) -> Queries:
         """Queries that were prepared one by one, with directions instead of their gradients.
@@ -126,9 +132,9 @@ class ExactWhitening:
             for start in range(0, n_query, together):
                 which = slice(start, min(start + together, n_query))
                 found, residuals, passes = dict[tuple[int, int], NDArray[np.float32]](), [], 0
-                for gradients, weights, ridge, bases in self._checkpoints:
+                for gradients, weights, ridge, precondition in self._checkpoints:
                     asked = gradients.of_queries(factors, which)
-                    vectors, of_each, taken = self._direction(gradients, weights, ridge, bases, asked)
+                    vectors, of_each, taken = self._direction(gradients, weights, ridge, precondition, asked)
                     found |= gradients.as_factors(vectors)
                     residuals.append(of_each)
                     passes += taken
@@ -140,14 +146,13 @@ class ExactWhitening:
         gradients: StoredGradients,
         weights: NDArray[np.float64],
         ridge: float,
-        bases: EigenBases,
+        precondition: Product,
         asked: NDArray[np.float32],
     ) -> tuple[NDArray[np.float32], NDArray[np.float64], int]:
         """Directions (b, size) of some queries at one checkpoint, their residuals (b,), and how many passes."""
-        ridges = [ridge] * len(gradients.shapes)
         solved, iterations = conjugate_gradients(
             lambda vectors: gradients.moment(vectors, weights) + np.float32(ridge) * vectors,
-            lambda vectors: bases.solved(vectors, ridges),
+            precondition,
             asked,
             self.iterations,
         )
@@ -166,8 +171,8 @@ class ExactWhitening:
 
 
 def conjugate_gradients(
-    product: Callable[[NDArray[np.float32]], NDArray[np.float32]],
-    precondition: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    product: Product,
+    precondition: Product,
     right: NDArray[np.float32],
     iterations: int,
 ) -> tuple[NDArray[np.float32], int]:

@@ -65,9 +65,14 @@ def judge(bench: Bench, name: str) -> None:
         dim = QUICK_DIM if bench.quick else DIM
         store = gradindex.build(of_runs, folder, projection=Projection(dim=dim), row_type="int8", factors="float32")
         second_moments(store.folder)
-        judged = evaluation.judge(of_runs, store.folder, truth=truth, geometries=QUERY_GEOMETRIES)
+        plain = gradindex.load(of_runs, store.folder, use_index=False)
+        ekfac = evaluation.ekfac_scores(plain, range(of_runs.n_query))
+        judged = evaluation.judge(
+            of_runs, store.folder, truth=truth, geometries=QUERY_GEOMETRIES, scores={"ekfac": ekfac}
+        )
         for row in judged.rows:
-            if which != "one run" and row.name not in QUERY_GEOMETRIES:
+            of_store = row.name in (*QUERY_GEOMETRIES, "ekfac")
+            if which != "one run" and not of_store:
                 continue
             bar = BARS.get((name, row.name, which))
             if bar is not None:
@@ -75,7 +80,7 @@ def judge(bench: Bench, name: str) -> None:
             bench.row(
                 f"{name}: LDS",
                 {
-                    "scores": f"{row.name}, {which}" if row.name in QUERY_GEOMETRIES else row.name,
+                    "scores": f"{row.name}, {which}" if of_store else row.name,
                     "LDS of one seed": row.of_one.mean,
                     "standard error": row.of_one.standard_error,
                     f"LDS of the mean of {truth.n_seeds}": row.of_mean.mean,

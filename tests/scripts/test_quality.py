@@ -85,7 +85,7 @@ def test_the_quick_form_of_lds_finds_scores_ceilings_and_keeps_trainings(quick_f
         rows = {row["scores"]: row for row in found["tables"][f"{name}: LDS"]}
         assert set(rows) == {
             "tracin, one run", "whitened, one run", "whitened-exact, one run", "loss", "random", "tracin, three runs",
-            "whitened, three runs", "whitened-exact, three runs",
+            "whitened, three runs", "whitened-exact, three runs", "ekfac, one run", "ekfac, three runs",
         }  # fmt: skip
         assert all(row["queries"] == 20 for row in rows.values())
     # Even a few trainings of three epochs tell scores of a convex model from chance.
