@@ -30,8 +30,8 @@ _CONVERGED, _EQUAL = 1e-6, 1e-5
 
 # What makes of vectors (b, size) as many others.
 Product = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-# Of some queries their directions by (checkpoint, layer) (b, d_out, d_in), relative residuals (b, C), and passes.
-Directions = Iterator[tuple[dict[tuple[int, int], NDArray[np.float32]], NDArray[np.float64], int]]
+# Some queries, their directions by (checkpoint, layer) (b, d_out, d_in), relative residuals (b, C), and passes.
+Directions = Iterator[tuple[slice, dict[tuple[int, int], NDArray[np.float32]], NDArray[np.float64], int]]
 
 
 class ExactWhitening:
@@ -85,29 +85,43 @@ class ExactWhitening:
         Args:
             queries: with factors, and rows that are whitened.
             aggregate: ``"sum"`` or ``"mean"`` makes one question of all of them.
+
+        Raises:
+            OutOfMemoryError: there is no room for all directions.
         """
         assert queries.factors is not None
-        started, passes = time.perf_counter(), 0
+        started, count, passes = time.perf_counter(), len(queries), 0
         name, weight = ("", 1.0) if aggregate is None else group_of(queries.examples, aggregate)
-        found, residuals = dict[tuple[int, int], list[NDArray[np.float32]]](), []
-        for directions, of_each, taken in self.directions(queries.factors, len(queries)):
-            residuals.append(of_each)
+        found = self._room(count if aggregate is None else 1)
+        residuals = np.zeros((count, len(self._checkpoints)))
+        for which, directions, residuals[which], taken in self.directions(queries.factors, count):
             passes += taken
             for key, of_layer in directions.items():
                 if aggregate is None:
-                    found.setdefault(key, []).append(of_layer)
+                    found[key][which] = of_layer
                 else:
-                    total = weight * of_layer.sum(0, keepdims=True)
-                    found[key] = [found[key][0] + total if key in found else total]
-        vectors = replace(queries.vectors, factors={key: np.concatenate(parts) for key, parts in found.items()})
-        seconds = time.perf_counter() - started
-        solution = Solution(self.iterations, np.concatenate(residuals), passes, seconds)
+                    found[key][0] += weight * of_layer.sum(0)
+        solution = Solution(self.iterations, residuals, passes, time.perf_counter() - started)
+        vectors = replace(queries.vectors, factors=found)
         if aggregate is None:
             return replace(queries, vectors=vectors, solution=solution)
         row = weight * queries.rows.sum(0, keepdims=True, dtype=np.float64)
         vectors = replace(vectors, rows=row.astype(np.float32), norms=np.ones(1))
-        weights = np.full(len(queries), weight)
+        weights = np.full(count, weight)
         return replace(queries, names=(name,), vectors=vectors, weights=weights, solution=solution)
+
+    def _room(self, count: int) -> dict[tuple[int, int], NDArray[np.float32]]:
+        """For so many directions: by (checkpoint, layer) (count, d_out, d_in), of zeros."""
+        needed, free = 4 * count * sum(gradients.size for gradients, *_ in self._checkpoints), free_bytes()
+        if needed > free:
+            raise OutOfMemoryError(
+                f"The directions of {count:,} queries take {needed / 2**30:.3g} GiB, but {free / 2**30:.3g} GiB are "
+                "free. Prepare fewer queries at a time."
+            )
+        room = dict[tuple[int, int], NDArray[np.float32]]()
+        for gradients, *_ in self._checkpoints:
+            room |= gradients.as_factors(np.zeros((count, gradients.size), dtype=np.float32))
+        return room
 
     def directions(self, factors: QueryFactors, n_query: int) -> Directions:
         """Directions of some queries after others, see the class.
@@ -115,17 +129,7 @@ class ExactWhitening:
         Args:
             factors: of queries that are questions of their own.
             n_query: how many.
-
-        Raises:
-            OutOfMemoryError: there is no room for all directions.
         """
-        size = sum(gradients.size for gradients, *_ in self._checkpoints)
-        needed, free = 4 * size * n_query, free_bytes()
-        if needed > free:
-            raise OutOfMemoryError(
-                f"The directions of {n_query:,} queries take {needed / 2**30:.3g} GiB, but {free / 2**30:.3g} GiB are "
-                "free. Prepare fewer queries at a time."
-            )
         largest = max(gradients.size for gradients, *_ in self._checkpoints)
         together = max(1, min(_TOGETHER, _STATE_BYTES // (4 * _KEPT_BY_QUERY * largest)))
         with progress("directions of queries", n_query * len(self._checkpoints), "systems") as advance:
@@ -139,7 +143,7 @@ class ExactWhitening:
                     residuals.append(of_each)
                     passes += taken
                     advance(len(asked))
-                yield found, np.stack(residuals, 1), passes
+                yield which, found, np.stack(residuals, 1), passes
 
     def _direction(
         self,

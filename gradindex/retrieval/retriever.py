@@ -384,7 +384,8 @@ class Retriever:
         checkpoints = tuple(
             f"{number} {Path(checkpoint.path).name}" for number, checkpoint in enumerate(self.task.checkpoints)
         )
-        return Explanation(scores, asked.names, chosen, checkpoints, layers, scored, self.measure)
+        measure = self._comparison.measure(asked, "exact")
+        return Explanation(scores, asked.names, chosen, checkpoints, layers, scored, measure)
 
     def explain_tokens(
         self, queries: int | Sequence[Any] | Queries, ids: Any, *, source: Source = "query"

@@ -280,11 +280,13 @@ class LocalSearcher:
             return [
                 self._measured(vectors, slice(query, query + 1), ids, scores[None])[0] for query, (ids, scores) in pairs
             ]
-        union = lists[0] if len(lists) == 1 else np.unique(np.concatenate(lists))
         scores = [np.empty(len(ids)) for ids in lists]
-        if len(union) and self.exhaustive:
-            self._collect(vectors, self._by_stored(vectors, union), lists, scores)
-        elif len(union):
+        if self.exhaustive:
+            for query, ids in enumerate(lists):  # each alone, so that nothing depends on what else is asked
+                self._collect(vectors, self._by_stored(vectors, ids, query), lists, scores)
+            return scores
+        union = lists[0] if len(lists) == 1 else np.unique(np.concatenate(lists))
+        if len(union):
             with self._computing() as engine:
                 pieces_ = through_model(engine, self._queries, union, self._store.manifest.batch_size)
                 self._collect(vectors, pieces_, lists, scores)
@@ -312,9 +314,16 @@ class LocalSearcher:
                 start, stop = np.searchsorted(lists[query], [ids[0], ids[-1] + 1])
                 into[query][start:stop] = exact[row, np.searchsorted(ids, lists[query][start:stop])]
 
-    def _by_stored(self, vectors: QueryVectors, ids: NDArray[np.int64]) -> Scores:
+    def _by_stored(self, vectors: QueryVectors, ids: NDArray[np.int64], query: int | None = None) -> Scores:
+        """Of all queries, or of one whose factors are formed."""
         assert vectors.factors is not None
-        return by_factors(self._store, vectors.factors, len(vectors), ids)
+        if query is None:
+            yield from by_factors(self._store, vectors.factors, len(vectors), ids)
+            return
+        which = slice(query, query + 1)
+        mine = {key: sides[which] for key, sides in vectors.factors.items() if not isinstance(sides, tuple)}
+        for _, some, scores in by_factors(self._store, mine, 1, ids):
+            yield which, some, scores
 
     def _measured(
         self, vectors: QueryVectors, queries: slice, ids: NDArray[np.int64], scores: NDArray[np.float64]
