@@ -180,6 +180,7 @@ def estimate(
             rows=rows,
             rows_done=done,
             dim=described.dim,
+            n_checkpoints=described.n_checkpoints,
             row_bytes=disk // len(task.train_ids),
             factor_bytes=factor_bytes(described, 1),
             wide_bytes=wide_bytes(described, 1),

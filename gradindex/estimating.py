@@ -13,6 +13,8 @@ from .task import Task
 # Batches are timed until they have taken as long, in twice the size each time: a whole one where that is quick.
 _TIMED_S = 8.0
 _FIRST_SIZE = 4
+# From so many checkpoints, and numbers of each, scores predict retraining well (docs/quality.md).
+_CHECKPOINTS, _NUMBERS = 5, 1024
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Estimate:
         row_bytes: on disk, of a row with all that stands beside it.
         factor_bytes: of these, exact factors.
         wide_bytes: of these, wide rows.
+        n_checkpoints: how many blocks a row has.
         disk_bytes: of the whole store.
         disk_left_bytes: of these, what is still to be written.
         free_bytes: on the disk of the store.
@@ -54,6 +57,7 @@ class Estimate:
     compute_s: float
     fitting_rows: int = 0
     wide_bytes: int = 0
+    n_checkpoints: int = 1
 
     @property
     def row_s(self) -> float:
@@ -84,8 +88,23 @@ class Estimate:
             f"{self.batch_size}, beside Python and PyTorch",
             f"time    about {_duration(self.seconds)}, {1 / self.row_s:,.3g} rows/s (computing "
             f"{self.compute_s * 1e3:.3g} ms a row, reading {self.read_s * 1e3:.3g} ms a row in {readers})",
+            f"aims    {self._aims}",
         )
         return "\n".join(lines)
+
+    @property
+    def _aims(self) -> str:
+        """Whether checkpoints and numbers suit what scores are for; measured, see docs/quality.md."""
+        each = self.dim // self.n_checkpoints
+        few = self.n_checkpoints < _CHECKPOINTS
+        checkpoints = f"{self.n_checkpoints} checkpoint{'s' * (self.n_checkpoints != 1)} of {each:,} numbers"
+        if not few and each >= _NUMBERS:
+            return f"{checkpoints} suit scores that predict retraining (geometry whitened), if most are early ones"
+        lacking = " and ".join(
+            [f"{_CHECKPOINTS} checkpoints or more, most of them early"] * few
+            + [f"{_NUMBERS:,} numbers of each"] * (each < _NUMBERS)
+        )
+        return f"{checkpoints}; scores that predict retraining (geometry whitened) want {lacking}"
 
 
 def _size(n: float) -> str:

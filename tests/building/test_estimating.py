@@ -119,8 +119,12 @@ def test_a_dry_run_says_and_writes_nothing(tmp_path, monkeypatch):
     )
     done = CliRunner().invoke(main, ["build", "mine.py:task", "--out", "store", "--dry-run"])
     assert done.exit_code == 0, done.output
-    assert [line.split()[0] for line in done.output.splitlines()] == ["rows", "disk", "memory", "time"]
+    assert [line.split()[0] for line in done.output.splitlines()] == ["rows", "disk", "memory", "time", "aims"]
     assert "rows    12 of 3,072 numbers\n" in done.output
+    wanted = (
+        "3 checkpoints of 1,024 numbers; scores that predict retraining (geometry whitened) want 5 checkpoints or more"
+    )
+    assert f"aims    {wanted}, most of them early\n" in done.output
     assert not (tmp_path / "store").exists()
 
 
