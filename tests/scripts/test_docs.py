@@ -150,15 +150,23 @@ def test_the_pages_by_task_run_after_readmes_first_steps(tmp_path, monkeypatch):
     assert "disk" in said(own[0], tmp_path, monkeypatch)
 
 
-def test_the_page_on_whitening_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """The names of a session after README's first steps: a task, and its store in the working folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_training.py").write_text(MY_TRAINING)
     first = [text for language, text in blocks(TOP / "README.md") if language == "python"][:2]
     (tmp_path / "my_task.py").write_text(first[1])
-    names = {}
-    exec(LOOP + first[0] + "train_labels = train_set.tensors[1].numpy()", names)
+    session = {}
+    exec(LOOP + first[0] + "train_labels = train_set.tensors[1].numpy()", session)
     said("gradindex build my_task.py:task --out store", tmp_path, monkeypatch)
+    yield session
+    for module in ("my_training", "my_task", "judged_task"):
+        sys.modules.pop(module, None)
+
+
+def test_the_page_on_whitening_runs_from_top_to_bottom(names, tmp_path, monkeypatch, capsys):
     for language, text in blocks(TOP / "docs" / "whitening.md"):
         if language == "python":
             exec(compile(text, "whitening.md", "exec"), names)
@@ -168,20 +176,10 @@ def test_the_page_on_whitening_runs_from_top_to_bottom(tmp_path, monkeypatch, ca
     printed = capsys.readouterr().out
     assert "whitened TracInCP" in printed and "no unit of loss" in printed and "all layers" in printed
     assert "relative residual" in printed
-    for name in ("my_training", "my_task"):
-        sys.modules.pop(name, None)
 
 
 @pytest.mark.slow
-def test_the_page_on_judging_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "my_training.py").write_text(MY_TRAINING)
-    first = [text for language, text in blocks(TOP / "README.md") if language == "python"][:2]
-    (tmp_path / "my_task.py").write_text(first[1])
-    names = {}
-    exec(LOOP + first[0] + "train_labels = train_set.tensors[1].numpy()", names)
-    said("gradindex build my_task.py:task --out store", tmp_path, monkeypatch)
+def test_the_page_on_judging_runs_from_top_to_bottom(names, tmp_path, monkeypatch, capsys):
     for language, text in blocks(TOP / "docs" / "judging.md"):
         if text.startswith("# judged_task.py"):
             (tmp_path / "judged_task.py").write_text(text)
@@ -195,8 +193,6 @@ def test_the_page_on_judging_runs_from_top_to_bottom(tmp_path, monkeypatch, caps
     assert (names["found"].counted, names["curve"].ks) == (5, (2, 8))
     # 30 halves and 3 classes left out twice; all, and two of each of three rankings, thrice.
     assert len(list((tmp_path / "retrained").glob("*-?.json"))) == 2 * 33 + 3 * 7
-    for name in ("my_training", "my_task", "judged_task"):
-        sys.modules.pop(name, None)
 
 
 @pytest.mark.slow
