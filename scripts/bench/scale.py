@@ -41,8 +41,8 @@ PARTS = (
 QUICK_PARTS = ("augmented", "growth", "all_layers", "first_query", "imagenet")  # the others take the same way
 # Rows of ImageNet's shape by which growth is measured; the last is all of it.
 SHAPE_ROWS = (10_000, 100_000, None)
-# Of the index of ImageNet's shape: as many numbers of so many copies of a row as fit the bytes below.
-COPIES, DIM = 4, 880
+# Of the index of ImageNet's shape: fewer numbers than there are classes lose whole classes.
+COPIES, DIM = 4, 1000
 # Rows of ImageNet's shape for the first query, and how many are asked.
 FIRST_ROWS, FIRST_QUERIES = 131_072, 100
 # Numbers a checkpoint of the wide rows beside those of all layers, which want gradients in float32: those in bfloat16
