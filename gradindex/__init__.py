@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from .growth import add as add
     from .options import BuildOptions as BuildOptions
     from .recorder import Recorder as Recorder
-    from .retrieval.ensemble import Ensemble as Ensemble
     from .retrieval.hits import Hits as Hits
     from .retrieval.question import Question as Question
     from .retrieval.retriever import Retriever as Retriever
@@ -43,7 +42,6 @@ __version__ = "0.1.0"
 _HOMES = {
     "BuildOptions": "options",
     "Checkpoint": "checkpoint",
-    "Ensemble": "retrieval.ensemble",
     "GradIndexError": "errors",
     "GradientStore": "store",
     "Hits": "retrieval.hits",
