@@ -62,7 +62,7 @@ class Maker:
                     yield ids, rows
                     advance(len(ids))
 
-            directions = None if self.whitening is None else self.whitening.directions(shape.dim)
+            directions = self.directions(shape.dim)
             return CompactIndex.build(shape, self.sample, blocks, self.seed, devices(self.device), directions)
 
     def searched(self, index: CompactIndex) -> Candidates:

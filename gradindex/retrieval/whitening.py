@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -62,17 +63,22 @@ class Whitening:
         whitened queries.
         """
         n_checkpoints, d = self.shape
-        kept, places = [], []
-        for checkpoint, (factor, ridge) in enumerate(zip(self._factors, self._ridges, strict=True)):
-            values, vectors = torch.linalg.eigh(factor @ factor.T)
-            kept.append((1 - ridge / values).numpy())
-            places.append((checkpoint, vectors.numpy()))
-        order = np.argsort(-np.concatenate(kept), kind="stable")[:dim]
-        found = np.zeros((n_checkpoints * d, dim), dtype=np.float32)
-        for column, place in enumerate(order.tolist()):
-            checkpoint, vectors = places[place // d]
-            found[checkpoint * d : (checkpoint + 1) * d, column] = vectors[:, place % d]
-        return found
+        left, vectors = self._eigenvectors
+        found = np.zeros((n_checkpoints, d, dim), dtype=np.float32)
+        for column, place in enumerate(np.argsort(-left, kind="stable")[:dim].tolist()):
+            checkpoint, which = divmod(place, d)
+            found[checkpoint, :, column] = vectors[checkpoint][:, which]
+        return found.reshape(n_checkpoints * d, dim)
+
+    @cached_property
+    def _eigenvectors(self) -> tuple[NDArray[np.float64], list[NDArray[np.float32]]]:
+        """(C d,) what is left of each eigenvalue, and the eigenvectors of each checkpoint, (d, d)."""
+        left, vectors = [], []
+        for factor, ridge in zip(self._factors, self._ridges, strict=True):
+            values, of_block = torch.linalg.eigh(factor @ factor.T)
+            left.append((1 - ridge / values).numpy())
+            vectors.append(of_block.float().numpy())
+        return np.concatenate(left), vectors
 
     def of(self, rows: Tensor) -> Tensor:
         """Queries' rows (b, C d) as they are searched with, in their type."""

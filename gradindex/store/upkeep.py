@@ -74,12 +74,12 @@ def compact(folder: str | os.PathLike[str], *, upgrade: bool = False) -> Gradien
         StoreError: a shard is damaged, another process changes the store, or it cannot be written.
     """
     with changing(folder, "compact") as store:
+        follow_moments(store.folder)  # while the rows are there that went
         if upgrade:
             return _upgraded(store)
         plan, keep = _repacking(store)
         if Job.pending(store.folder) is None and keep == list(store.manifest.shards):
             return store
-        follow_moments(store.folder)  # while the rows are there that went
         job = Job.begin(store.folder, "compact", replace(kept(store), removed=()), None, plan, keep)
         copy_rows(job, {".": store})
         return GradientStore(store.folder)
