@@ -102,9 +102,11 @@ def evaluate(
     store = GradientStore(folder)
     check_k(k, store.n_train)
     geometry = asked_geometry(geometry, damping, retriever)
-    truth = truth_of(store, retriever, n_query, k, seed, whitening_of(store, geometry, damping, retriever))
+    whitening = whitening_of(store, geometry, damping, retriever)
+    truth = truth_of(store, retriever, n_query, k, seed, whitening)
     geometry = searched_as(geometry)
-    search, found = Candidates(store, geometry=geometry), {}
+    damping = None if whitening is None else whitening.damping
+    search, found = Candidates(store, geometry=geometry, damping=damping), {}
     if search.index is not None:
         most = max(search.effort(k, kind).proposals for kind in SIGNS)
         found[f"index, {most:,} proposals"] = measure(search, truth)

@@ -67,7 +67,8 @@ class Maker:
 
     def searched(self, index: CompactIndex) -> Candidates:
         """The search with an index."""
-        return Candidates(self.store, index, device=self.device, geometry=self.geometry)
+        damping = None if self.whitening is None else self.whitening.damping
+        return Candidates(self.store, index, device=self.device, geometry=self.geometry, damping=damping)
 
     def directions(self, dim: int) -> NDArray[np.float32]:
         """(n, dim) the directions that so many numbers of an index are of, the leading ones first."""

@@ -102,7 +102,8 @@ def index(
         check_k(k, store.n_train)
         whitening = whitening_of(store, geometry, damping, retriever)
         home = index_folders(store.folder, geometry)[0]
-        searched = partial(Candidates, device=device, geometry=geometry)
+        by = None if whitening is None else whitening.damping
+        searched = partial(Candidates, device=device, geometry=geometry, damping=by)
         if store.n_train < _SMALL and kind is None and dim is None:
             CompactIndex.remove(home)  # of another time
             return searched(store)
@@ -111,7 +112,7 @@ def index(
         all_rows = efforts.milliseconds(store, searched(store, use_index=False), truth, None, k)
         _refuse_over(budget, time.monotonic() - started)
         if geometry != "tracin" and kind is None and dim is None and copies is None:
-            shared = _shared(store, searched, truth, recall, all_rows, geometry)
+            shared = _shared(store, searched, truth, recall, all_rows, geometry, by)
             if shared is not None:
                 CompactIndex.remove(home)
                 return shared
@@ -131,7 +132,7 @@ def index(
             if measured.at_least >= recall:
                 tuned = _tuned(choice, trials.choices, measured, truth, recall, all_rows)
                 if geometry != "tracin":
-                    tuned = {**tuned, "geometries": {geometry: tuned}}
+                    tuned = {**tuned, "geometries": {geometry: {**tuned, "damping": by}}}
                 built.save(home, _of_rows(store) | tuned)
                 return searched(store)
             reached.append(measured.at_least)
@@ -159,7 +160,7 @@ def _refuse_over(budget: float | None, taken: float) -> None:
 
 def _shared(
     store: GradientStore, searched: Callable[..., Candidates], truth: Truth, recall: float, all_rows: float,
-    geometry: QueryGeometry,
+    geometry: QueryGeometry, damping: float | None,
 ) -> Candidates | None:  # fmt: skip
     """The search with the index of plain queries, tuned with these as well, where it reaches the recall and is fast."""
     plain = Candidates(store)
@@ -172,7 +173,7 @@ def _shared(
         measured = measure(searched(store, index), truth.part(1), efforts=choice.efforts, tries=len(tries))
         if measured.at_least >= recall:
             tunings = dict(index.about.get("geometries", {"tracin": _only_tuned(index.about)}))
-            tunings[geometry] = _tuned(choice, found, measured, truth, recall, all_rows)
+            tunings[geometry] = _tuned(choice, found, measured, truth, recall, all_rows) | {"damping": damping}
             index.save(plain.folder, {**index.about, "geometries": tunings})
             return searched(store)
     return None

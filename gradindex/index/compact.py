@@ -50,6 +50,12 @@ def _kind(value: Any) -> None:
     one_of(*INDEXES)(value)
 
 
+_tuning = {
+    "effort": record({"probes": whole(1, 1 << 31), "proposals": whole(1, 1 << 40)}),
+    "recall": record({"k": whole(1), "against": text(), "proponents_at_least": _share, "opponents_at_least": _share}),
+}
+_of_geometry = record(_tuning, {"damping": number(0)})
+
 # What a manifest must be to be trusted, and what it may hold besides.
 _form = record(
     {
@@ -64,10 +70,8 @@ _form = record(
         "map": text(),
         "ids": runs,
         "covers": list_of(tuple_of(_DIGEST, whole(), whole(0, LARGEST - 1))),
-        "effort": record({"probes": whole(1, 1 << 31), "proposals": whole(1, 1 << 40)}),
-        "recall": record(
-            {"k": whole(1), "against": text(), "proponents_at_least": _share, "opponents_at_least": _share}
-        ),
+        **_tuning,
+        "geometries": record({}, {"tracin": _of_geometry, "whitened": _of_geometry}),
     },
 )
 

@@ -57,6 +57,7 @@ class Candidates:
         use_index: whether there is to be an index at all.
         device: ``"cuda"`` searches on all CUDA devices, ``"cuda:1"`` on one; else the CPU does.
         geometry: of the queries; the store's own index is used where it was tuned with such.
+        damping: by which they are whitened; ``None`` for any. Another one makes other queries.
 
     Attributes:
         index: the index in use, or ``None``.
@@ -78,6 +79,7 @@ class Candidates:
         use_index: bool = True,
         device: str | None = None,
         geometry: QueryGeometry = "tracin",
+        damping: float | None = None,
     ) -> None:
         self._store, self._gpus = store, devices(device)
         self.geometry = geometry
@@ -89,7 +91,7 @@ class Candidates:
         if own and found is not None:
             _check_said(store, self.folder, found.about)
         self.stale = own and found is not None and _of_other_rows(store, found.about)
-        self._tuning = None if found is None else tuning_of(found.about, geometry)
+        self._tuning = None if found is None else tuning_of(found.about, geometry, damping)
         self.tuned = not own or self._tuning is not None
         self.index = found if self.tuned and not self.stale else None
         if self.index is not None:
@@ -129,8 +131,8 @@ class Candidates:
             return "exact over all rows; the index is stale (built from other rows), `gradindex index` rebuilds it"
         if not self.tuned:
             return (
-                "exact over all rows; the index was tuned with queries of another geometry, `gradindex index "
-                f"--geometry {self.geometry}` tunes it"
+                "exact over all rows; the index was tuned with queries of another geometry or damping, "
+                f"`gradindex index --geometry {self.geometry}` tunes it"
             )
         if self.index is None:
             return "exact over all rows"
@@ -270,15 +272,19 @@ def index_folders(folder: Path, geometry: QueryGeometry) -> list[Path]:
     return [*own, folder / INDEX_FOLDER]
 
 
-def tuning_of(about: Mapping[str, Any], geometry: QueryGeometry) -> Mapping[str, Any] | None:
+def tuning_of(
+    about: Mapping[str, Any], geometry: QueryGeometry, damping: float | None = None
+) -> Mapping[str, Any] | None:
     """What an index was tuned to with queries of a geometry: efforts, recall, milliseconds; ``None`` where it was not.
 
     Args:
         about: its manifest.
         geometry: of the queries.
+        damping: by which they are whitened; ``None`` for any.
     """
     tunings: Mapping[str, Any] = about.get("geometries", {"tracin": about})
-    return tunings.get(geometry)
+    found: Mapping[str, Any] | None = tunings.get(geometry)
+    return None if found is None or (damping is not None and found.get("damping") != damping) else found
 
 
 def _check_said(store: GradientStore, folder: Path, about: Mapping[str, Any]) -> None:

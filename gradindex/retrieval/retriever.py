@@ -103,7 +103,8 @@ class Retriever:
             check_task(store, engine)
         self._bases = store.bases()
         self._search_options: dict[str, Any] = {
-            "use_index": use_index, "device": device, "geometry": searched_as(geometry)
+            "use_index": use_index, "device": device, "geometry": searched_as(geometry),
+            "damping": None if self.whitening is None else self.whitening.damping,
         }  # fmt: skip
         self._opened = store, Candidates(store, **self._search_options)
         self._warming: Warming | None = None

@@ -41,6 +41,8 @@ def test_an_index_of_its_own_keeps_its_promise_and_leaves_the_other_alone(whiten
         own_scores = np.take_along_axis(true, np.searchsorted(retriever.store.ids, hits.ids), 1)
         np.testing.assert_allclose(hits.scores, own_scores, rtol=1e-4, atol=1e-4)
     assert "whitened" in retriever.search_note
+    other = gradindex.load(task, folder, geometry="whitened", damping=0.1)
+    assert other.search([0], 5).stages[0].name == "rows" and "or damping" in other.search_note
     tuning.drop(folder, "whitened")
     assert "another geometry" in gradindex.load(task, folder, geometry="whitened").search_note
     assert gradindex.load(task, folder).search(range(2), 5).stages[0].name == "index"
