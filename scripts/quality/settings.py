@@ -5,12 +5,13 @@ first seed of the trainings that lds.py reports with all of its seeds. Removals:
 the strongest proponents of 20 test digits together, by whitened scores, by TracIn's, and 50 random ones; five trainings
 of each. What is trained is kept in GRADINDEX_CACHE/quality.
 
-    python scripts/quality/settings.py [--quick] [--json] [--data DIR] [--save FILE] [--parts settings removal]
+    python scripts/quality/settings.py [--quick] [--json] [--data DIR] [--save FILE] [--parts settings tracin removal]
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,12 @@ def main() -> None:
     """Measure and print."""
     from protocols import MLP, task
 
-    bench = Bench("Settings of whitened scores", __doc__, parts={"parts": ("settings", "removal")})
+    bench = Bench("Settings of whitened scores", __doc__, parts={"parts": ("settings", "tracin", "removal")})
     one = task(MLP)
     if "settings" in bench.options.parts:
         settings(bench, one, MLP.folder)
+    if "tracin" in bench.options.parts:
+        tracin(bench, one, MLP.folder)
     if "removal" in bench.options.parts:
         removal(bench, one, MLP.folder)
     bench.finish()
@@ -57,14 +60,7 @@ def whitened_store(bench: Bench, one: gradindex.Task, folder: Path, dim: int) ->
 
 def settings(bench: Bench, one: gradindex.Task, folder: Path) -> None:
     """Numbers, checkpoints and damping."""
-    count = 6 if bench.quick else 100
-    subsets = evaluation.random_subsets(one.n_train, count)
-    truth = evaluation.retrain(one, folder / "retrainings", subsets, seeds=1)
-
-    def judged(scores: NDArray[Any]) -> dict[str, float]:
-        found = evaluation.lds(scores, truth.subsets, truth.losses[0])
-        return {"LDS of one seed": found.mean, "standard error": found.standard_error}
-
+    judged = judging(bench, one, folder)
     every = len(one.checkpoints)
     for dim in (QUICK_DIM,) if bench.quick else DIMS:
         shares = shares_of(one, whitened_store(bench, one, folder, dim))
@@ -79,6 +75,27 @@ def settings(bench: Bench, one: gradindex.Task, folder: Path) -> None:
     for damping in (DAMPINGS[2],) if bench.quick else DAMPINGS:
         scores = shares_of(one, folder / f"settings-{dim}", damping).sum(2)
         bench.row("damping", {"damping": damping, "numbers a checkpoint": dim} | judged(scores))
+
+
+def judging(bench: Bench, one: gradindex.Task, folder: Path) -> Callable[[NDArray[Any]], dict[str, float]]:
+    """What gives the LDS of scores (n_query, n_train) against the first seed of the trainings."""
+    subsets = evaluation.random_subsets(one.n_train, 6 if bench.quick else 100)
+    truth = evaluation.retrain(one, folder / "retrainings", subsets, seeds=1)
+
+    def judged(scores: NDArray[Any]) -> dict[str, float]:
+        found = evaluation.lds(scores, truth.subsets, truth.losses[0])
+        return {"LDS of one seed": found.mean, "standard error": found.standard_error}
+
+    return judged
+
+
+def tracin(bench: Bench, one: gradindex.Task, folder: Path) -> None:
+    """TracIn by whole gradients, beside whitened rows of the same checkpoints."""
+    judged = judging(bench, one, folder)
+    store = whitened_store(bench, one, folder, QUICK_DIM if bench.quick else DIM)
+    for geometry in ("tracin", "whitened"):
+        retriever = gradindex.load(one, store, geometry=geometry, use_index=False)
+        bench.row("geometries", {"geometry": geometry} | judged(retriever.exact_scores(range(one.n_query))))
 
 
 def shares_of(one: gradindex.Task, folder: Path, damping: float = DEFAULT_DAMPING) -> NDArray[np.float64]:

@@ -100,3 +100,5 @@ def test_the_quick_form_of_settings_compares_checkpoints_and_removals(quick_form
     assert [row["without"] for row in tables["removal of the top 1%"]] == ["whitened", "tracin", "random"]
     (whole, _), (same,) = tables["numbers and checkpoints"], tables["damping"]
     assert same["LDS of one seed"] == whole["LDS of one seed"]  # by the default damping
+    assert [row["geometry"] for row in tables["geometries"]] == ["tracin", "whitened"]
+    assert tables["geometries"][1]["LDS of one seed"] == pytest.approx(whole["LDS of one seed"], abs=0.02)
